@@ -1,0 +1,165 @@
+"""The AlphaQ checkpoint format: names, shapes, dtypes and configuration. Nothing else defines it.
+
+A quantized weight ``[out_features, in_features]`` is stored as three tensors (see ``matrix_tensors``), and
+means ``weight_scale * (code - weight_zero_point)`` with one scale and one zero point per output row and group of
+``group_size`` consecutive input columns. The order of the codes inside ``weight_packed`` is in ``packing``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+QUANT_METHOD = "alphaq"
+FORMAT_VERSION = 1
+SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+SUPPORTED_GROUP_SIZES = (32, 64, 128)
+
+PACKED, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero_point"
+PACKED_DTYPE = torch.int32
+# bfloat16 has the range of any weight; a zero point is measured in codes, so it needs precision and no range.
+SCALE_DTYPE = torch.bfloat16
+ZERO_DTYPE = torch.float16
+
+# What each family calls the projections of an expert, and the shard id that vLLM gives them.
+SHARD_IDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2"}
+
+BitMap = Mapping[str, Mapping[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk and in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def matrix_tensors(out_features: int, in_features: int, num_bits: int, group_size: int) -> dict[str, TensorSpec]:
+    """The tensors that store one matrix, by name suffix.
+
+    A slice of rows, or of whole groups of columns, of each tensor stores that slice of the matrix.
+
+    >>> {name: spec.shape for name, spec in matrix_tensors(256, 512, 3, 128).items()}
+    {'weight_packed': (256, 48), 'weight_scale': (256, 4), 'weight_zero_point': (256, 4)}
+
+    Raises ValueError if ``in_features`` is not a multiple of ``group_size``.
+    """
+    if in_features % group_size:
+        raise ValueError(
+            f"in_features={in_features} is not divisible by group_size={group_size}: "
+            f"choose one of the group sizes {SUPPORTED_GROUP_SIZES} that divides it"
+        )
+    groups = (out_features, in_features // group_size)
+    return {
+        PACKED: TensorSpec((out_features, in_features * num_bits // 32), PACKED_DTYPE),
+        SCALE: TensorSpec(groups, SCALE_DTYPE),
+        ZERO: TensorSpec(groups, ZERO_DTYPE),
+    }
+
+
+def stored_bits_per_weight(num_bits: float, group_size: int) -> float:
+    """Bits on disk and in memory for one weight: its code and its share of scale and zero point.
+
+    >>> stored_bits_per_weight(3.5, 128)
+    3.75
+    """
+    return num_bits + 8 * (SCALE_DTYPE.itemsize + ZERO_DTYPE.itemsize) / group_size
+
+
+@dataclass(frozen=True)
+class AlphaQSpec:
+    """The ``quantization_config`` of a checkpoint: which matrices are quantized, and how.
+
+    ``num_bits[module][projection][expert]`` is a width, where ``module`` is the name of a module of routed experts
+    (``model.layers.0.mlp.experts``) and ``projection`` the checkpoint's name for one of its matrices
+    (``gate_proj``). The matrix's tensors are ``{module}.{expert}.{projection}.{suffix}``. A module that is not
+    listed is not quantized.
+    """
+
+    group_size: int
+    num_bits: BitMap
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: the widths of one projection are a string with one digit per expert."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "group_size": self.group_size,
+            "num_bits": {
+                module: {name: "".join(map(str, bits)) for name, bits in projections.items()}
+                for module, projections in self.num_bits.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> AlphaQSpec:
+        """Parse and check the JSON form.
+
+        Raises ValueError for another method, a newer version, unknown or missing keys, and impossible values.
+        """
+        where = "quantization_config"
+        if not isinstance(config, Mapping):
+            raise ValueError(f"{where}: expected an object, got {type(config).__name__}")
+        if config.get("quant_method") != QUANT_METHOD:
+            raise ValueError(f"{where}.quant_method: expected {QUANT_METHOD!r}, got {config.get('quant_method')!r}")
+        version = config.get("format_version")
+        if type(version) is int and version > FORMAT_VERSION:
+            raise ValueError(
+                f"{where}.format_version: this alphaq-vllm reads up to {FORMAT_VERSION}, got {version}: "
+                "upgrade alphaq-vllm"
+            )
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise ValueError(
+                f"{where}.format_version: expected {FORMAT_VERSION}, got {version!r}: convert the source again"
+            )
+        _require_keys(where, config, ("quant_method", "format_version", "group_size", "num_bits"))
+        group_size = config["group_size"]
+        if type(group_size) is not int or group_size not in SUPPORTED_GROUP_SIZES:
+            raise ValueError(f"{where}.group_size: expected one of {SUPPORTED_GROUP_SIZES}, got {group_size!r}")
+        modules = config["num_bits"]
+        if not isinstance(modules, Mapping) or not modules:
+            raise ValueError(
+                f"{where}.num_bits: expected an object with one entry per module of experts, got {modules!r:.80}"
+            )
+        return cls(group_size, {m: _parse_projections(f"{where}.num_bits.{m}", p) for m, p in modules.items()})
+
+
+def _require_keys(where: str, config: Mapping[str, Any], keys: Iterable[str]) -> None:
+    missing, unknown = set(keys) - set(config), set(config) - set(keys)
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: expected the keys {sorted(keys)}, got missing {sorted(missing)} and unknown {sorted(unknown)}"
+        )
+
+
+def _parse_projections(where: str, projections: Any) -> dict[str, tuple[int, ...]]:
+    if not isinstance(projections, Mapping) or sorted(SHARD_IDS.get(n, n) for n in projections) != [
+        "w1",
+        "w2",
+        "w3",
+    ]:
+        raise ValueError(
+            f"{where}: expected the widths of gate_proj, up_proj and down_proj (or w1, w3 and w2), "
+            f"got {projections!r:.80}"
+        )
+    parsed = {}
+    for name, digits in projections.items():
+        if not isinstance(digits, str) or not digits or set(digits) - set("12345678"):
+            raise ValueError(f"{where}.{name}: expected one digit from 1 to 8 per expert, got {digits!r:.80}")
+        parsed[name] = tuple(map(int, digits))
+    if len({len(bits) for bits in parsed.values()}) != 1:
+        raise ValueError(
+            f"{where}: expected the same number of experts in every projection, "
+            f"got { {name: len(bits) for name, bits in parsed.items()} }"
+        )
+    return parsed

@@ -1,0 +1,1 @@
+"""What vLLM sees of AlphaQ. The only room that imports vLLM."""
