@@ -1,0 +1,23 @@
+PYTHON ?= python3
+MODEL ?= tests/models/docs-moe
+BITS ?= 3.5
+SERVE_ARGS ?=
+
+.PHONY: demo test lint
+
+demo: .venv-demo/.installed
+	.venv-demo/bin/python -m benchmarks.demo "$(MODEL)" --bits $(BITS) --serve-args="$(SERVE_ARGS)"
+
+test: lint
+	.venv-test/bin/python -m pytest
+
+lint: .venv-test/.installed
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
+
+.venv-demo/.installed: pyproject.toml .ci/install.py
+	$(PYTHON) .ci/install.py .venv-demo
+
+.venv-test/.installed: pyproject.toml .ci/install.py
+	$(PYTHON) .ci/install.py .venv-test dev plot

@@ -1,0 +1,72 @@
+"""AlphaQ as vLLM's quantization ``alphaq``: which layer is served by which method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from alphaq_vllm.format import QUANT_METHOD, SHARD_IDS, AlphaQSpec
+from alphaq_vllm.plugin.moe import AlphaQMoEMethod
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+
+@register_quantization_config(QUANT_METHOD)
+class AlphaQConfig(QuantizationConfig):
+    """The checkpoint's ``quantization_config``, checked, with module names as vLLM has them."""
+
+    def __init__(self, spec: AlphaQSpec) -> None:
+        super().__init__()
+        self.group_size = spec.group_size
+        self.num_bits = dict(spec.num_bits)
+
+    def __repr__(self) -> str:
+        return f"AlphaQConfig(group_size={self.group_size}, modules={len(self.num_bits)})"
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> AlphaQConfig:
+        """Parse ``quantization_config``; raises ValueError as ``AlphaQSpec.from_dict`` does."""
+        return cls(AlphaQSpec.from_dict(config))
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name given to ``--quantization``."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Activation dtypes; float32 is served on CPUs only, which the MoE method checks."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere: the first generation with bfloat16 matrix instructions."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """No file beside ``config.json``."""
+        return []
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rename the modules of the bit map as vLLM renames the checkpoint's tensors."""
+        self.num_bits = hf_to_vllm_mapper.apply_dict(self.num_bits)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """AlphaQ for the experts named in the bit map; everything else stays as it is in the checkpoint."""
+        if isinstance(layer, RoutedExperts):
+            projections = self.num_bits.get(prefix)
+            if projections is None:
+                return None
+            bits = {SHARD_IDS[name]: widths for name, widths in projections.items()}
+            names = {SHARD_IDS[name]: name for name in projections}
+            return AlphaQMoEMethod(layer.moe_config, prefix, self.group_size, bits, names)
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod()
+        return None

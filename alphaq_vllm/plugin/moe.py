@@ -1,0 +1,205 @@
+"""Routed experts of mixed widths in vLLM: parameters of exactly the stored size, their loading, and their use.
+
+Experts differ in size, so the packed words of a layer lie one matrix after the other in one flat parameter; scales and
+zero points do not depend on the width and are ordinary tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from alphaq_vllm.format import PACKED, SCALE, ZERO, matrix_tensors
+from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS, PackedExperts, expert_offsets, fused_moe
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+SUFFIXES = (PACKED, SCALE, ZERO)
+# Where a shard lies: the stem of its parameters, its place among the stem's projections, the dimension of the
+# stored tensors that tensor parallelism cuts.
+SHARDS = {"w1": ("w13", 0, 0), "w3": ("w13", 1, 0), "w2": ("w2", 0, 1)}
+
+
+class AlphaQMoEMethod(FusedMoEMethodBase):
+    """One layer of routed experts.
+
+    num_bits: widths of all experts of the model's layer by shard id (w1 gate, w3 up, w2 down), also of those that
+    other ranks hold. projection_names: the checkpoint's names by shard id, for messages.
+    """
+
+    def __init__(
+        self,
+        moe: FusedMoEConfig,
+        prefix: str,
+        group_size: int,
+        num_bits: Mapping[str, tuple[int, ...]],
+        projection_names: Mapping[str, str],
+    ) -> None:
+        super().__init__(moe)
+        self.prefix = prefix
+        self.group_size = group_size
+        self.num_bits = num_bits
+        self.projection_names = projection_names
+        self.tp_size = moe.moe_parallel_config.tp_size
+        self.tp_rank = moe.moe_parallel_config.tp_rank
+        self.global_ids: list[int] = []
+        self.loaded: set[tuple[str, int, str]] = set()
+        self._check_supported()
+
+    def _check_supported(self) -> None:
+        size, tp_size = self.moe.intermediate_size, self.tp_size
+        if (size // tp_size) % self.group_size:
+            groups = size // self.group_size
+            raise ValueError(
+                f"{self.prefix}: intermediate_size={size} over --tensor-parallel-size {tp_size} is {size / tp_size:g} "
+                f"per rank, which is not divisible by group_size={self.group_size}: use a tensor parallel size out of "
+                f"{[n for n in range(1, groups + 1) if groups % n == 0]}, add --enable-expert-parallel, or convert "
+                "with a smaller --group-size"
+            )
+        widths = len(self.num_bits["w1"])
+        if widths != self.moe.num_experts:
+            raise ValueError(
+                f"{self.prefix}: the model has {self.moe.num_experts} experts, the bit map {widths}: "
+                "config.json does not belong to these weights, convert again"
+            )
+        activation = self.moe.activation.value
+        if activation not in SUPPORTED_ACTIVATIONS or self.moe.has_bias or self.moe.swiglu_limit is not None:
+            raise ValueError(
+                f"{self.prefix}: expected experts without bias or clamp and an activation out of "
+                f"{SUPPORTED_ACTIVATIONS}, got {activation} with has_bias={self.moe.has_bias} and "
+                f"swiglu_limit={self.moe.swiglu_limit}: this model cannot be served with --quantization alphaq yet"
+            )
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Allocate what this rank's experts take, no byte more."""
+        self.shapes = {
+            "w13": (intermediate_size_per_partition, hidden_size),
+            "w2": (hidden_size, intermediate_size_per_partition),
+        }
+        self.global_ids = layer.expert_map_manager.get_local_expert_ids()
+        shards = {"w13": ("w1", "w3"), "w2": ("w2",)}
+        self.local_bits = {
+            stem: [[self.num_bits[s][e] for s in shards[stem]] for e in self.global_ids] for stem in shards
+        }
+        self.offsets = {}
+        for stem, (out_features, in_features) in self.shapes.items():
+            bits = self.local_bits[stem]
+            self.offsets[stem], total = expert_offsets(bits, out_features, in_features)
+            groups = matrix_tensors(out_features, in_features, 1, self.group_size)
+            per_matrix = (len(bits), len(bits[0]))
+            tensors = {
+                PACKED: torch.empty(total, dtype=torch.int32),
+                SCALE: torch.empty(*per_matrix, *groups[SCALE].shape, dtype=groups[SCALE].dtype),
+                ZERO: torch.empty(*per_matrix, *groups[ZERO].shape, dtype=groups[ZERO].dtype),
+            }
+            for suffix, data in tensors.items():
+                param = torch.nn.Parameter(data, requires_grad=False)
+                layer.register_parameter(f"{stem}_{suffix}", param)
+                set_weight_attrs(param, {"weight_loader": partial(self._load, layer, suffix)})
+            layer.register_buffer(f"{stem}_num_bits", torch.tensor(bits, dtype=torch.int32), persistent=False)
+            layer.register_buffer(f"{stem}_offsets", torch.tensor(self.offsets[stem]), persistent=False)
+
+    def _load(
+        self,
+        layer: RoutedExperts,
+        suffix: str,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Copy this rank's slice of one stored tensor into its place; called by vLLM's model loaders."""
+        local_id = layer.expert_map_manager.map_global_to_local(expert_id)
+        if local_id == -1:
+            return False if return_success else None
+        name = self._tensor_name(expert_id, shard_id, suffix)
+        stem, projection, dim = SHARDS[shard_id]
+        bits = self.num_bits[shard_id][expert_id]
+        full = list(self.shapes[stem])
+        full[dim] *= self.tp_size
+        expected = matrix_tensors(*full, bits, self.group_size)[suffix]
+        if tuple(loaded_weight.shape) != expected.shape or loaded_weight.dtype != expected.dtype:
+            raise ValueError(
+                f"{name}: expected {expected.dtype} of shape {expected.shape} for {bits} bits, got "
+                f"{loaded_weight.dtype} of shape {tuple(loaded_weight.shape)}: "
+                "the bit map in config.json does not belong to these weights, convert again"
+            )
+        local = matrix_tensors(*self.shapes[stem], bits, self.group_size)[suffix]
+        if suffix == PACKED:
+            offset = self.offsets[stem][local_id][projection]
+            destination = param.data[offset : offset + local.shape[0] * local.shape[1]].view(local.shape)
+        else:
+            destination = param.data[local_id, projection]
+        size = local.shape[dim]
+        destination.copy_(loaded_weight.narrow(dim, self.tp_rank * size, size))
+        self.loaded.add((shard_id, expert_id, suffix))
+        return True if return_success else None
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Refuse to serve experts that were not loaded whole: vLLM does not check this for quantized models."""
+        expected = {(shard, e, suffix) for e in self.global_ids for shard in SHARDS for suffix in SUFFIXES}
+        missing = sorted(self._tensor_name(e, shard, suffix) for shard, e, suffix in expected - self.loaded)
+        self.loaded.clear()
+        if missing:
+            raise ValueError(
+                f"{missing[0]}: expected in the checkpoint, got nothing ({len(missing)} tensors are missing in "
+                f"{self.prefix}): copy the checkpoint again or convert again"
+            )
+        for shard, (stem, projection, _) in SHARDS.items():
+            for suffix in (SCALE, ZERO):
+                values = getattr(layer, f"{stem}_{suffix}")[:, projection]
+                finite = values.isfinite().flatten(1).all(1)
+                if not finite.all():
+                    expert_id = self.global_ids[int((~finite).nonzero()[0])]
+                    raise ValueError(
+                        f"{self._tensor_name(expert_id, shard, suffix)}: expected finite values, got NaN or Inf: "
+                        "the checkpoint is damaged, convert again"
+                    )
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        """None: vLLM's own kernels are not used."""
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Routed experts' output for ``x [num_tokens, hidden_size]``, before the sum over ranks."""
+        return fused_moe(
+            x,
+            self._experts(layer, "w13"),
+            self._experts(layer, "w2"),
+            topk_weights,
+            topk_ids,
+            expert_map=layer.expert_map,
+            activation=self.moe.activation.value,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+        )
+
+    def _experts(self, layer: RoutedExperts, stem: str) -> PackedExperts:
+        packed, scales, zero_points = (getattr(layer, f"{stem}_{suffix}") for suffix in SUFFIXES)
+        num_bits, offsets = getattr(layer, f"{stem}_num_bits"), getattr(layer, f"{stem}_offsets")
+        return PackedExperts(packed, scales, zero_points, num_bits, offsets)
+
+    def _tensor_name(self, expert_id: int, shard_id: str, suffix: str) -> str:
+        return f"{self.prefix}.{expert_id}.{self.projection_names[shard_id]}.{suffix}"
