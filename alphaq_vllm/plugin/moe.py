@@ -49,6 +49,9 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         self.tp_size = moe.moe_parallel_config.tp_size
         self.tp_rank = moe.moe_parallel_config.tp_rank
         self.global_ids: list[int] = []
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.offsets: dict[str, list[list[int]]] = {}
+        self.widths: dict[str, tuple[int, ...]] = {}
         self.loaded: set[tuple[str, int, str]] = set()
         self._check_supported()
 
@@ -92,12 +95,9 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         }
         self.global_ids = layer.expert_map_manager.get_local_expert_ids()
         shards = {"w13": ("w1", "w3"), "w2": ("w2",)}
-        self.local_bits = {
-            stem: [[self.num_bits[s][e] for s in shards[stem]] for e in self.global_ids] for stem in shards
-        }
-        self.offsets = {}
         for stem, (out_features, in_features) in self.shapes.items():
-            bits = self.local_bits[stem]
+            bits = [[self.num_bits[shard][expert] for shard in shards[stem]] for expert in self.global_ids]
+            self.widths[stem] = tuple(sorted({b for projections in bits for b in projections}))
             self.offsets[stem], total = expert_offsets(bits, out_features, in_features)
             groups = matrix_tensors(out_features, in_features, 1, self.group_size)
             per_matrix = (len(bits), len(bits[0]))
@@ -199,7 +199,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
     def _experts(self, layer: RoutedExperts, stem: str) -> PackedExperts:
         packed, scales, zero_points = (getattr(layer, f"{stem}_{suffix}") for suffix in SUFFIXES)
         num_bits, offsets = getattr(layer, f"{stem}_num_bits"), getattr(layer, f"{stem}_offsets")
-        return PackedExperts(packed, scales, zero_points, num_bits, offsets)
+        return PackedExperts(packed, scales, zero_points, num_bits, offsets, self.group_size, self.widths[stem])
 
     def _tensor_name(self, expert_id: int, shard_id: str, suffix: str) -> str:
         return f"{self.prefix}.{expert_id}.{self.projection_names[shard_id]}.{suffix}"

@@ -1,0 +1,29 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MODEL = Path(__file__).parent.parent / "models" / "docs-moe"
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="session")
+def mixed_checkpoint(tmp_path_factory):
+    """The embedded model with every width from 1 to 8, gate, up and down of one expert differing."""
+    folder = tmp_path_factory.mktemp("mixed")
+    config = json.loads((MODEL / "config.json").read_text())
+    matrices = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
+        for layer in range(config["num_hidden_layers"])
+        for expert in range(config["num_experts"])
+        for projection in PROJECTIONS
+    ]
+    bit_map = folder / "bit_map.json"
+    bit_map.write_text(json.dumps({name: 1 + i % 8 for i, name in enumerate(matrices)}))
+    checkpoint = folder / "checkpoint"
+    command = [sys.executable, "-m", "offline.convert", str(MODEL), str(checkpoint)]
+    # Groups of 64 columns, so that two ranks can share the 128 columns of down_proj.
+    subprocess.run([*command, "--bit-map", str(bit_map), "--group-size", "64"], check=True)
+    return checkpoint

@@ -1,0 +1,104 @@
+"""Real servers over HTTP, on the embedded model."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from openai import OpenAI
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from benchmarks.fidelity import measure
+from benchmarks.server import vllm_server
+
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
+TWO_RANKS = ["--tensor-parallel-size", "2"]
+EXPERT_PARALLEL = [*TWO_RANKS, "--enable-expert-parallel"]
+QUANTIZATION = ["--quantization", "alphaq"]
+
+
+def needs_devices(arguments):
+    if torch.cuda.is_available() and torch.cuda.device_count() < (2 if "2" in arguments else 1):
+        pytest.skip("needs 2 GPUs")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arguments", "bound"),
+    [
+        pytest.param("float32", ["--enforce-eager"], 0.001, id="float32-eager"),
+        pytest.param("float32", [], 0.001, id="float32-compiled"),
+        pytest.param("bfloat16", [], 0.02, id="bfloat16-compiled"),
+        pytest.param("float32", [*TWO_RANKS, "--enforce-eager"], 0.001, id="float32-tensor-parallel"),
+        pytest.param("float32", EXPERT_PARALLEL, 0.001, id="float32-expert-parallel-compiled"),
+    ],
+)
+def test_server_gives_the_log_probabilities_of_the_dequantized_model(
+    mixed_checkpoint, tmp_path, dtype, arguments, bound
+):
+    if torch.cuda.is_available() and dtype == "float32":
+        pytest.skip("the GPU kernels take 16-bit activations")
+    needs_devices(arguments)
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if "2" in arguments else None
+    result = measure(mixed_checkpoint, TEXT, 2048, dtype, arguments, work=tmp_path, environment=environment)
+    assert result.tokens > 2000
+    assert result.mean_abs_difference <= bound
+    assert result.perplexity_served == pytest.approx(result.perplexity_reference, rel=0.005)
+
+
+def test_server_answers_the_openai_client(mixed_checkpoint, tmp_path):
+    with vllm_server(mixed_checkpoint, [*QUANTIZATION, "--enforce-eager"], log=tmp_path / "log") as base_url:
+        client = OpenAI(base_url=base_url, api_key="none")
+        model = client.models.list().data[0].id
+        request = {"model": model, "prompt": "The Python standard library", "max_tokens": 24, "temperature": 0.0}
+        whole = client.completions.create(**request)
+        pieces = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
+    assert whole.usage.completion_tokens == 24
+    assert whole.choices[0].text.strip()
+    assert "".join(pieces) == whole.choices[0].text
+
+
+def damaged(checkpoint, folder, change):
+    """A copy of the checkpoint with its tensors changed by ``change(tensors)``."""
+    copy = Path(shutil.copytree(checkpoint, folder / "damaged"))
+    (shard,) = copy.glob("*.safetensors")
+    with safe_open(shard, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, shard, {"format": "pt"})
+    (copy / "model.safetensors.index.json").unlink(missing_ok=True)
+    return copy
+
+
+NAME = "model.layers.1.mlp.experts.2.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(
+            lambda tensors: tensors.pop(f"{NAME}.weight_scale"),
+            f"{NAME}.weight_scale: expected in the checkpoint, got nothing",
+            id="missing-scale",
+        ),
+        pytest.param(
+            lambda tensors: tensors[f"{NAME}.weight_zero_point"].fill_(float("nan")),
+            f"{NAME}.weight_zero_point: expected finite values",
+            id="nan",
+        ),
+        pytest.param(
+            lambda tensors: tensors.update({f"{NAME}.weight_packed": tensors[f"{NAME}.weight_packed"][:, 1:].clone()}),
+            f"{NAME}.weight_packed: expected torch.int32 of shape",
+            id="bit-map-disagrees",
+        ),
+    ],
+)
+def test_server_refuses_a_checkpoint_that_lies(mixed_checkpoint, tmp_path, change, message):
+    copy = damaged(mixed_checkpoint, tmp_path, change)
+    log = tmp_path / "log"
+    with (
+        pytest.raises(RuntimeError, match="vllm serve ended with status"),
+        vllm_server(copy, [*QUANTIZATION, "--enforce-eager"], log=log),
+    ):
+        pass
+    assert message in log.read_text()
