@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-MODEL = Path(__file__).parent.parent / "models" / "docs-moe"
+MODEL = Path(__file__).parent / "models" / "docs-moe"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -27,3 +27,12 @@ def mixed_checkpoint(tmp_path_factory):
     # Groups of 64 columns, so that two ranks can share the 128 columns of down_proj.
     subprocess.run([*command, "--bit-map", str(bit_map), "--group-size", "64"], check=True)
     return checkpoint
+
+
+@pytest.fixture(scope="session")
+def dequantized_checkpoint(mixed_checkpoint, tmp_path_factory):
+    """What the mixed checkpoint means, in float32."""
+    folder = tmp_path_factory.mktemp("dequantized") / "model"
+    command = [sys.executable, "-m", "offline.dequantize", str(mixed_checkpoint), str(folder), "--dtype", "float32"]
+    subprocess.run(command, check=True)
+    return folder
