@@ -58,16 +58,15 @@ def unpack(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
     packed: ``[..., words]`` int32, words a multiple of num_bits.
     Returns ``[..., 32 * words // num_bits]`` uint8.
     """
-    plane_widths = planes(num_bits)
     units = packed.reshape(*packed.shape[:-1], packed.shape[-1] // num_bits, num_bits)
-    codes = torch.zeros((*units.shape[:-1], UNIT), dtype=torch.uint8, device=packed.device)
+    pairs = torch.zeros((*units.shape[:-1], UNIT // 2), dtype=PACKED_DTYPE, device=packed.device)
     low_bit = 0
-    for p in plane_widths:
-        words = units[..., low_bit : low_bit + p, None, None]
-        fields = (words >> _field_offsets(p, packed.device)) & (2**p - 1)
-        codes |= fields.flatten(-3).to(torch.uint8) << low_bit
+    for p in planes(num_bits):
+        slots = torch.arange(0, 16, p, dtype=PACKED_DTYPE, device=packed.device)
+        fields = (units[..., low_bit : low_bit + p, None] >> slots) & (2**p - 1) * 0x00010001
+        pairs |= fields.flatten(-2) << low_bit
         low_bit += p
-    return codes.flatten(-2)
+    return pairs.view(torch.int16).flatten(-2).to(torch.uint8)
 
 
 def dequantize(

@@ -21,32 +21,32 @@ from alphaq_vllm.kernels.tiles import Tiles, choose_tiles
 
 
 @triton.jit
-def _load_plane(row_ptrs, WIDTH: tl.constexpr, NUM_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """The fields of one plane of one group of each row, as bits of the code: ``[BLOCK_N, GROUP_SIZE // 2]`` int32.
+def _load_plane(row_ptrs, WIDTH: tl.constexpr, NUM_BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The fields of one plane, as bits of the code, in pairs: ``[BLOCK_N, BLOCK_K // 2]`` int32.
 
-    WIDTH: of the plane. row_ptrs: ``[BLOCK_N]``, the group's first word in each row.
+    WIDTH: of the plane. row_ptrs: ``[BLOCK_N]``, each row's first word.
     """
     LOW_BIT: tl.constexpr = NUM_BITS & ~(2 * WIDTH - 1)
     PAIR_MASK: tl.constexpr = ((1 << WIDTH) - 1) * 0x00010001
-    i = tl.arange(0, GROUP_SIZE // 32 * WIDTH)
+    i = tl.arange(0, BLOCK_K // 32 * WIDTH)
     words = tl.load(row_ptrs[:, None] + (i // WIDTH * NUM_BITS + LOW_BIT + i % WIDTH)[None, :])
     fields = (words[:, :, None] >> (tl.arange(0, 16 // WIDTH) * WIDTH)[None, None, :]) & PAIR_MASK
-    return tl.reshape(fields, [row_ptrs.shape[0], GROUP_SIZE // 2]) << LOW_BIT
+    return tl.reshape(fields, [row_ptrs.shape[0], BLOCK_K // 2]) << LOW_BIT
 
 
 @triton.jit
-def _load_codes(row_ptrs, NUM_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """The codes of one group of each row, two a word: ``[BLOCK_N, GROUP_SIZE // 2]`` int32, even k in the low half."""
-    pairs = tl.full([row_ptrs.shape[0], GROUP_SIZE // 2], 0, tl.int32)
+def _load_codes(row_ptrs, NUM_BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The codes of BLOCK_K columns, in pairs: ``[BLOCK_N, BLOCK_K // 2]`` int32, even k in the low half."""
+    pairs = tl.full([row_ptrs.shape[0], BLOCK_K // 2], 0, tl.int32)
     for i in tl.static_range(4):
         if NUM_BITS & (8 >> i):
-            pairs |= _load_plane(row_ptrs, 8 >> i, NUM_BITS, GROUP_SIZE)
+            pairs |= _load_plane(row_ptrs, 8 >> i, NUM_BITS, BLOCK_K)
     return pairs
 
 
 @triton.jit
 def _biased_floats(pairs, NUM_BITS: tl.constexpr, dtype: tl.constexpr):
-    """Codes as floats, ``[BLOCK_N, GROUP_SIZE]`` of dtype, and the bias that each of them carries.
+    """Codes as floats, ``[BLOCK_N, BLOCK_K]`` of dtype, and the bias that each of them carries.
 
     A code in the top bits of the mantissa of ``2 ** NUM_BITS`` is ``2 ** NUM_BITS + code``, exactly, for two
     neighbours in one operation. bfloat16 has 7 such bits, so 8-bit codes are converted one by one.
@@ -54,7 +54,7 @@ def _biased_floats(pairs, NUM_BITS: tl.constexpr, dtype: tl.constexpr):
     MANTISSA: tl.constexpr = 7 if dtype == tl.bfloat16 else 10
     EXPONENT: tl.constexpr = (127 if dtype == tl.bfloat16 else 15) + NUM_BITS
     if NUM_BITS > MANTISSA:
-        low, high = (pairs & 0xFFFF).to(dtype), (pairs >> 16).to(dtype)
+        low, high = (pairs & 0xFFFF).to(tl.float32).to(dtype), (pairs >> 16).to(tl.float32).to(dtype)
         bias = 0.0
     else:
         floats = (pairs << (MANTISSA - NUM_BITS)) | ((EXPONENT << MANTISSA) * 0x00010001)
@@ -66,14 +66,23 @@ def _biased_floats(pairs, NUM_BITS: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _project_width(
-    x_ptrs, x_mask, row_ptrs, scale_ptrs, zero_point_ptrs, K, NUM_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr
+    x_ptrs,
+    x_mask,
+    row_ptrs,
+    scale_ptrs,
+    zero_point_ptrs,
+    K,
+    NUM_BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """``W @ x.T`` for rows of one width: ``[BLOCK_N, BLOCK_M]`` float32."""
     acc = tl.zeros([row_ptrs.shape[0], x_ptrs.shape[1]], tl.float32)
-    for group in range(K // GROUP_SIZE):
-        x = tl.load(x_ptrs + group * GROUP_SIZE, mask=x_mask, other=0.0)
-        pairs = _load_codes(row_ptrs + group * (GROUP_SIZE // 32 * NUM_BITS), NUM_BITS, GROUP_SIZE)
+    for block in range(K // BLOCK_K):
+        x = tl.load(x_ptrs + block * BLOCK_K, mask=x_mask, other=0.0)
+        pairs = _load_codes(row_ptrs + block * (BLOCK_K // 32 * NUM_BITS), NUM_BITS, BLOCK_K)
         codes, bias = _biased_floats(pairs, NUM_BITS, x.dtype)
+        group = block // (GROUP_SIZE // BLOCK_K)
         scale = tl.load(scale_ptrs + group).to(tl.float32)
         zero_point = tl.load(zero_point_ptrs + group).to(tl.float32) + bias
         x_sum = tl.sum(x.to(tl.float32), 0)
@@ -96,6 +105,7 @@ def _project(
     K,
     GROUP_SIZE: tl.constexpr,
     WIDTHS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """``W @ x.T`` for some rows of one matrix, whatever its width: ``[BLOCK_N, BLOCK_M]`` float32."""
     num_bits = tl.load(num_bits_ptr + matrix)
@@ -106,7 +116,15 @@ def _project(
         if num_bits == WIDTHS[i]:
             row_ptrs = words_ptr + rows * (K // 32 * WIDTHS[i])
             acc = _project_width(
-                x_ptrs, x_mask, row_ptrs, scales_ptr + groups, zero_points_ptr + groups, K, WIDTHS[i], GROUP_SIZE
+                x_ptrs,
+                x_mask,
+                row_ptrs,
+                scales_ptr + groups,
+                zero_points_ptr + groups,
+                K,
+                WIDTHS[i],
+                GROUP_SIZE,
+                BLOCK_K,
             )
     return acc
 
@@ -114,11 +132,7 @@ def _project(
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "gelu")
-    if ACTIVATION == "silu":
-        y = x * tl.sigmoid(x)
-    else:
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    return y
+    return x * tl.sigmoid(x) if ACTIVATION == "silu" else 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit(do_not_specialize=["num_routes"])
@@ -143,6 +157,7 @@ def moe_gemm_kernel(
     MUL_ROUTER_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # divides GROUP_SIZE
 ):
     """One program per (block of routes, block of output features), the latter fastest: neighbours share x."""
     num_blocks_n = tl.cdiv(N, BLOCK_N)
@@ -155,12 +170,12 @@ def moe_gemm_kernel(
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows behind the last one repeat it: they need no mask until they are stored.
     rows = tl.minimum(offs_n, N - 1)
-    x_ptrs = x_ptr + (routes // ROUTES_PER_ROW).to(tl.int64)[None, :] * K + tl.arange(0, GROUP_SIZE)[:, None]
+    x_ptrs = x_ptr + (routes // ROUTES_PER_ROW).to(tl.int64)[None, :] * K + tl.arange(0, BLOCK_K)[:, None]
     NUM_PROJECTIONS: tl.constexpr = 1 if ACTIVATION is None else 2
 
     acc = _project(
         x_ptrs, is_route, packed_ptr, scales_ptr, zero_points_ptr, num_bits_ptr, offsets_ptr,
-        expert * NUM_PROJECTIONS, rows, N, K, GROUP_SIZE, WIDTHS,
+        expert * NUM_PROJECTIONS, rows, N, K, GROUP_SIZE, WIDTHS, BLOCK_K,
     )  # fmt: skip
     router_weights = tl.load(router_weights_ptr + routes, mask=routes < num_routes, other=0.0)[None, :]
     if MUL_ROUTER_WEIGHT:
@@ -168,7 +183,7 @@ def moe_gemm_kernel(
     if ACTIVATION is not None:
         up = _project(
             x_ptrs, is_route, packed_ptr, scales_ptr, zero_points_ptr, num_bits_ptr, offsets_ptr,
-            expert * NUM_PROJECTIONS + 1, rows, N, K, GROUP_SIZE, WIDTHS,
+            expert * NUM_PROJECTIONS + 1, rows, N, K, GROUP_SIZE, WIDTHS, BLOCK_K,
         )  # fmt: skip
         if MUL_ROUTER_WEIGHT:
             up *= router_weights
@@ -255,6 +270,7 @@ def _launch_gemm(
         MUL_ROUTER_WEIGHT=mul_router_weight,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
+        BLOCK_K=min(tiles.block_k, experts.group_size),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

@@ -10,16 +10,17 @@ class Tiles(NamedTuple):
 
     block_m: int
     block_n: int
+    block_k: int
     num_warps: int
     num_stages: int
 
 
 # Ascending in block_m. Shared memory stays under the 99 KiB of sm_86 and sm_89, registers under 255 a thread.
 TILES = (
-    Tiles(block_m=16, block_n=64, num_warps=4, num_stages=3),
-    Tiles(block_m=32, block_n=64, num_warps=4, num_stages=3),
-    Tiles(block_m=64, block_n=64, num_warps=8, num_stages=3),
-    Tiles(block_m=128, block_n=64, num_warps=8, num_stages=2),
+    Tiles(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=3),
+    Tiles(block_m=32, block_n=64, block_k=64, num_warps=4, num_stages=3),
+    Tiles(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
+    Tiles(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
 )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, matrix_tensors
 from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS, PackedExperts, expert_offsets, fused_moe
@@ -64,6 +65,10 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
                 f"per rank, which is not divisible by group_size={self.group_size}: use a tensor parallel size out of "
                 f"{[n for n in range(1, groups + 1) if groups % n == 0]}, add --enable-expert-parallel, or convert "
                 "with a smaller --group-size"
+            )
+        if self.moe.in_dtype == torch.float32 and not current_platform.is_cpu():
+            raise ValueError(
+                f"{self.prefix}: expected --dtype bfloat16 or float16, got float32, which is served on CPUs only"
             )
         widths = len(self.num_bits["w1"])
         if widths != self.moe.num_experts:

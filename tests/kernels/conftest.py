@@ -1,0 +1,187 @@
+"""The grid of layers and routings on which every path of ``fused_moe`` is compared with the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from alphaq_vllm.kernels import PackedExperts
+from alphaq_vllm.kernels.reference import fused_moe_reference
+from alphaq_vllm.packing import pack
+
+# In units of the dtype's eps. bfloat16 on CPU also rounds the weights, as any other program that serves them would;
+# float32 has only the order of its additions to show.
+MAX_ERROR = {torch.float32: 16, torch.bfloat16: 2.5, torch.float16: 1.5}
+RMS_ERROR = {torch.float32: 6, torch.bfloat16: 1.25, torch.float16: 0.75}
+ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer with its tokens. Widths are dealt out in turn, matrix by matrix, so gate and up differ."""
+
+    name: str
+    num_tokens: int = 5
+    top_k: int = 2
+    num_experts: int = 4
+    hidden_size: int = 96
+    intermediate_size: int = 160
+    group_size: int = 32
+    widths: tuple[int, ...] = (2, 3, 4)
+    activation: str = "silu"
+    apply_router_weight_on_input: bool = False
+    routing: str = "random"
+    ids_dtype: torch.dtype = torch.int32
+
+
+CASES = [
+    *(Case(f"width-{b}", widths=(b,)) for b in ALL_WIDTHS),
+    Case("group-32-all-widths", num_experts=8, widths=ALL_WIDTHS),
+    Case("group-64", hidden_size=192, intermediate_size=64, group_size=64, widths=(1, 2, 4, 8, 3)),
+    Case("group-128", hidden_size=128, intermediate_size=384, group_size=128, widths=(7, 3, 5, 6)),
+    # A tile whose block_k is a part of a group.
+    Case("group-128-many-tokens", num_tokens=50, num_experts=2, hidden_size=256, intermediate_size=128, group_size=128),
+    Case("one-token", num_tokens=1),
+    Case("no-token", num_tokens=0),
+    Case("63-tokens", num_tokens=63, ids_dtype=torch.int64),
+    # More routes per expert than the largest tile holds.
+    Case("300-tokens", num_tokens=300, num_experts=3, hidden_size=32, intermediate_size=32),
+    Case("one-expert-only", num_tokens=70, top_k=1, routing="one expert"),
+    Case("one-expert-twice", routing="one expert"),
+    Case("padding", num_tokens=9, routing="padding"),
+    Case("all-skipped", num_tokens=3, routing="all skipped"),
+    Case("foreign-experts", num_tokens=9, routing="foreign", ids_dtype=torch.int64),
+    Case("weight-on-input", num_tokens=7, top_k=1, apply_router_weight_on_input=True),
+    Case("gelu", activation="gelu"),
+]
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of ``fused_moe`` and what it must return, in float64."""
+
+    inputs: tuple
+    options: dict
+    expected: torch.Tensor
+
+    def to(self, device: str) -> Problem:
+        inputs = tuple(to_device(value, device) for value in self.inputs)
+        options = {name: to_device(value, device) for name, value in self.options.items()}
+        return Problem(inputs, options, self.expected)
+
+
+def to_device(value, device: str):
+    if isinstance(value, PackedExperts):
+        return PackedExperts(*(t.to(device) for t in value.tensors), value.group_size, value.widths)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def random_matrix(out_features: int, in_features: int, num_bits: int, group_size: int):
+    """A stored matrix whose weights are about normal with variance 1 / in_features."""
+    groups = (out_features, in_features // group_size)
+    codes = torch.randint(0, 2**num_bits, (out_features, in_features), dtype=torch.uint8)
+    scale = (torch.rand(groups) + 0.5) * 3 / 2**num_bits / in_features**0.5
+    zero_point = (torch.rand(groups) * 0.4 + 0.3) * (2**num_bits - 1)
+    return pack(codes, num_bits), scale.bfloat16(), zero_point.half(), num_bits
+
+
+def random_experts(num_bits: list[list[int]], N: int, K: int, group_size: int) -> PackedExperts:
+    return PackedExperts.from_matrices(
+        [[random_matrix(N, K, bits, group_size) for bits in projections] for projections in num_bits]
+    )
+
+
+def random_routing(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """topk_ids and expert_map."""
+    shape, last = (case.num_tokens, case.top_k), case.num_experts - 1
+    # The first expert always stays empty.
+    ids, expert_map = torch.randint(1, case.num_experts, shape), None
+    if case.routing == "one expert":
+        ids.fill_(last)
+    elif case.routing == "padding":
+        ids[torch.rand(shape) < 0.4] = -1
+        ids[0], ids[-1] = -1, last
+    elif case.routing == "all skipped":
+        ids.fill_(-1)
+    elif case.routing == "foreign":
+        # Twice as many experts as this rank holds, every other one here, in reverse order.
+        expert_map = torch.full((2 * case.num_experts,), -1, dtype=torch.int32)
+        expert_map[1::2] = torch.arange(case.num_experts, dtype=torch.int32).flip(0)
+        ids = torch.randint(-1, 2 * case.num_experts, shape)
+    return ids.to(case.ids_dtype), expert_map
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small are only held up by threads, on a busy machine by a hundred times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_problem():
+    def make(case: Case, dtype: torch.dtype) -> Problem:
+        torch.manual_seed(0)
+        deal = iter(case.widths * 3 * case.num_experts)
+        bits = [[next(deal) for _ in range(3)] for _ in range(case.num_experts)]
+        hidden, intermediate, group = case.hidden_size, case.intermediate_size, case.group_size
+        w13 = random_experts([projections[:2] for projections in bits], intermediate, hidden, group)
+        w2 = random_experts([projections[2:] for projections in bits], hidden, intermediate, group)
+        x = torch.randn(case.num_tokens, hidden).to(dtype)
+        topk_ids, expert_map = random_routing(case)
+        inputs = (x, w13, w2, torch.rand(topk_ids.shape), topk_ids)
+        options = {
+            "expert_map": expert_map,
+            "activation": case.activation,
+            "apply_router_weight_on_input": case.apply_router_weight_on_input,
+        }
+        return Problem(inputs, options, fused_moe_reference(*inputs, **options))
+
+    return make
+
+
+@pytest.fixture
+def default_case():
+    return Case("default")
+
+
+@pytest.fixture
+def make_experts():
+    return random_experts
+
+
+@pytest.fixture
+def poisoned_empty():
+    """torch.empty yields NaN, so that reading what was never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def assert_close():
+    def check(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+        """Largest and root-mean-square error, in units of dtype's precision and of the expected values' size."""
+        assert actual.dtype == dtype
+        assert actual.shape == expected.shape
+        if not expected.any():
+            assert not actual.any()
+            return
+        error = actual.cpu().double() - expected
+        eps = torch.finfo(dtype).eps
+        worst = (error.abs().max() / expected.abs().max() / eps).item()
+        rms = (error.square().mean() / expected.square().mean()).sqrt().item() / eps
+        assert worst <= MAX_ERROR[dtype]
+        assert rms <= RMS_ERROR[dtype]
+
+    return check
