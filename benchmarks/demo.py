@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a local directory or a hub name")
     parser.add_argument("--bits", default="3.5", help="average bits per expert weight (default: %(default)s)")
-    parser.add_argument("--prompt", default="The Python standard library")
+    parser.add_argument("--prompt", default="Return a list of")
     parser.add_argument("--serve-args", type=shlex.split, default=[], help="more arguments for vllm serve, one string")
     args = parser.parse_args()
     start = time.monotonic()

@@ -1,0 +1,97 @@
+"""A checkpoint with the true layer shapes of a known model, few layers, and random weights.
+
+    python -m benchmarks.generate mixtral-8x7b OUT [--layers 1]
+
+For speed, memory and loading; nothing about quality can be learned from random weights. The tokenizer is that of the
+embedded model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+TOKENIZER = Path(__file__).parents[1] / "tests" / "models" / "docs-moe"
+COMMON = {"max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False}
+# From the config.json of each model; DeepSeek-V2-Lite's first layer is dense.
+MODELS = {
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "sliding_window": None,
+    },
+    "qwen1.5-moe-a2.7b": {
+        "model_type": "qwen2_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": 151936,
+    },
+    "deepseek-v2-lite": {
+        "model_type": "deepseek_v2",
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "vocab_size": 102400,
+    },
+}
+
+
+def generate(name: str, out: Path, layers: int, seed: int = 0) -> None:
+    """Write the checkpoint, bfloat16; rows of a matrix differ in scale, so that groups and matrices do not look alike.
+
+    Raises ValueError if ``layers`` leaves no layer of experts.
+    """
+    options = {**COMMON, **MODELS[name]}
+    if layers <= options.get("first_k_dense_replace", 0):
+        raise ValueError(f"--layers: expected more than {options['first_k_dense_replace']} for {name}, got {layers}")
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(options.pop("model_type"), num_hidden_layers=layers, **options)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(torch.randn(*parameter.shape[:-1], 1, dtype=torch.bfloat16).mul_(0.3).exp_())
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(out)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, default=2)
+    args = parser.parse_args()
+    generate(args.model, args.out, args.layers)
+
+
+if __name__ == "__main__":
+    main()
