@@ -3,13 +3,19 @@ MODEL ?= tests/models/docs-moe
 BITS ?= 3.5
 SERVE_ARGS ?=
 
-.PHONY: demo test lint
+.PHONY: demo test test-gpu test-long lint
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/python -m benchmarks.demo "$(MODEL)" --bits $(BITS) --serve-args="$(SERVE_ARGS)"
 
 test: lint
 	.venv-test/bin/python -m pytest
+
+test-gpu: .venv-test/.installed
+	.venv-test/bin/python -m pytest -m gpu
+
+test-long: .venv-test/.installed
+	.venv-test/bin/python -m pytest -m long
 
 lint: .venv-test/.installed
 	.venv-test/bin/ruff check .

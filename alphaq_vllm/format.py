@@ -3,13 +3,16 @@
 A quantized weight ``[out_features, in_features]`` is stored as three tensors (see ``matrix_tensors``), and
 means ``weight_scale * (code - weight_zero_point)`` with one scale and one zero point per output row and group of
 ``group_size`` consecutive input columns. The order of the codes inside ``weight_packed`` is in ``packing``.
+
+Linear layers outside the experts may be quantized too, for the kernels that vLLM has: ``linear_tensors`` stores them in
+the layout of compressed-tensors' ``pack-quantized`` format, signed codes with a scale and no zero point.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ QUANT_METHOD = "alphaq"
 FORMAT_VERSION = 1
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 SUPPORTED_GROUP_SIZES = (32, 64, 128)
+LINEAR_BITS = (4, 8)
 
 PACKED, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero_point"
 PACKED_DTYPE = torch.int32
@@ -54,16 +58,26 @@ def matrix_tensors(out_features: int, in_features: int, num_bits: int, group_siz
 
     Raises ValueError if ``in_features`` is not a multiple of ``group_size``.
     """
+    stored = linear_tensors(out_features, in_features, num_bits, group_size)
+    return {**stored, ZERO: TensorSpec(stored[SCALE].shape, ZERO_DTYPE)}
+
+
+def linear_tensors(out_features: int, in_features: int, num_bits: int, group_size: int) -> dict[str, TensorSpec]:
+    """The tensors that store one linear layer, by name suffix.
+
+    >>> {name: spec.shape for name, spec in linear_tensors(256, 512, 4, 128).items()}
+    {'weight_packed': (256, 64), 'weight_scale': (256, 4)}
+
+    Raises ValueError if ``in_features`` is not a multiple of ``group_size``.
+    """
     if in_features % group_size:
         raise ValueError(
             f"in_features={in_features} is not divisible by group_size={group_size}: "
             f"choose one of the group sizes {SUPPORTED_GROUP_SIZES} that divides it"
         )
-    groups = (out_features, in_features // group_size)
     return {
         PACKED: TensorSpec((out_features, in_features * num_bits // 32), PACKED_DTYPE),
-        SCALE: TensorSpec(groups, SCALE_DTYPE),
-        ZERO: TensorSpec(groups, ZERO_DTYPE),
+        SCALE: TensorSpec((out_features, in_features // group_size), SCALE_DTYPE),
     }
 
 
@@ -77,20 +91,36 @@ def stored_bits_per_weight(num_bits: float, group_size: int) -> float:
 
 
 @dataclass(frozen=True)
+class LinearFormat:
+    """How a linear layer is stored."""
+
+    num_bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
 class AlphaQSpec:
     """The ``quantization_config`` of a checkpoint: which matrices are quantized, and how.
 
     ``num_bits[module][projection][expert]`` is a width, where ``module`` is the name of a module of routed experts
     (``model.layers.0.mlp.experts``) and ``projection`` the checkpoint's name for one of its matrices
     (``gate_proj``). The matrix's tensors are ``{module}.{expert}.{projection}.{suffix}``. A module that is not
-    listed is not quantized.
+    listed is not quantized. ``linear`` does the same for linear layers outside the experts, by the module's name
+    (``model.layers.0.self_attn.q_proj``).
     """
 
     group_size: int
     num_bits: BitMap
+    linear: Mapping[str, LinearFormat] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form: the widths of one projection are a string with one digit per expert."""
+        """The JSON form: the widths of one projection are a string with one digit per expert, linear layers are
+        listed by format, and ``linear`` is absent if there are none.
+        """
+        modules: dict[LinearFormat, list[str]] = {}
+        for module, linear_format in self.linear.items():
+            modules.setdefault(linear_format, []).append(module)
+        linear = [{**asdict(linear_format), "modules": names} for linear_format, names in modules.items()]
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -99,6 +129,7 @@ class AlphaQSpec:
                 module: {name: "".join(map(str, bits)) for name, bits in projections.items()}
                 for module, projections in self.num_bits.items()
             },
+            **({"linear": linear} if linear else {}),
         }
 
     @classmethod
@@ -122,20 +153,20 @@ class AlphaQSpec:
             raise ValueError(
                 f"{where}.format_version: expected {FORMAT_VERSION}, got {version!r}: convert the source again"
             )
-        _require_keys(where, config, ("quant_method", "format_version", "group_size", "num_bits"))
-        group_size = config["group_size"]
-        if type(group_size) is not int or group_size not in SUPPORTED_GROUP_SIZES:
-            raise ValueError(f"{where}.group_size: expected one of {SUPPORTED_GROUP_SIZES}, got {group_size!r}")
+        _require_keys(where, config, ("quant_method", "format_version", "group_size", "num_bits"), ("linear",))
+        group_size = _parse_choice(f"{where}.group_size", config["group_size"], SUPPORTED_GROUP_SIZES)
         modules = config["num_bits"]
         if not isinstance(modules, Mapping) or not modules:
             raise ValueError(
                 f"{where}.num_bits: expected an object with one entry per module of experts, got {modules!r:.80}"
             )
-        return cls(group_size, {m: _parse_projections(f"{where}.num_bits.{m}", p) for m, p in modules.items()})
+        num_bits = {m: _parse_projections(f"{where}.num_bits.{m}", p) for m, p in modules.items()}
+        linear = _parse_linear(f"{where}.linear", config["linear"]) if "linear" in config else {}
+        return cls(group_size, num_bits, linear)
 
 
-def _require_keys(where: str, config: Mapping[str, Any], keys: Iterable[str]) -> None:
-    missing, unknown = set(keys) - set(config), set(config) - set(keys)
+def _require_keys(where: str, config: Mapping[str, Any], keys: Iterable[str], optional: Iterable[str] = ()) -> None:
+    missing, unknown = set(keys) - set(config), set(config) - set(keys) - set(optional)
     if missing or unknown:
         raise ValueError(
             f"{where}: expected the keys {sorted(keys)}, got missing {sorted(missing)} and unknown {sorted(unknown)}"
@@ -143,7 +174,7 @@ def _require_keys(where: str, config: Mapping[str, Any], keys: Iterable[str]) ->
 
 
 def _parse_projections(where: str, projections: Any) -> dict[str, tuple[int, ...]]:
-    if not isinstance(projections, Mapping) or sorted(SHARD_IDS.get(n, n) for n in projections) != [
+    if not isinstance(projections, Mapping) or sorted(SHARD_IDS.get(str(n), "") for n in projections) != [
         "w1",
         "w2",
         "w3",
@@ -162,4 +193,35 @@ def _parse_projections(where: str, projections: Any) -> dict[str, tuple[int, ...
             f"{where}: expected the same number of experts in every projection, "
             f"got { {name: len(bits) for name, bits in parsed.items()} }"
         )
+    return parsed
+
+
+def _parse_choice(where: str, value: Any, choices: tuple[int, ...]) -> int:
+    if type(value) is not int or value not in choices:
+        raise ValueError(f"{where}: expected one of {choices}, got {value!r:.80}")
+    return value
+
+
+def _parse_linear(where: str, groups: Any) -> dict[str, LinearFormat]:
+    if not isinstance(groups, list) or not groups:
+        raise ValueError(
+            f"{where}: expected a list of objects with num_bits, group_size and modules, got {groups!r:.80}"
+        )
+    parsed: dict[str, LinearFormat] = {}
+    for i, group in enumerate(groups):
+        here = f"{where}[{i}]"
+        if not isinstance(group, Mapping):
+            raise ValueError(f"{here}: expected an object with num_bits, group_size and modules, got {group!r:.80}")
+        _require_keys(here, group, ("num_bits", "group_size", "modules"))
+        linear_format = LinearFormat(
+            _parse_choice(f"{here}.num_bits", group["num_bits"], LINEAR_BITS),
+            _parse_choice(f"{here}.group_size", group["group_size"], SUPPORTED_GROUP_SIZES),
+        )
+        modules = group["modules"]
+        if not isinstance(modules, list) or not modules or not all(isinstance(name, str) and name for name in modules):
+            raise ValueError(f"{here}.modules: expected a list of names of linear layers, got {modules!r:.80}")
+        for name in modules:
+            if name in parsed:
+                raise ValueError(f"{here}.modules: expected each linear layer once, got {name!r} again")
+            parsed[name] = linear_format
     return parsed

@@ -1,28 +1,32 @@
 """Reading a Hugging Face checkpoint: a directory with config.json and one or more safetensors files.
 
 ``open_checkpoint`` is the one validation path. It reads every header and no tensor, so a damaged checkpoint is refused
-at once, and afterwards every tensor is known by file, place, shape and dtype. Tensors are read one at a time with
-plain file reads: a memory map would count the whole model as resident memory.
+at once, and afterwards every tensor is known by file, place, shape and dtype. The weights of a block-fp8 checkpoint
+appear as the bfloat16 tensors that they mean.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from alphaq_vllm.format import TensorSpec
-from offline.header import StoredTensor, read_header, refuse_lfs_pointer
+from offline.fp8 import BlockScaledTensor, join_scales, weight_block_size
+from offline.header import read_header, refuse_lfs_pointer
+from offline.stored import StoredTensor
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # What a model needs beside its weights. No code: nothing from a checkpoint is ever executed.
 SIDECARS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+# What a conversion adds to that, and reads of a source: not taken along unchanged.
+RECORDS = ("README.md", "SHA256SUMS", "alphaq_stats.csv")
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -32,17 +36,18 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class Checkpoint:
     """A checkpoint whose files have been found whole.
 
-    ``tensors`` is in the order of the files, then of the data in each file.
+    ``tensors`` is in the order of the ``files``, then of the data in each file.
     """
 
     path: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
+    files: Sequence[Path]
+    tensors: Mapping[str, StoredTensor | BlockScaledTensor]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all safetensors files."""
-        return sum({tensor.file: tensor.offset + tensor.spec.nbytes for tensor in self.tensors.values()}.values())
+        return sum(file.stat().st_size for file in self.files)
 
     @property
     def sidecars(self) -> list[Path]:
@@ -56,13 +61,7 @@ class Checkpoint:
 
     def load(self, name: str) -> torch.Tensor:
         """Read one tensor. Raises OSError if its file has changed since it was opened."""
-        stored = self.tensors[name]
-        data = np.fromfile(stored.file, np.uint8, count=stored.spec.nbytes, offset=stored.offset)
-        if data.nbytes != stored.spec.nbytes:
-            raise OSError(f"{stored.file}: the file became shorter while it was read: expected all of {name!r}")
-        if not data.nbytes:
-            return torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
-        return torch.from_numpy(data).view(stored.spec.dtype).view(stored.spec.shape)
+        return self.tensors[name].load()
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -74,8 +73,11 @@ def open_checkpoint(model: str) -> Checkpoint:
     path = _locate(model)
     config = _read_object(path / CONFIG)
     shards = {name: read_header(path / name) for name in _shard_names(path)}
-    checkpoint = Checkpoint(path, config, {name: t for shard in shards.values() for name, t in shard.items()})
     _check_placement(path, shards)
+    stored = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    block = weight_block_size(config)
+    tensors = join_scales(stored, block) if block else stored
+    checkpoint = Checkpoint(path, config, [path / name for name in shards], tensors)
     for sidecar in checkpoint.sidecars:
         refuse_lfs_pointer(sidecar)
     return checkpoint
@@ -101,12 +103,9 @@ def _locate(model: str) -> Path:
         raise FileNotFoundError(f"{model}: no such directory, and not a name on the Hugging Face Hub (owner/model)")
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.safetensors", *SIDECARS, *RECORDS]
     try:
-        return Path(
-            snapshot_download(
-                model, allow_patterns=["*.safetensors", *SIDECARS], ignore_patterns=["*/*", "consolidated*"]
-            )
-        )
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{model}: no such directory, and the Hugging Face Hub did not deliver it: {error}"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from alphaq_vllm.format import SUPPORTED_GROUP_SIZES
 from offline.progress import parse_bytes
 from offline.writer import DEFAULT_SHARD_BYTES
 
@@ -39,17 +40,35 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of a file (default 4GiB)",
     )
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    add_json_option(parser)
 
 
-def run(command: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run a command on the process's arguments and exit: 0 on success, 2 with one line on stderr on an error."""
+def add_work_options(parser: argparse.ArgumentParser) -> None:
+    """Add how the work of a long command is done, which changes no result."""
+    parser.add_argument("--resume", action="store_true", help="continue what an interrupted run has left")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes to use (default: as many as help)")
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add what every command offers."""
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def add_group_size(parser: argparse.ArgumentParser) -> None:
+    """Add the group size."""
+    parser.add_argument("--group-size", type=int, choices=SUPPORTED_GROUP_SIZES, default=128, help="default 128")
+
+
+def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command on arguments, by default the process's, and exit: 0 on success, 2 with one line on stderr on an
+    error.
+    """
     try:
-        command(sys.argv[1:])
+        command(sys.argv[1:] if arguments is None else arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: interrupted: nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

@@ -6,63 +6,48 @@ their widths chosen, and the checkpoint quantized and written, with one matrix i
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
-from alphaq_vllm.format import (
-    PACKED,
-    SCALE,
-    SUPPORTED_GROUP_SIZES,
-    ZERO,
-    TensorSpec,
-    matrix_tensors,
-    stored_bits_per_weight,
-)
-from offline.checkpoint import Checkpoint, open_checkpoint
-from offline.cli import Parser, add_output_options, run
-from offline.families import ExpertMatrix, Experts, find_experts
-from offline.measure import load_weight, measure
-from offline.quantize import quantize
-from offline.summary import Summary, count_widths
-from offline.widths import (
-    NOISE_KINDS,
-    Budget,
-    Choice,
-    average_bits,
-    check_bit_map,
-    check_group_size,
-    choose,
-    read_bit_map,
-    to_spec,
-)
-from offline.writer import (
-    DEFAULT_SHARD_BYTES,
-    Piece,
-    Shard,
-    check_output,
-    copied,
-    new_directory,
-    plan_shards,
-    write_checkpoint,
-)
+from alphaq_vllm.format import LINEAR_BITS
+from offline.calibration import Calibration, add_quantizer_options, calibration_from, check_quantizer
+from offline.checkpoint import open_checkpoint
+from offline.choosing import choose_widths
+from offline.cli import Parser, add_group_size, add_output_options, add_work_options, run
+from offline.families import Experts, find_experts
+from offline.linear import choose_formats, find_linear_layers
+from offline.options import add_choice_options, room_from, widths_from
+from offline.output import check_output, conditions, open_output
+from offline.plan import Job
+from offline.selection import Selection, parse_override
+from offline.sequential import SequentialGptq
+from offline.sizes import Room
+from offline.splitting import check_group_size
+from offline.stats import read_statistics
+from offline.summary import Summary
+from offline.threads import choose_workers
+from offline.timing import estimate_seconds
+from offline.widths import Budget, average_bits, average_left, check_bit_map
+from offline.writer import DEFAULT_SHARD_BYTES
 
 _DESCRIPTION = """Convert a Mixture-of-Experts checkpoint so that every expert matrix has a bit-width of its own.
 
 The widths are chosen without calibration data, from the spectra of the weights, so that their average keeps to a
-budget. Everything but the routed experts is copied unchanged."""
+budget. Everything but the routed experts is copied unchanged, unless --linear-bits quantizes attention, shared experts
+and dense layers too, for the kernels that vLLM has."""
 
 _EXAMPLES = """\
   python -m offline.convert Qwen/Qwen1.5-MoE-A2.7B qwen-alphaq --bits 3.5
   python -m offline.convert ./mixtral ./mixtral-alphaq --bits 2.5 --candidate-bits 1,2,3,4
-  python -m offline.convert ./model ./model-alphaq --bit-map bit_map.json"""
-
-_BUDGET_OPTIONS = {"average_bits": "--bits", "widths": "--candidate-bits", "gamma": "--gamma", "noise": "--noise"}
+  python -m offline.convert ./mixtral ./mixtral-alphaq --fit-memory 24GiB --reserve 5GiB --dry-run
+  python -m offline.convert ./model ./model-alphaq --override '*.layers.0.*=4' --exclude '*.layers.27.*'
+  python -m offline.convert ./model ./model-uniform --mode uniform --bits 3
+  python -m offline.convert ./model ./model-alphaq --stats stats.csv --bits 3
+  python -m offline.convert ./model ./model-alphaq --bit-map bit_map.json
+  python -m offline.convert ./model ./model-alphaq --bits 3 --linear-bits 4"""
 
 
 def convert(
@@ -71,147 +56,163 @@ def convert(
     widths: Budget | Mapping[str, int],
     group_size: int = 128,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    *,
+    selection: Selection = Selection(),  # noqa: B008 - frozen
+    room: Room | None = None,
+    tp_size: int = 1,
+    linear_bits: int = 16,
+    quantizer: str = "mse",
+    calibration: Calibration | None = None,
+    stats: Path | None = None,
+    dry_run: bool = False,
+    resume: bool = False,
+    workers: int | None = None,
 ) -> Summary:
     """Convert a checkpoint.
 
     model: a directory or the name of a model on the Hugging Face Hub; out: a directory that is empty or does not
     exist; widths: a budget to choose them under, or bits by matrix name; group_size: input columns that share a scale
-    and a zero point; max_shard_bytes: of data in one file.
+    and a zero point; max_shard_bytes: of data in one file; selection: experts that are left alone or have a width given
+    by hand; room: takes the place of the budget's average; tp_size: ranks that the result must split among;
+    linear_bits: of linear layers outside the experts, 16 to leave them alone; quantizer: of the experts, one of
+    ``QUANTIZERS``; calibration: the text that gptq needs; stats: a file of ``measure`` to choose by; dry_run: decide
+    everything, estimate the time and write nothing; resume: take up what an interrupted run has left; workers:
+    processes to use, None for as many as help.
     Raises ValueError or OSError for anything that is wrong, and then leaves no output.
     """
     start = time.monotonic()
+    check_quantizer(quantizer, calibration)
     source = open_checkpoint(model)
-    experts = find_experts(source)
-    check_group_size(group_size, experts.matrices)
-    if not isinstance(widths, Budget):
-        check_bit_map(widths, experts.matrices)
+    every_expert = find_experts(source)
+    experts = selection.quantized(every_expert)
+    check_group_size(group_size, experts.matrices, tp_size)
+    fixed = _check_widths(widths, experts, selection, room)
+    workers = choose_workers(workers, experts.numel)
+    layers = find_linear_layers(source, experts) if linear_bits < 16 else []
+    linear = choose_formats(layers, linear_bits, group_size, tp_size)
+    job = Job(model, source, experts, group_size, max_shard_bytes, workers, linear)
+    gptq = SequentialGptq(source, every_expert, calibration) if calibration else None
+    job = replace(job, quantizer=quantizer, calibration_tokens=gptq.tokens if gptq else 0)
     out = out.resolve()
-    check_output(out, source.path.resolve(), _greatest_size(source, experts, widths, group_size))
-    with new_directory(out) as directory:
-        choice = _choose(source, experts, widths, group_size)
-        shards = plan_shards(_pieces(source, experts, choice.bits, group_size), max_shard_bytes)
-        config = {**source.config, "quantization_config": to_spec(choice.bits, experts, group_size).to_dict()}
-        write_checkpoint(directory, shards, config, source.sidecars)
-    seconds = time.monotonic() - start
-    return _summary(model, source, experts, choice, group_size, str(out), shards, seconds)
+    # The results of gptq lie beside the checkpoint until that is complete.
+    needed_bytes = _least_bytes(job, widths, room) * (2 if gptq else 1)
+    check_output(out, source.path.resolve(), needed_bytes, resume)
+    given = read_statistics(stats) if stats else None
+    settings = {
+        "widths": asdict(widths) if isinstance(widths, Budget) else widths,
+        "group_size": group_size,
+        "quantizer": quantizer,
+        "calibration": gptq.digest if gptq else None,
+        "linear": {layer.name: asdict(stored) for layer, stored in linear.items()},
+        "max_shard_bytes": max_shard_bytes,
+        "selection": asdict(selection),
+        "room": asdict(room) if room else None,
+        "stats": given.digest if given else None,
+    }
+    if dry_run:
+        plan = choose_widths(job, widths, fixed, room, given)
+        left = gptq.estimate_seconds(plan.bits, group_size, workers) if gptq else estimate_seconds(plan)
+        seconds = time.monotonic() - start + left
+    else:
+        with open_output(out, conditions(source, settings), resume) as output:
+            results = output.directory.with_name("gptq") if gptq else None
+            plan = choose_widths(replace(job, calibrated=results), widths, fixed, room, given, output.journal)
+            if gptq and results:
+                starved = gptq.run(plan.bits, group_size, results, workers)
+                plan = replace(plan, summary=replace(plan.summary, starved=starved))
+            plan.write(output)
+        seconds = time.monotonic() - start
+    limit = str(room) if room else None
+    return replace(plan.summary, output=str(out), room=limit, seconds=seconds, dry_run=dry_run)
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command."""
     args = _parser().parse_args(arguments)
-    options = {field: getattr(args, field) for field in _BUDGET_OPTIONS if field in args}
-    if args.bit_map and options:
-        given = ", ".join(_BUDGET_OPTIONS[field] for field in options)
-        raise ValueError(f"--bit-map: expected to be the only choice of widths, got also {given}: leave out one")
-    widths = read_bit_map(args.bit_map) if args.bit_map else Budget(**options)
-    summary = convert(args.model, args.out, widths, args.group_size, args.max_shard_size)
+    widths, room = widths_from(args), room_from(args)
+    summary = convert(
+        args.model,
+        args.out,
+        widths,
+        args.group_size,
+        args.max_shard_size,
+        selection=Selection(tuple(args.exclude), tuple(args.override)),
+        room=room,
+        tp_size=args.tp_size,
+        linear_bits=args.linear_bits,
+        quantizer=args.quantizer,
+        calibration=calibration_from(args),
+        stats=args.stats,
+        dry_run=args.dry_run,
+        resume=args.resume,
+        workers=args.workers,
+    )
     print(json.dumps(summary.to_dict()) if args.json else summary)
+
+
+def _check_widths(
+    widths: Budget | Mapping[str, int], experts: Experts, selection: Selection, room: Room | None
+) -> dict[str, int]:
+    """Check what can be known before measuring, and return the widths that are given by hand beside a budget."""
+    fixed = selection.fixed(experts.matrices)
+    if isinstance(widths, Budget):
+        if not room:
+            average_left(experts.matrices, fixed, widths)
+        return fixed
+    check_bit_map(widths, experts.matrices)
+    if fixed:
+        raise ValueError("--override: expected a budget to choose widths under, got a bit map: change that instead")
+    return {}
+
+
+def _least_bytes(job: Job, widths: Budget | Mapping[str, int], room: Room | None) -> int:
+    """Bytes that the output takes, but for headers and small files; a room may have space for more than it takes."""
+    if not isinstance(widths, Budget):
+        return job.bytes_at(average_bits(widths, job.experts.matrices))
+    return min(job.bytes_at(widths.widths[-1]), room.limit) if room else job.bytes_at(widths.average_bits)
 
 
 def _parser() -> Parser:
     parser = Parser("convert", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("model", help="directory of a Hugging Face checkpoint, or name of a model on the Hub")
     parser.add_argument("out", type=Path, help="output directory: new or empty")
-    # The defaults of these are Budget's; absent unless given, they show when a bit map is given too.
-    budget = parser.add_argument_group("choice of widths", argument_default=argparse.SUPPRESS)
-    either = budget.add_mutually_exclusive_group()
-    either.add_argument("--bits", dest="average_bits", type=float, metavar="AVERAGE", help="at most (default 3.5)")
-    either.add_argument("--bit-map", type=Path, default=None, metavar="FILE", help='JSON file {"<matrix name>": bits}')
-    budget.add_argument("--candidate-bits", dest="widths", type=_widths, metavar="LIST", help="default: 2,3,4")
-    budget.add_argument("--gamma", type=_gamma, metavar="auto|NUMBER", help="exponent of importance (default auto)")
-    budget.add_argument("--noise", choices=NOISE_KINDS, help="error to minimise (default measured)")
-    parser.add_argument("--group-size", type=int, choices=SUPPORTED_GROUP_SIZES, default=128, help="default 128")
+    add_choice_options(parser, bit_map=True)
+    parser.add_argument(
+        "--stats", type=Path, metavar="FILE", help="statistics that `measure` wrote of it, to choose by"
+    )
+    parser.add_argument(
+        "--override",
+        type=parse_override,
+        action="append",
+        default=[],
+        metavar="PATTERN=BITS",
+        help="a width for all expert matrices whose names match, as file names do; may be repeated",
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave whole modules of experts as they are; may be repeated",
+    )
+    add_quantizer_options(parser)
+    add_group_size(parser)
+    parser.add_argument(
+        "--linear-bits",
+        type=int,
+        choices=(16, *reversed(LINEAR_BITS)),
+        default=16,
+        help="of attention, shared experts and dense layers (default 16: left alone); vLLM's CPU build serves 16 and 4",
+    )
+    parser.add_argument("--tp-size", type=int, default=1, metavar="N", help="refuse what N ranks could not share")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="measure and choose, unless told how, print what would come out, and write nothing",
+    )
+    add_work_options(parser)
     add_output_options(parser)
     return parser
-
-
-def _widths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected widths such as 2,3,4, got {text!r}") from None
-
-
-def _gamma(text: str) -> float | None:
-    try:
-        return None if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected auto or a number, got {text!r}") from None
-
-
-def _choose(source: Checkpoint, experts: Experts, widths: Budget | Mapping[str, int], group_size: int) -> Choice:
-    if isinstance(widths, Budget):
-        return choose(measure(source, experts.matrices, widths.measured_widths, group_size), widths)
-    return Choice(widths)
-
-
-def _greatest_size(source: Checkpoint, experts: Experts, widths: Budget | Mapping[str, int], group_size: int) -> int:
-    """Bytes that the output cannot exceed, but for headers."""
-    bits = widths.average_bits if isinstance(widths, Budget) else average_bits(widths, experts.matrices)
-    unchanged = source.nbytes - _source_bytes(source, experts)
-    return unchanged + round(experts.numel * stored_bits_per_weight(bits, group_size) / 8)
-
-
-def _pieces(source: Checkpoint, experts: Experts, bits: Mapping[str, int], group_size: int) -> list[Piece]:
-    matrices = {matrix.tensor: matrix for matrix in experts.matrices}
-    pieces = []
-    for name in source.tensors:
-        if matrix := matrices.get(name):
-            num_bits = bits[matrix.name]
-            specs = _specs(matrix, num_bits, group_size)
-            pieces.append(Piece(specs, partial(_quantized, source, matrix, num_bits, group_size)))
-        else:
-            pieces.append(copied(source, name))
-    return pieces
-
-
-def _specs(matrix: ExpertMatrix, num_bits: int, group_size: int) -> dict[str, TensorSpec]:
-    specs = matrix_tensors(*matrix.shape, num_bits, group_size)
-    return {f"{matrix.name}.{suffix}": spec for suffix, spec in specs.items()}
-
-
-def _quantized(source: Checkpoint, matrix: ExpertMatrix, num_bits: int, group_size: int) -> dict[str, torch.Tensor]:
-    quantized = quantize(load_weight(source, matrix), num_bits, group_size)
-    tensors = {PACKED: quantized.packed, SCALE: quantized.scale, ZERO: quantized.zero_point}
-    return {f"{matrix.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-
-
-def _source_bytes(source: Checkpoint, experts: Experts) -> int:
-    return sum(source.spec(matrix.tensor).nbytes for matrix in experts.matrices)
-
-
-def _summary(
-    model: str,
-    source: Checkpoint,
-    experts: Experts,
-    choice: Choice,
-    group_size: int,
-    out: str,
-    shards: Sequence[Shard],
-    seconds: float,
-) -> Summary:
-    stored = [_specs(matrix, choice.bits[matrix.name], group_size).values() for matrix in experts.matrices]
-    experts_after = sum(spec.nbytes for specs in stored for spec in specs)
-    return Summary(
-        source=model,
-        output=out,
-        family=experts.model_type,
-        layers=len(experts.modules),
-        experts=experts.num_experts,
-        matrices=len(experts.matrices),
-        group_size=group_size,
-        bits=average_bits(choice.bits, experts.matrices),
-        stored_bits=8 * experts_after / experts.numel,
-        size_before=source.nbytes,
-        size_after=sum(shard.nbytes for shard in shards),
-        experts_before=_source_bytes(source, experts),
-        experts_after=experts_after,
-        widths=count_widths(choice.bits),
-        alpha=choice.alpha,
-        gamma=choice.gamma,
-        gap=choice.gap,
-        seconds=seconds,
-    )
 
 
 if __name__ == "__main__":

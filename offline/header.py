@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alphaq_vllm.format import TensorSpec
+from offline.stored import StoredTensor
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -38,15 +38,6 @@ MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 _LFS_START = b"version https://git-lfs.github.com/"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies: its file, the offset of its first byte there, its shape and dtype."""
-
-    file: Path
-    offset: int
-    spec: TensorSpec
 
 
 def refuse_lfs_pointer(path: Path) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from offline.checkpoint import Checkpoint
-from offline.families import ExpertMatrix
+from offline.families import ExpertMatrix, load_matrix, matrix_nbytes
+from offline.journal import Journal
+from offline.parallel import run_all
 from offline.progress import Progress
 from offline.quantize import quantization_mse
 from offline.spectra import choose_block_size, hill_alpha
-from offline.threads import one_thread
+from offline.threads import compute_device
 
 
 @dataclass(frozen=True)
@@ -31,42 +35,77 @@ class MatrixStats:
     mse: Mapping[int, float]
 
 
-@one_thread()
 def measure(
-    source: Checkpoint, matrices: Sequence[ExpertMatrix], widths: Sequence[int], group_size: int
+    source: Checkpoint,
+    matrices: Sequence[ExpertMatrix],
+    widths: Sequence[int],
+    group_size: int,
+    workers: int = 1,
+    journal: Journal | None = None,
+    quantizer: str = "mse",
 ) -> list[MatrixStats]:
     """Measure each matrix once, and its quantization error at each of ``widths`` (none: alpha and variance alone).
 
+    quantizer: whose error, one of those that ``quantize`` has; workers: processes to use, which changes no result;
+    journal: where statistics are kept, and found again.
     Raises ValueError, naming the matrix, for NaN or infinite weights.
     """
-    block_size = choose_block_size([matrix.shape for matrix in matrices])
-    progress = Progress("measure", sum(source.spec(matrix.tensor).nbytes for matrix in matrices))
-    stats = []
-    for matrix in matrices:
-        weight = load_weight(source, matrix)
-        mse = quantization_mse(weight, widths, group_size) if widths else []
-        stats.append(
-            MatrixStats(
-                name=matrix.name,
-                alpha=hill_alpha(weight, block_size),
-                variance=float(weight.var(correction=0)),
-                numel=matrix.numel,
-                mse=dict(zip(widths, mse, strict=True)),
-            )
-        )
-        progress.advance(source.spec(matrix.tensor).nbytes)
-    return stats
+    known = _measured(journal, widths) if journal else {}
+    unknown = [matrix for matrix in matrices if matrix.name not in known]
+    block_size = choose_block_size(matrix.shape for matrix in matrices)
+    describe = partial(_describe, source, tuple(widths), group_size, quantizer, block_size)
+    total, left = (sum(matrix_nbytes(source, matrix) for matrix in some) for some in (matrices, unknown))
+    with Progress("measure", total, total - left) as progress, closing(run_all(describe, unknown, workers)) as results:
+        for matrix, stats in results:
+            known[matrix.name] = stats
+            if journal:
+                journal.record({"stats": asdict(stats)})
+            progress.advance(matrix_nbytes(source, matrix))
+    return [known[matrix.name] for matrix in matrices]
+
+
+def _describe(
+    source: Checkpoint,
+    widths: tuple[int, ...],
+    group_size: int,
+    quantizer: str,
+    block_size: int,
+    matrix: ExpertMatrix,
+) -> MatrixStats:
+    weight = load_weight(source, matrix)
+    mse = quantization_mse(weight, widths, group_size, quantizer) if widths else []
+    return MatrixStats(
+        name=matrix.name,
+        alpha=hill_alpha(weight, block_size),
+        variance=float(weight.var(correction=0)),
+        numel=matrix.numel,
+        mse=dict(zip(widths, mse, strict=True)),
+    )
+
+
+def _measured(journal: Journal, widths: Sequence[int]) -> dict[str, MatrixStats]:
+    """The statistics in a journal, by name."""
+    known = {}
+    for entry in journal.entries:
+        if "stats" in entry:
+            mse = {int(width): error for width, error in entry["stats"]["mse"].items()}
+            if list(mse) == list(widths):
+                known[entry["stats"]["name"]] = MatrixStats(**{**entry["stats"], "mse": mse})
+    return known
 
 
 def load_weight(source: Checkpoint, matrix: ExpertMatrix) -> torch.Tensor:
-    """A matrix of the source, ``[out_features, in_features]`` float32.
+    """A matrix of the source, ``[out_features, in_features]`` float32, on the device that computes.
 
     Raises ValueError for NaN or infinite weights.
     """
-    weight = source.load(matrix.tensor).float()
-    if not bool(weight.isfinite().all()):
+    weight = load_matrix(source, matrix).to(compute_device())
+    # Unlike isfinite of all of it, this takes no memory.
+    if not bool(torch.stack(weight.aminmax()).isfinite().all()):
         bad = int((~weight.isfinite()).sum())
-        raise ValueError(f"{matrix.tensor}: expected finite weights, got {bad} NaN or infinite: the source is damaged")
+        raise ValueError(
+            f"{matrix.name}.weight: expected finite weights, got {bad} NaN or infinite: the source is damaged"
+        )
     return weight
 
 
@@ -79,3 +118,11 @@ def noise(stats: Sequence[MatrixStats], widths: Sequence[int], kind: str) -> np.
     if kind == "measured":
         return np.array([[matrix.mse[width] for width in widths] for matrix in stats])
     return np.outer([matrix.variance for matrix in stats], 4.0 ** -np.array(widths))
+
+
+if __name__ == "__main__":
+    # The command's own module imports this one.
+    from offline.cli import run
+    from offline.measuring import main
+
+    run(main)

@@ -1,4 +1,4 @@
-"""Progress lines on stderr, and sizes as people read and write them."""
+"""Progress on stderr, and sizes as people read and write them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,50 @@ import argparse
 import re
 import sys
 import time
+from types import TracebackType
 
-_SECONDS_BETWEEN_LINES = 2.0
+_SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_UPDATES = 5.0, 0.2
+_CLEAR_REST_OF_LINE = "\x1b[K"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Progress:
-    """Reports how much of ``total`` bytes is done, the rate and the time left, at most every two seconds."""
+    """Reports how much of ``total`` bytes is done, the rate and the time left, within a with statement.
 
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
+    On a terminal that is one line that changes; elsewhere it is a line every five seconds, and one at the end.
+    done: bytes that were done before, which do not count for the rate.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self._what, self._total, self._before, self._done = what, total, done, done
         self._start = self._last = time.monotonic()
+        self._on_terminal, self._in_line = sys.stderr.isatty(), False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._in_line:
+            print(file=sys.stderr, flush=True)
 
     def advance(self, amount: int) -> None:
         """Count ``amount`` more bytes as done."""
         self._done += amount
         now = time.monotonic()
-        if now - self._last < _SECONDS_BETWEEN_LINES and self._done < self._total:
+        interval = _SECONDS_BETWEEN_UPDATES if self._on_terminal else _SECONDS_BETWEEN_LINES
+        if now - self._last < interval and self._done < self._total:
             return
         self._last = now
-        rate = self._done / max(now - self._start, 1e-9)
-        print(
+        rate = max(self._done - self._before, 1) / max(now - self._start, 1e-9)
+        line = (
             f"{self._what}: {self._done / self._total:4.0%} of {format_bytes(self._total)}, "
-            f"{format_bytes(rate)}/s, {(self._total - self._done) / rate:.0f} s left",
-            file=sys.stderr,
-            flush=True,
+            f"{format_bytes(rate)}/s, {_format_seconds((self._total - self._done) / rate)} left"
         )
+        start, end = ("\r", _CLEAR_REST_OF_LINE) if self._on_terminal else ("", "\n")
+        print(start + line, end=end, file=sys.stderr, flush=True)
+        self._in_line = self._on_terminal
 
 
 def format_bytes(number: float) -> str:
@@ -57,3 +75,16 @@ def parse_bytes(text: str) -> int:
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"expected a size such as 4GiB or 500MB, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _format_seconds(seconds: float) -> str:
+    """A time in its two largest units.
+
+    >>> _format_seconds(42), _format_seconds(605), _format_seconds(7260)
+    ('42 s', '10 min 5 s', '2 h 1 min')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

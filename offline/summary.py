@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,20 +15,23 @@ _BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class Summary:
-    """Result of a conversion; sizes in bytes.
+    """Result of a conversion, or what it will be; sizes in bytes.
 
-    layers: with routed experts; experts: in each of them; bits: average width of a code; stored_bits: average bits
-    of a weight on disk, scale and zero point included; widths: number of matrices by width; alpha, gamma and gap: see
-    ``Choice``.
+    layers: with quantized experts; experts: in each of them; bits: average width of a code; stored_bits: average bits
+    of a weight on disk, scale and zero point included; calibration_tokens: for gptq, and starved, the experts that none
+    of them reached, None before they are counted; size_before and size_after: of the weights' files; total_size:
+    of all files; loaded_size: of all tensors; widths: number of matrices by width; mode, alpha, gamma and gap: see
+    ``Choice``; linear_layers: how many outside the experts are quantized, to linear_bits; room: the limit that the
+    sizes keep to; seconds: that it took, or will take about if it is a dry run.
     """
 
     source: str
-    output: str
     family: str
     layers: int
     experts: int
     matrices: int
     group_size: int
+    mode: str
     bits: float
     stored_bits: float
     size_before: int
@@ -39,7 +42,17 @@ class Summary:
     alpha: tuple[float, float, float] | None
     gamma: float | None
     gap: float | None
-    seconds: float
+    linear_layers: int = 0
+    linear_bits: int = 16
+    quantizer: str = "mse"
+    calibration_tokens: int = 0
+    starved: int | None = None
+    output: str = ""
+    total_size: int = 0
+    loaded_size: int = 0
+    room: str | None = None
+    seconds: float = 0.0
+    dry_run: bool = False
 
     @property
     def serve(self) -> str:
@@ -58,17 +71,33 @@ class Summary:
                              f"(with scales and zero points of groups of {self.group_size})"),
             ("size", f"{_change(self.size_before, self.size_after)}"),
             ("experts only", f"{_change(self.experts_before, self.experts_after)}"),
+            *([("linear layers", f"{self.linear_layers} at {self.linear_bits} bits")] if self.linear_layers else []),
         ]  # fmt: skip
-        if self.alpha is not None and self.gamma is not None and self.gap is not None:
+        sizes = f"{self.total_size} bytes, {format_bytes(self.loaded_size)} when loaded"
+        rest = [("all files", sizes), *([("room", self.room)] if self.room else [])]
+        rest += [("quantizer", self._quantizer()), ("widths", self.mode)]
+        if self.alpha is not None:
             least, median, greatest = self.alpha
-            rows += [
-                ("alpha", f"{least:.3f} to {greatest:.3f}, median {median:.3f}"),
-                ("gamma", f"{self.gamma:.4g}"),
-                ("optimality gap", f"{self.gap:.2g} of the cost, proven"),
-            ]
-        rows += [("seconds", f"{self.seconds:.1f}"), ("written", self.output), ("serve with", self.serve)]
-        lines = [f"{name + ':':16}{value}" for name, value in rows]
-        return "\n".join(lines[:4] + histogram(self.widths) + lines[4:])
+            rest.append(("alpha", f"{least:.3f} to {greatest:.3f}, median {median:.3f}"))
+        if self.gamma is not None and self.gap is not None:
+            rest += [("gamma", f"{self.gamma:.4g}"), ("optimality gap", f"{self.gap:.2g} of the cost, proven")]
+        if self.dry_run:
+            rest += [("seconds", f"about {self.seconds:.0f}"), ("would write", f"{self.output}: this was a dry run")]
+        else:
+            rest += [("seconds", f"{self.seconds:.1f}"), ("written", self.output), ("serve with", self.serve)]
+        return "\n".join([*_lines(rows), *histogram(self.widths), *_lines(rest)])
+
+    def _quantizer(self) -> str:
+        if not self.calibration_tokens:
+            return self.quantizer
+        text = f"{self.quantizer}, calibrated on {self.calibration_tokens} tokens"
+        if self.starved is None:
+            return text
+        return f"{text}; {self.starved} of {self.layers * self.experts} experts saw none of them: quantized by mse"
+
+
+def _lines(rows: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{name + ':':16}{value}" for name, value in rows]
 
 
 def histogram(widths: Mapping[int, int]) -> list[str]:

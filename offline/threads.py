@@ -1,11 +1,42 @@
-"""How the offline programs use cores."""
+"""Where the heavy work of the offline programs runs: on which device, on how many cores, on how many threads."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
+
+# Starting processes takes two seconds, most of it the import of torch; measuring and quantizing this many weights takes
+# one core five.
+WORTH_PROCESSES = 2**26
+
+
+@cache
+def compute_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_workers(requested: int | None, numel: int) -> int:
+    """The number of processes to spread work over; 1 stands for this process alone.
+
+    requested: by the user, None for one per available core if ``numel`` weights make up for starting them. A GPU is
+    driven by one process in any case.
+    Raises ValueError for a number under 1.
+    """
+    if requested is not None and requested < 1:
+        raise ValueError(f"--workers: expected a number of processes from 1 up, got {requested}")
+    if compute_device().type != "cpu":
+        return 1
+    return requested or (available_cores() if numel >= WORTH_PROCESSES else 1)
+
+
+def available_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -5,33 +5,44 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
-from alphaq_vllm.format import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, AlphaQSpec
-from offline.allocate import allocate, auto_gamma, importance
+from alphaq_vllm.format import SUPPORTED_BITS, AlphaQSpec
+from offline import modes
 from offline.checkpoint import some
 from offline.families import ExpertMatrix, Experts
 from offline.header import unique
+from offline.knapsack import auto_gamma, importance
 from offline.measure import MatrixStats, noise
+from offline.modes import GRANULARITIES, Sized
 
 NOISE_KINDS = ("measured", "analytic")
+MODES = ("alphaq", "uniform", "ratio", "random")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the allocation may spend, and how it weighs the matrices.
+    """What the widths may take, and how they are chosen.
 
-    average_bits: greatest average width, weighted by numel; widths: the candidates; gamma: exponent of the importance
-    ``(alpha_median / alpha) ** gamma``, None to derive it from the spread of alpha; noise: one of ``NOISE_KINDS``.
+    average_bits: greatest average width, weighted by numel (mode ``ratio`` follows ``shares`` instead); widths: the
+    candidates; gamma: exponent of the importance ``(alpha_median / alpha) ** gamma``, None to derive it from the spread
+    of alpha; noise: one of ``NOISE_KINDS``; granularity: what shares a width, one of ``GRANULARITIES``; mode: one of
+    ``MODES``; shares: of experts with the greatest and the least width, for mode ``ratio``; seed: for ``random``.
     """
 
     average_bits: float = 3.5
     widths: tuple[int, ...] = (2, 3, 4)
     gamma: float | None = None
     noise: str = "measured"
+    granularity: str = "projection"
+    mode: str = "alphaq"
+    shares: tuple[float, float] = (0.25, 0.25)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         unsupported = sorted(set(self.widths) - set(SUPPORTED_BITS))
@@ -47,37 +58,111 @@ class Budget:
             )
         if self.gamma is not None and not 0 <= self.gamma < math.inf:
             raise ValueError(f"--gamma: expected 'auto' or a finite number from 0 up, got {self.gamma:g}")
-        if self.noise not in NOISE_KINDS:
-            raise ValueError(f"--noise: expected one of {NOISE_KINDS}, got {self.noise!r}")
+        choices = {"--noise": NOISE_KINDS, "--granularity": GRANULARITIES, "--mode": MODES}
+        for option, allowed in choices.items():
+            given = getattr(self, option.removeprefix("--"))
+            if given not in allowed:
+                raise ValueError(f"{option}: expected one of {allowed}, got {given!r}")
+        if not (min(self.shares) >= 0 and sum(self.shares) <= 1):
+            raise ValueError(f"--shares: expected two shares from 0 up with a sum of at most 1, got {self.shares}")
+        if self.mode == "ratio" and len(self.widths) != 3:
+            raise ValueError(
+                f"--candidate-bits: --mode ratio expects three widths, got {','.join(map(str, self.widths))}"
+            )
+
+    @property
+    def needs_alpha(self) -> bool:
+        """Whether the matrices have to be measured."""
+        return self.mode in ("alphaq", "ratio")
 
     @property
     def measured_widths(self) -> tuple[int, ...]:
         """The widths whose quantization error has to be measured."""
-        return self.widths if self.noise == "measured" else ()
+        return self.widths if self.mode == "alphaq" and self.noise == "measured" else ()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Bits by matrix name; where they were allocated, the least, median and greatest alpha, the gamma used, and the
-    proven relative gap to the optimum.
+    """Bits by matrix name, and how they came about.
+
+    mode: one of ``MODES``, or ``manual``; alpha: the least, median and greatest, where they decided; gamma, cost and
+    gap (to the proven least cost, relative), where widths were allocated.
     """
 
     bits: Mapping[str, int]
+    mode: str = "manual"
     alpha: tuple[float, float, float] | None = None
     gamma: float | None = None
+    cost: float | None = None
     gap: float | None = None
 
 
-def choose(stats: Sequence[MatrixStats], budget: Budget) -> Choice:
-    """Allocate ``budget`` so that the sum of importance times noise times numel is least."""
-    alphas = np.array([matrix.alpha for matrix in stats])
-    numel = np.array([matrix.numel for matrix in stats])
+def choose(matrices: Sequence[Sized], budget: Budget, fixed: Mapping[str, int] = MappingProxyType({})) -> Choice:
+    """Choose a width for every matrix.
+
+    matrices: their statistics where ``budget.needs_alpha``; fixed: bits by name of those that are decided already,
+    which count towards the budget.
+    Raises ValueError if the fixed ones leave an average that the candidates cannot have.
+    """
+    free = [matrix for matrix in matrices if matrix.name not in fixed]
+    bits = dict(fixed)
+    result = Choice(bits, budget.mode)
+    if budget.needs_alpha:
+        alphas = np.array([matrix.alpha for matrix in _measured(matrices)])
+        result = replace(result, alpha=(float(alphas.min()), float(np.median(alphas)), float(alphas.max())))
+    if not free:
+        return result
+    average = budget.average_bits if budget.mode == "ratio" else average_left(matrices, fixed, budget)
+    if budget.mode == "alphaq":
+        chosen, result = _allocate(_measured(matrices), _measured(free), budget, average, result)
+    elif budget.mode == "uniform":
+        chosen = modes.uniform(free, budget.widths, average)
+    elif budget.mode == "ratio":
+        alphas = np.array([matrix.alpha for matrix in _measured(free)])
+        chosen = modes.ratio(free, alphas, budget.widths, budget.shares)
+    else:
+        chosen = modes.randomly(free, budget.widths, average, budget.granularity, budget.seed)
+    bits |= {matrix.name: int(width) for matrix, width in zip(free, chosen, strict=True)}
+    return replace(result, bits={matrix.name: bits[matrix.name] for matrix in matrices})
+
+
+def _allocate(
+    matrices: Sequence[MatrixStats], free: Sequence[MatrixStats], budget: Budget, average_bits: float, result: Choice
+) -> tuple[np.ndarray, Choice]:
+    """The widths of ``free`` whose sum of importance times noise times numel is least."""
+    alphas = np.array([matrix.alpha for matrix in matrices])
     gamma = auto_gamma(alphas) if budget.gamma is None else budget.gamma
-    costs = (importance(alphas, gamma) * numel)[:, None] * noise(stats, budget.widths, budget.noise)
-    allocation = allocate(costs, numel, budget.widths, budget.average_bits)
-    bits = {matrix.name: int(width) for matrix, width in zip(stats, allocation.bits, strict=True)}
-    spread = float(alphas.min()), float(np.median(alphas)), float(alphas.max())
-    return Choice(bits, spread, gamma, allocation.gap)
+    weights = dict(zip((matrix.name for matrix in matrices), importance(alphas, gamma), strict=True))
+    weighted = np.array([weights[matrix.name] * matrix.numel for matrix in free])
+    costs = weighted[:, None] * noise(free, budget.widths, budget.noise)
+    chosen, allocation = modes.least_cost(free, costs, budget.widths, average_bits, budget.granularity)
+    return chosen, replace(result, gamma=gamma, cost=allocation.cost, gap=allocation.gap)
+
+
+def _measured(matrices: Sequence[Sized]) -> list[MatrixStats]:
+    measured = [matrix for matrix in matrices if isinstance(matrix, MatrixStats)]
+    if len(measured) != len(matrices):
+        raise TypeError("matrices: expected their statistics, got only names and sizes: measure them first")
+    return measured
+
+
+def average_left(matrices: Sequence[Sized], fixed: Mapping[str, int], budget: Budget) -> float:
+    """The average that the budget leaves to matrices that are not fixed, rounded down, at most the greatest candidate.
+
+    Raises ValueError if it is below the least candidate.
+    """
+    free = sum(matrix.numel for matrix in matrices if matrix.name not in fixed)
+    if not fixed or not free:
+        return budget.average_bits
+    total = sum(matrix.numel for matrix in matrices)
+    spent = sum(fixed[matrix.name] * matrix.numel for matrix in matrices if matrix.name in fixed)
+    left = (Fraction(str(budget.average_bits)) * total - spent) / free
+    if left < budget.widths[0]:
+        raise ValueError(
+            f"--override: expected to leave the other matrices an average of at least {budget.widths[0]} bits, the "
+            f"least candidate, got {float(left):.4g}: raise --bits, lower --candidate-bits or change the overrides"
+        )
+    return min(math.floor(left * 10**9) / 10**9, float(budget.widths[-1]))
 
 
 def read_bit_map(path: Path) -> dict[str, int]:
@@ -104,22 +189,9 @@ def check_bit_map(bits: Mapping[str, int], matrices: Sequence[ExpertMatrix]) -> 
         raise ValueError(f"bit map: expected only the expert matrices of this model, got also {some(unknown)}")
 
 
-def average_bits(bits: Mapping[str, int], matrices: Sequence[ExpertMatrix]) -> float:
+def average_bits(bits: Mapping[str, int], matrices: Sequence[Sized]) -> float:
     """The average width, weighted by numel."""
     return sum(bits[m.name] * m.numel for m in matrices) / sum(m.numel for m in matrices)
-
-
-def check_group_size(group_size: int, matrices: Sequence[ExpertMatrix]) -> None:
-    """Raise ValueError unless ``group_size`` is supported and divides the rows of every matrix."""
-    if group_size not in SUPPORTED_GROUP_SIZES:
-        raise ValueError(f"--group-size: expected one of {SUPPORTED_GROUP_SIZES}, got {group_size}")
-    for matrix in matrices:
-        if matrix.shape[1] % group_size:
-            fitting = [g for g in SUPPORTED_GROUP_SIZES if all(m.shape[1] % g == 0 for m in matrices)]
-            raise ValueError(
-                f"{matrix.name}: in_features={matrix.shape[1]} is not divisible by group_size={group_size}: "
-                + (f"convert with --group-size {max(fitting)}" if fitting else "no supported group size divides it")
-            )
 
 
 def to_spec(bits: Mapping[str, int], experts: Experts, group_size: int) -> AlphaQSpec:

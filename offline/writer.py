@@ -1,39 +1,50 @@
-"""Writing a checkpoint: planned to the byte before it is computed, computed piece by piece, complete or absent.
+"""Writing a checkpoint: planned to the byte before it is computed, computed piece by piece.
 
 The header of a shard depends only on names, shapes and dtypes, so it is written first and each tensor goes to its
-place as soon as it exists: memory holds one piece at a time, whatever the size of a shard.
+place as soon as it exists, whichever process computes it: memory holds a few pieces at a time, whatever the size of a
+shard, and nothing that is finished has to be done again after an interruption.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
-from io import BufferedWriter
+from functools import cached_property, partial
+from io import FileIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from alphaq_vllm.format import TensorSpec
 from offline.checkpoint import CONFIG, INDEX, Checkpoint
+from offline.fp8 import BlockScaledTensor
 from offline.header import layout
-from offline.progress import Progress, format_bytes
-from offline.threads import one_thread
+from offline.journal import sync
+from offline.output import Output
+from offline.parallel import run_all
+from offline.progress import Progress
+from offline.stored import StoredTensor
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
+COPY_BYTES = 2**24
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that are computed and stored together: their specs, and the function that computes them."""
+    """Tensors that are computed and stored together: their specs, and the function that computes them.
+
+    The function can be pickled, and depends on nothing that another piece computes. A stored tensor that it returns
+    is copied without ever being in memory as a whole.
+    """
 
     specs: Mapping[str, TensorSpec]
-    compute: Callable[[], Mapping[str, torch.Tensor]]
+    compute: Callable[[], Mapping[str, torch.Tensor | StoredTensor]]
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +72,7 @@ class Shard:
 
 def copied(source: Checkpoint, name: str) -> Piece:
     """The piece that takes a tensor over unchanged."""
-    return Piece({name: source.spec(name)}, lambda: {name: source.load(name)})
+    return Piece({name: source.spec(name)}, partial(_unchanged, source.tensors[name], name))
 
 
 def plan_shards(pieces: Sequence[Piece], max_shard_bytes: int) -> list[Shard]:
@@ -81,110 +92,156 @@ def plan_shards(pieces: Sequence[Piece], max_shard_bytes: int) -> list[Shard]:
     return [Shard(name, group) for name, group in zip(names, groups, strict=True)]
 
 
-def check_output(out: Path, source: Path, needed_bytes: int) -> None:
-    """Raise unless ``out`` can become a new directory apart from ``source`` with room for ``needed_bytes``.
+def small_files(
+    shards: Sequence[Shard], config: Mapping[str, Any], sidecars: Sequence[Path], extra: Mapping[str, str]
+) -> dict[str, bytes]:
+    """All files of a checkpoint but the shards, by name, in the order in which they are written: config.json last."""
+    total_size = sum(piece.nbytes for shard in shards for piece in shard.pieces)
+    weight_map = {name: shard.name for shard in shards for name in shard.specs}
+    return {
+        **{sidecar.name: sidecar.read_bytes() for sidecar in sidecars},
+        **{name: text.encode() for name, text in extra.items()},
+        INDEX: _json({"metadata": {"total_size": total_size}, "weight_map": weight_map}),
+        CONFIG: _json(config),
+    }
 
-    Both paths are absolute and resolved.
+
+def write_checkpoint(
+    output: Output,
+    shards: Sequence[Shard],
+    config: Mapping[str, Any],
+    sidecars: Sequence[Path],
+    extra: Mapping[str, str] = MappingProxyType({}),
+    workers: int = 1,
+    shared: object = None,
+) -> None:
+    """Write the shards and then the other files: index, copies of ``sidecars``, ``extra`` texts by name, config.json.
+
+    workers, shared: see ``run_all``; the bytes depend on the other arguments alone. What the journal says is finished
+    is kept; raises ValueError if that belongs to another plan.
     """
-    if out == source or source in out.parents:
-        raise ValueError(f"{out}: expected an output directory outside the source {source}: choose another one")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: expected a new or empty output directory, got a file: choose another name")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out}: expected a new or empty output directory, got one with files: choose another one")
-    if out.is_mount():
-        raise ValueError(f"{out}: a mount point cannot be replaced: choose a new directory inside it")
-    existing = next(parent for parent in out.parents if parent.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
+    small = small_files(shards, config, sidecars, extra)
+    _match_plan(output, shards, small)
+    unfinished = _unfinished(output, shards)
+    total = sum(piece.nbytes for shard in shards for piece in shard.pieces)
+    left = sum(shards[number].pieces[i].nbytes for number, pieces in unfinished.items() for i in pieces)
+    tasks = run_all(_write_piece, _tasks(output.directory, shards, unfinished), workers, shared)
+    with Progress("write", total, total - left) as progress, closing(tasks) as finished:
+        for task, _ in finished:
+            output.journal.record({"written": [task.shard, task.number]}, task.path)
+            progress.advance(task.piece.nbytes)
+            unfinished[task.shard].remove(task.number)
+            if not unfinished[task.shard]:
+                output.journal.commit()
+                task.path.rename(output.directory / shards[task.shard].name)
+    for name, content in small.items():
+        _write_file(output.directory / name, content)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A piece to be computed, the number of its shard and its own in that, the file and its tensors' places there."""
+
+    shard: int
+    number: int
+    piece: Piece
+    path: Path
+    offsets: Mapping[str, int]
+
+
+def _match_plan(output: Output, shards: Sequence[Shard], small: Mapping[str, bytes]) -> None:
+    """Raise ValueError if what is finished belongs to a plan for other bytes."""
+    digest = hashlib.sha256(repr(([(shard.name, shard.specs) for shard in shards], small)).encode()).hexdigest()
+    before = next((entry["plan"] for entry in output.journal.entries if "plan" in entry), None)
+    if before is None:
+        output.journal.record({"plan": digest})
+        output.journal.commit()
+    elif before != digest:
         raise ValueError(
-            f"{existing}: expected {format_bytes(needed_bytes)} of free disk space, got {format_bytes(free)}: "
-            "free some, lower --bits or choose another output directory"
+            f"{output.directory.parent}: cannot be resumed: the run that left it planned other tensors or files: "
+            "remove this directory to start again"
         )
 
 
-@contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that becomes ``out`` when the block succeeds and is removed when it fails.
-
-    Raises ValueError if it exists already: another process is writing it, or was killed.
-    """
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError:
-        raise ValueError(
-            f"{partial}: exists already, so another run is writing it or was killed: "
-            "wait for that run, or remove this directory and start again"
-        ) from None
-    try:
-        yield partial
-        _sync(partial)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(out.parent)
+def _unfinished(output: Output, shards: Sequence[Shard]) -> dict[int, set[int]]:
+    """The pieces that are not finished, by shard, where there are any. A file gets its final name when it is whole."""
+    written: dict[int, set[int]] = {}
+    for entry in output.journal.entries:
+        if "written" in entry:
+            shard, piece = entry["written"]
+            written.setdefault(shard, set()).add(piece)
+    unfinished = {}
+    for number, shard in enumerate(shards):
+        final = output.directory / shard.name
+        if final.exists():
+            continue
+        temporary = _temporary(final)
+        if number in written and not temporary.exists():
+            raise ValueError(f"{temporary}: expected the file that an interrupted run left, got none: start again")
+        unfinished[number] = set(range(len(shard.pieces))) - written.get(number, set())
+        if not unfinished[number]:
+            temporary.rename(final)
+            del unfinished[number]
+    return unfinished
 
 
-@one_thread()
-def write_checkpoint(
-    directory: Path, shards: Sequence[Shard], config: Mapping[str, Any], sidecars: Sequence[Path]
-) -> None:
-    """Write shards, index, copies of ``sidecars`` and, last, config.json; the bytes depend on the arguments alone."""
-    total_size = sum(piece.nbytes for shard in shards for piece in shard.pieces)
-    progress = Progress("write", total_size)
-    for shard in shards:
-        _write_shard(directory / shard.name, shard, progress)
-    weight_map = {name: shard.name for shard in shards for name in shard.specs}
-    for sidecar in sidecars:
-        _write_file(directory / sidecar.name, sidecar.read_bytes())
-    _write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-    _write_json(directory / CONFIG, config)
+def _tasks(directory: Path, shards: Sequence[Shard], unfinished: Mapping[int, set[int]]) -> Iterator[_Task]:
+    """The tasks, each file having been made when the first one that writes to it is drawn."""
+    for number, pieces in list(unfinished.items()):
+        shard = shards[number]
+        header, offsets = layout(shard.specs)
+        path = _temporary(directory / shard.name)
+        path.touch()
+        with path.open("r+b", buffering=0) as file:
+            _write(file, header)
+            file.truncate(shard.nbytes)
+        sync(directory)
+        for i in sorted(pieces):
+            piece = shard.pieces[i]
+            yield _Task(number, i, piece, path, {name: offsets[name] for name in piece.specs})
 
 
-def _write_shard(path: Path, shard: Shard, progress: Progress) -> None:
-    """Write one file under a temporary name, so that its own name stands for a whole file."""
-    header, offsets = layout(shard.specs)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        _write_at(file, 0, header)
-        for piece in shard.pieces:
-            tensors = piece.compute()
-            for name, spec in piece.specs.items():
-                tensor = tensors[name]
-                if (tuple(tensor.shape), tensor.dtype) != (spec.shape, spec.dtype):
-                    raise ValueError(f"{name}: expected {spec}, got {tensor.dtype} of shape {tuple(tensor.shape)}")
-                _write_at(file, offsets[name], tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            progress.advance(piece.nbytes)
-        os.fsync(file.fileno())
-    temporary.rename(path)
+def _write_piece(task: _Task) -> None:
+    tensors = task.piece.compute()
+    with task.path.open("r+b", buffering=0) as file:
+        for name, spec in task.piece.specs.items():
+            tensor = tensors[name]
+            got = tensor.spec if isinstance(tensor, StoredTensor) else TensorSpec(tuple(tensor.shape), tensor.dtype)
+            if got != spec:
+                raise ValueError(f"{name}: expected {spec}, got {got}")
+            file.seek(task.offsets[name])
+            for content in _contents(tensor):
+                _write(file, content)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def _contents(tensor: torch.Tensor | StoredTensor) -> Iterator[bytes | memoryview]:
+    """The bytes of a tensor, a stored one's a part at a time."""
+    if isinstance(tensor, StoredTensor):
+        yield from tensor.parts(COPY_BYTES)
+    else:
+        yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _unchanged(tensor: StoredTensor | BlockScaledTensor, name: str) -> dict[str, torch.Tensor | StoredTensor]:
+    return {name: tensor if isinstance(tensor, StoredTensor) else tensor.load()}
+
+
+def _temporary(final: Path) -> Path:
+    return final.with_suffix(".tmp")
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        _write_at(file, 0, content)
+    with path.open("wb", buffering=0) as file:
+        _write(file, content)
         os.fsync(file.fileno())
 
 
-def _write_at(file: BufferedWriter, offset: int, content: bytes | memoryview) -> None:
-    try:
-        file.seek(offset)
-        file.write(content)
-        file.flush()
-    except OSError as error:
-        way_out = "nothing was kept: make room or choose another output directory"
-        raise OSError(error.errno, f"{error.strerror}: {way_out}", file.name) from error
-
-
-def _sync(directory: Path) -> None:
-    """Make the names in a directory as durable as the files' contents already are."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write(file: FileIO, content: bytes | memoryview) -> None:
+    """Write all, where one call may write only a part."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(file.fileno(), rest) :]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphaq_vllm.format import AlphaQSpec, matrix_tensors, stored_bits_per_weight
+from alphaq_vllm.format import AlphaQSpec, LinearFormat, linear_tensors, matrix_tensors, stored_bits_per_weight
 
 SPEC = {
     "quant_method": "alphaq",
@@ -32,6 +32,31 @@ def test_to_dict_round_trips_through_json(widths, group_size):
     assert AlphaQSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
+def linear(**changes):
+    return {"num_bits": 4, "group_size": 128, "modules": ["model.layers.0.self_attn.q_proj"], **changes}
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1), st.builds(LinearFormat, st.sampled_from([4, 8]), st.sampled_from([32, 64, 128]))
+    )
+)
+def test_to_dict_round_trips_linear_layers(formats):
+    spec = AlphaQSpec(128, AlphaQSpec.from_dict(SPEC).num_bits, formats)
+    stored = json.loads(json.dumps(spec.to_dict()))
+    assert AlphaQSpec.from_dict(stored) == spec
+    assert ("linear" in stored) == bool(formats)
+
+
+def test_from_dict_reads_linear_layers():
+    groups = [linear(), linear(num_bits=8, group_size=64, modules=["a", "b"])]
+    assert AlphaQSpec.from_dict(changed(linear=groups)).linear == {
+        "model.layers.0.self_attn.q_proj": LinearFormat(4, 128),
+        "a": LinearFormat(8, 64),
+        "b": LinearFormat(8, 64),
+    }
+
+
 MODULE = "model.layers.0.mlp.experts"
 
 
@@ -56,6 +81,19 @@ MODULE = "model.layers.0.mlp.experts"
         (changed(num_bits={MODULE: {"w1": "2", "w3": "0", "w2": "2"}}), "w3: expected one digit from 1 to 8"),
         (changed(num_bits={MODULE: {"w1": "2", "w3": [2], "w2": "2"}}), "w3: expected one digit from 1 to 8"),
         (changed(num_bits={MODULE: {"w1": "2", "w3": "22", "w2": "2"}}), "same number of experts"),
+        (changed(linear={}), "linear: expected a list of objects"),
+        (changed(linear=[]), "linear: expected a list of objects"),
+        (changed(linear=None), "linear: expected a list of objects"),
+        (changed(linear=["q_proj"]), r"linear\[0\]: expected an object"),
+        (changed(linear=[linear(symmetric=True)]), r"linear\[0\]: .* unknown \['symmetric'\]"),
+        (changed(linear=[{"num_bits": 4, "group_size": 32}]), r"linear\[0\]: .* missing \['modules'\]"),
+        (changed(linear=[linear(num_bits=3)]), r"linear\[0\].num_bits: expected one of \(4, 8\), got 3"),
+        (changed(linear=[linear(num_bits=True)]), r"linear\[0\].num_bits: expected one of"),
+        (changed(linear=[linear(), linear(group_size=16)]), r"linear\[1\].group_size: expected one of"),
+        (changed(linear=[linear(modules="q_proj")]), r"linear\[0\].modules: expected a list of names"),
+        (changed(linear=[linear(modules=[])]), r"linear\[0\].modules: expected a list of names"),
+        (changed(linear=[linear(modules=["", "a"])]), r"linear\[0\].modules: expected a list of names"),
+        (changed(linear=[linear(), linear()]), "each linear layer once, got 'model.layers.0.self_attn.q_proj' again"),
     ],
 )
 def test_from_dict_refuses(config, message):
@@ -75,3 +113,12 @@ def test_matrix_tensors_take_the_stated_bits(num_bits, group_size):
 def test_matrix_tensors_refuses_a_broken_group():
     with pytest.raises(ValueError, match="in_features=1408 is not divisible by group_size=100"):
         matrix_tensors(16, 1408, 4, 100)
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_linear_tensors_have_a_scale_and_no_zero_point(num_bits):
+    tensors = linear_tensors(96, 384, num_bits, 64)
+    assert {name: (spec.shape, spec.dtype) for name, spec in tensors.items()} == {
+        "weight_packed": ((96, 384 * num_bits // 32), torch.int32),
+        "weight_scale": ((96, 6), torch.bfloat16),
+    }

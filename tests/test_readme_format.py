@@ -1,8 +1,12 @@
 """A decoder written from the README's format section alone: it imports nothing of the project's own."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -54,3 +58,30 @@ def test_readme_decoder_agrees_with_dequantize(mixed_checkpoint, dequantized_che
                         np.testing.assert_allclose(values, weight[row].numpy(), rtol=1e-6, atol=1e-9)
                     seen.add(int(digit))
     assert seen == set(range(1, 9))
+
+
+def run(command, *arguments):
+    subprocess.run([sys.executable, "-m", f"offline.{command}", *map(str, arguments)], check=True)
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_readme_decoder_of_linear_layers_agrees_with_dequantize(num_bits, tmp_path):
+    model = Path(__file__).parent / "models" / "docs-moe"
+    run("convert", model, tmp_path / "packed", "--mode", "uniform", "--linear-bits", num_bits)
+    run("dequantize", tmp_path / "packed", tmp_path / "plain", "--dtype", "float32")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    (shard,), (dequantized,) = ((tmp_path / name).glob("*.safetensors") for name in ("packed", "plain"))
+    with safe_open(shard, "pt") as file, safe_open(dequantized, "pt") as plain:
+        for group in config["linear"]:
+            assert group["num_bits"] == num_bits
+            for module in group["modules"]:
+                weight = plain.get_tensor(f"{module}.weight")
+                packed, scale = (file.get_tensor(f"{module}.{suffix}") for suffix in ("weight_packed", "weight_scale"))
+                assert (packed.dtype, scale.dtype) == (torch.int32, torch.bfloat16)
+                assert packed.shape == (weight.shape[0], weight.shape[1] * num_bits // 32)
+                for r in (0, weight.shape[0] - 1):
+                    words = [int(word) & 0xFFFFFFFF for word in packed[r]]
+                    for c in range(weight.shape[1]):
+                        field = words[c * num_bits // 32] >> (c * num_bits % 32) & (2**num_bits - 1)
+                        code = field - 2 ** (num_bits - 1)
+                        assert weight[r, c] == float(scale[r, c // group["group_size"]]) * code

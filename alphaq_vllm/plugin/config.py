@@ -11,6 +11,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from alphaq_vllm.format import QUANT_METHOD, SHARD_IDS, AlphaQSpec
+from alphaq_vllm.plugin.linear import AlphaQLinearMethod
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ class AlphaQConfig(QuantizationConfig):
         super().__init__()
         self.group_size = spec.group_size
         self.num_bits = dict(spec.num_bits)
+        self.linear = dict(spec.linear)
 
     def __repr__(self) -> str:
-        return f"AlphaQConfig(group_size={self.group_size}, modules={len(self.num_bits)})"
+        return f"AlphaQConfig(group_size={self.group_size}, modules={len(self.num_bits)}, linear={len(self.linear)})"
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> AlphaQConfig:
@@ -55,11 +57,12 @@ class AlphaQConfig(QuantizationConfig):
         return []
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Rename the modules of the bit map as vLLM renames the checkpoint's tensors."""
+        """Rename the quantized modules as vLLM renames the checkpoint's tensors."""
         self.num_bits = hf_to_vllm_mapper.apply_dict(self.num_bits)
+        self.linear = hf_to_vllm_mapper.apply_dict(self.linear)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """AlphaQ for the experts named in the bit map; everything else stays as it is in the checkpoint."""
+        """AlphaQ for the experts and linear layers that the config names; the rest stays as it is in the checkpoint."""
         if isinstance(layer, RoutedExperts):
             projections = self.num_bits.get(prefix)
             if projections is None:
@@ -68,5 +71,16 @@ class AlphaQConfig(QuantizationConfig):
             names = {SHARD_IDS[name]: name for name in projections}
             return AlphaQMoEMethod(layer.moe_config, prefix, self.group_size, bits, names)
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod()
+            return self._linear_method(prefix)
         return None
+
+    def _linear_method(self, prefix: str) -> QuantizeMethodBase:
+        parent, _, name = prefix.rpartition(".")
+        fused = [] if prefix in self.linear else self.packed_modules_mapping.get(name, [])
+        parts = [f"{parent}.{part}" for part in fused] or [prefix]
+        formats = [self.linear.get(part) for part in parts]
+        if len(set(formats)) > 1:
+            raise ValueError(
+                f"{prefix}: vLLM fuses {', '.join(parts)}, so they must be stored alike, got {formats}: convert again"
+            )
+        return AlphaQLinearMethod(prefix, formats[0], parts) if formats[0] else UnquantizedLinearMethod()

@@ -16,7 +16,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, matrix_tensors
-from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS, PackedExperts, expert_offsets, fused_moe
+from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS, Gate, PackedExperts, expert_offsets, fused_moe, repack_
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -77,10 +77,11 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
                 "config.json does not belong to these weights, convert again"
             )
         activation = self.moe.activation.value
-        if activation not in SUPPORTED_ACTIVATIONS or self.moe.has_bias or self.moe.swiglu_limit is not None:
+        clamped = self.moe.swiglu_limit is not None and activation != "silu"
+        if activation not in SUPPORTED_ACTIVATIONS or self.moe.has_bias or clamped:
             raise ValueError(
-                f"{self.prefix}: expected experts without bias or clamp and an activation out of "
-                f"{SUPPORTED_ACTIVATIONS}, got {activation} with has_bias={self.moe.has_bias} and "
+                f"{self.prefix}: expected experts without bias, an activation out of {SUPPORTED_ACTIVATIONS}, and a "
+                f"clamp with silu only, got {activation} with has_bias={self.moe.has_bias} and "
                 f"swiglu_limit={self.moe.swiglu_limit}: this model cannot be served with --quantization alphaq yet"
             )
 
@@ -157,7 +158,11 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         return True if return_success else None
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Refuse to serve experts that were not loaded whole: vLLM does not check this for quantized models."""
+        """Refuse to serve experts that were not loaded whole, and bring the others into the order that a GPU wants.
+
+        vLLM does not check the former for quantized models. The latter happens within the parameters' own memory: they
+        stay what weights are loaded into, and loading them again, which is of all of them, starts over.
+        """
         expected = {(shard, e, suffix) for e in self.global_ids for shard in SHARDS for suffix in SUFFIXES}
         missing = sorted(self._tensor_name(e, shard, suffix) for shard, e, suffix in expected - self.loaded)
         self.loaded.clear()
@@ -176,6 +181,26 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
                         f"{self._tensor_name(expert_id, shard, suffix)}: expected finite values, got NaN or Inf: "
                         "the checkpoint is damaged, convert again"
                     )
+        if layer.w13_weight_packed.is_cuda:
+            for stem in self.shapes:
+                repack_(self._experts(layer, stem, tiled=False))
+            self._warm_up(layer)
+
+    def _warm_up(self, layer: RoutedExperts) -> None:
+        # Triton may be absent where there is no GPU.
+        from alphaq_vllm.kernels.moe_triton import warm_up
+
+        warm_up(
+            self._experts(layer, "w13", tiled=True),
+            self._experts(layer, "w2", tiled=True),
+            self.moe.experts_per_token,
+            self.moe.in_dtype,
+            w13_bias=None,
+            w2_bias=None,
+            expert_map=layer.expert_map,
+            gate=self._gate(),
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+        )
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """None: vLLM's own kernels are not used."""
@@ -190,21 +215,28 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """Routed experts' output for ``x [num_tokens, hidden_size]``, before the sum over ranks."""
+        tiled = layer.w13_weight_packed.is_cuda
         return fused_moe(
             x,
-            self._experts(layer, "w13"),
-            self._experts(layer, "w2"),
+            self._experts(layer, "w13", tiled),
+            self._experts(layer, "w2", tiled),
             topk_weights,
             topk_ids,
             expert_map=layer.expert_map,
-            activation=self.moe.activation.value,
+            gate=self._gate(),
             apply_router_weight_on_input=layer.apply_router_weight_on_input,
         )
 
-    def _experts(self, layer: RoutedExperts, stem: str) -> PackedExperts:
+    def _gate(self) -> Gate:
+        moe = self.moe
+        if moe.swiglu_limit is None:
+            return Gate(moe.activation.value)
+        return Gate("silu", moe.swiglu_limit, moe.swiglu_alpha or 1.0, moe.swiglu_beta or 0.0)
+
+    def _experts(self, layer: RoutedExperts, stem: str, tiled: bool) -> PackedExperts:
         packed, scales, zero_points = (getattr(layer, f"{stem}_{suffix}") for suffix in SUFFIXES)
         num_bits, offsets = getattr(layer, f"{stem}_num_bits"), getattr(layer, f"{stem}_offsets")
-        return PackedExperts(packed, scales, zero_points, num_bits, offsets, self.group_size, self.widths[stem])
+        return PackedExperts(packed, scales, zero_points, num_bits, offsets, self.group_size, self.widths[stem], tiled)
 
     def _tensor_name(self, expert_id: int, shard_id: str, suffix: str) -> str:
         return f"{self.prefix}.{expert_id}.{self.projection_names[shard_id]}.{suffix}"

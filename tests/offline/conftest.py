@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from offline.__main__ import main
 
 COMMON = {
     "vocab_size": 256,
@@ -29,6 +33,37 @@ DEEPSEEK = {
     "n_shared_experts": 1,
     **MLA,
 }
+HYBRID = {
+    **EXPERTS,
+    "shared_expert_intermediate_size": 128,
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+QWEN_VISION = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 128}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256}
+LLAMA4 = {
+    **LOCAL,
+    "num_experts_per_tok": 1,
+    "intermediate_size_mlp": 128,
+    "interleave_moe_layer_step": 1,
+    "head_dim": 32,
+    "attention_chunk_size": 64,
+}
+LLAMA_VISION = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 256,
+    "vision_output_dim": 64,
+    "projector_input_dim": 64,
+    "projector_output_dim": 64,
+    "image_size": 28,
+    "patch_size": 14,
+}
 CONFIGS = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 128},
     "qwen3_moe": {**EXPERTS, "head_dim": 32},
@@ -36,6 +71,17 @@ CONFIGS = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None},
     "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 32, "n_group": 1, "topk_group": 1},
+    "qwen3_next": HYBRID,
+    "qwen3_5_moe_text": HYBRID,
+    "qwen3_5_moe": {"text_config": {**COMMON, **HYBRID}, "vision_config": QWEN_VISION},
+    "glm4_moe": {**DEEPSEEK, "n_group": 1, "topk_group": 1, "head_dim": 32},
+    "phimoe": {"num_local_experts": 4},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
+    "granitemoe": LOCAL,
+    "granitemoeshared": {**LOCAL, "shared_intermediate_size": 128},
+    "gpt_oss": {**LOCAL, "head_dim": 32, "layer_types": ["full_attention", "full_attention"]},
+    "llama4_text": LLAMA4,
+    "llama4": {"text_config": {**COMMON, **LLAMA4}, "vision_config": LLAMA_VISION},
     "llama": {},
 }
 
@@ -48,8 +94,11 @@ def tiny_model(tmp_path_factory):
     def make(model_type):
         if model_type not in made:
             torch.manual_seed(0)
-            config = transformers.AutoConfig.for_model(model_type, **COMMON, **CONFIGS[model_type])
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            options, auto = {**COMMON, **CONFIGS[model_type]}, transformers.AutoModelForCausalLM
+            if "vision_config" in options:
+                options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
+            config = transformers.AutoConfig.for_model(model_type, **options)
+            model = auto.from_config(config, dtype=torch.bfloat16)
             made[model_type] = tmp_path_factory.mktemp("models") / model_type
             model.save_pretrained(made[model_type])
         return made[model_type]
@@ -83,3 +132,43 @@ def model(tiny_model, tmp_path):
 def sharded(sharded_model, tmp_path):
     """A copy of the sharded model, to be damaged."""
     return shutil.copytree(sharded_model, tmp_path / "sharded")
+
+
+@pytest.fixture
+def alphaq(monkeypatch, capsys):
+    """``alphaq(*arguments)``: the exit status, standard output and standard error of the console script."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["alphaq", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as ended:
+            return (ended.code or 0, *capsys.readouterr())
+        return (0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def speaking_model(tiny_model, tmp_path_factory):
+    """``speaking_model(model_type)``: a tiny model with a tokenizer, not to be changed."""
+    made = {}
+
+    def make(model_type):
+        if model_type not in made:
+            path = tmp_path_factory.mktemp("models") / model_type
+            made[model_type] = _add_tokenizer(shutil.copytree(tiny_model(model_type), path))
+        return made[model_type]
+
+    return make
+
+
+def _add_tokenizer(path):
+    """A tokenizer with one token for each byte."""
+    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    return path

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from alphaq_vllm.format import AlphaQSpec
 from offline import convert as command
-from offline import writer
+from offline import plan, writer
 from offline.cli import run
 from offline.convert import convert
 from offline.quantize import quantize
@@ -81,6 +81,8 @@ def test_convert_writes_the_config_with_the_bit_map_and_copies_sidecars(model, t
     }
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {
+        "README.md",
+        "SHA256SUMS",
         "config.json",
         "generation_config.json",
         "model-00001-of-00001.safetensors",
@@ -276,18 +278,18 @@ def test_convert_refuses_a_second_conversion_of_its_output(tiny_model, tmp_path)
 
 
 @pytest.mark.parametrize("calls_before", [0, 1, 20])
-def test_convert_leaves_nothing_when_quantization_fails(tiny_model, tmp_path, monkeypatch, calls_before):
+def test_convert_leaves_no_checkpoint_when_quantization_fails(tiny_model, tmp_path, monkeypatch, calls_before):
     calls = iter(range(calls_before))
 
-    def fail_late(*arguments):
+    def fail_late(*arguments, **options):
         if next(calls, None) is None:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return quantize(*arguments)
+        return quantize(*arguments, **options)
 
-    monkeypatch.setattr(command, "quantize", fail_late)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(plan, "quantize", fail_late)
+    with pytest.raises(OSError, match=r"No space left.*--resume"):
         convert(str(tiny_model("qwen2_moe")), tmp_path / "out", QUICK, max_shard_bytes=50_000)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
 def test_convert_writes_the_config_last(tiny_model, tmp_path, monkeypatch):
@@ -301,18 +303,25 @@ def test_convert_writes_the_config_last(tiny_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(writer, "_write_file", record)
     convert(str(tiny_model("qwen2_moe")), tmp_path / "out", QUICK)
-    assert written == ["generation_config.json", "model.safetensors.index.json", "config.json"]
+    assert written[-1] == "config.json"
+    assert sorted(written) == [
+        "README.md",
+        "alphaq_stats.csv",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+    ]
 
 
-def test_command_reports_a_file_size_limit_and_leaves_nothing(tiny_model, tmp_path):
+def test_command_reports_a_file_size_limit_and_leaves_no_checkpoint(tiny_model, tmp_path):
     script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)); "
     script += "from offline.cli import run; from offline.convert import main; run(main)"
     arguments = [str(tiny_model("qwen2_moe")), str(tmp_path / "out"), "--noise", "analytic"]
     result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "error: [Errno 27] File too large: nothing was kept: make room or" in result.stderr
+    assert re.search("error: .*File too large: .* with --resume", result.stderr)
     assert "Traceback" not in result.stderr
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
 def test_command_runs_as_a_module():

@@ -31,8 +31,16 @@ def true_mse(weight, quantized, num_bits):
 # The error of a search over a grid with 300 starts, plus 2 %.
 @pytest.mark.parametrize(
     ("sample", "num_bits", "limit"),
-    [(gaussian, 1, 0.362), (gaussian, 2, 0.112), (gaussian, 3, 0.0323), (gaussian, 4, 0.0084), (gaussian, 8, 3.2e-5)]
-    + [(student_t5, 2, 0.172), (student_t5, 3, 0.0556), (student_t5, 4, 0.0149)],
+    [
+        (gaussian, 1, 0.362),
+        (gaussian, 2, 0.112),
+        (gaussian, 3, 0.0323),
+        (gaussian, 4, 0.0084),
+        (gaussian, 8, 3.2e-5),
+        (student_t5, 2, 0.172),
+        (student_t5, 3, 0.0556),
+        (student_t5, 4, 0.0149),
+    ],
 )
 def test_quantize_reaches_the_least_error_known(sample, num_bits, limit):
     weight = sample(128, 2048)
@@ -90,13 +98,12 @@ def test_quantize_is_exact_on_a_grid(num_bits):
 
 
 @pytest.mark.parametrize("num_bits", [1, 2, 3, 8])
-@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e20, 1e37])
+@pytest.mark.parametrize("scale", [2.0**-110, 2.0**-66, 2.0**66, 2.0**123])
 def test_quantize_does_not_depend_on_scale(num_bits, scale):
     weight = gaussian(8, 128)
-    # Scales are rounded differently.
-    assert quantize(weight * scale, num_bits, 128).mse / scale**2 == pytest.approx(
-        quantize(weight, num_bits, 128).mse, rel=0.03
-    )
+    scaled, plain = quantize(weight * scale, num_bits, 128), quantize(weight, num_bits, 128)
+    assert torch.equal(scaled.packed, plain.packed)
+    assert scaled.mse / scale**2 == pytest.approx(plain.mse, rel=1e-6)
 
 
 @pytest.mark.parametrize("num_bits", [1, 2, 3, 4, 8])
@@ -162,15 +169,14 @@ def test_quantize_refuses_integers():
 @pytest.mark.parametrize(
     "weight",
     [
-        gaussian(700, 512),
-        student_t5(700, 512),
-        gaussian(700, 512) * gaussian(700, 1, seed=1).mul(0.5).exp(),
-        gaussian(700, 512) * gaussian(1, 512, seed=1).mul(0.5).exp() + 0.1,
+        gaussian(1500, 640),
+        student_t5(1500, 640),
+        gaussian(1500, 640) * gaussian(1500, 1, seed=1).mul(0.5).exp(),
+        gaussian(1500, 640) * gaussian(1, 640, seed=1).mul(0.5).exp() + 0.1,
     ],
     ids=["gaussian", "heavy tail", "uneven rows", "uneven columns"],
 )
-def test_quantization_mse_of_a_sample_is_within_two_percent(weight, monkeypatch):
-    monkeypatch.setattr(module, "SAMPLED_GROUPS", 800)
+def test_quantization_mse_of_a_sample_is_within_two_percent(weight):
     for num_bits, mse in zip((2, 4), quantization_mse(weight.bfloat16(), (2, 4), 64), strict=True):
         assert mse == pytest.approx(quantize(weight.bfloat16(), num_bits, 64).mse, rel=0.02)
 

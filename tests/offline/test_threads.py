@@ -1,9 +1,10 @@
-"""The number of torch's threads is lowered for the work and restored after it."""
+"""Where work runs: threads are lowered for it and restored after it, and processes are used when they pay."""
 
 import pytest
 import torch
 
-from offline.threads import one_thread
+from offline import threads
+from offline.threads import WORTH_PROCESSES, choose_workers, one_thread
 
 
 def test_one_thread_restores_the_number_also_after_a_failure():
@@ -16,3 +17,23 @@ def test_one_thread_restores_the_number_also_after_a_failure():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_choose_workers_takes_all_available_cores_when_the_work_is_worth_it(monkeypatch):
+    monkeypatch.setattr(threads, "compute_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    assert choose_workers(None, WORTH_PROCESSES) == 3
+    assert choose_workers(None, WORTH_PROCESSES - 1) == 1
+
+
+def test_choose_workers_does_as_it_is_told(monkeypatch):
+    monkeypatch.setattr(threads, "compute_device", lambda: torch.device("cpu"))
+    assert choose_workers(7, 1) == 7
+    assert choose_workers(1, WORTH_PROCESSES) == 1
+    with pytest.raises(ValueError, match="--workers: expected a number of processes from 1 up, got 0"):
+        choose_workers(0, 1)
+
+
+def test_choose_workers_leaves_a_gpu_to_one_process(monkeypatch):
+    monkeypatch.setattr(threads, "compute_device", lambda: torch.device("cuda"))
+    assert choose_workers(8, WORTH_PROCESSES) == 1

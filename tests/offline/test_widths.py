@@ -7,11 +7,11 @@ import pytest
 
 from offline.families import ExpertMatrix, Experts
 from offline.measure import MatrixStats
+from offline.splitting import check_group_size
 from offline.widths import (
     Budget,
     average_bits,
     check_bit_map,
-    check_group_size,
     choose,
     read_bit_map,
     to_spec,
@@ -133,6 +133,16 @@ def test_check_group_size_names_one_that_fits():
         check_group_size(32, [ExpertMatrix(MODULE, 0, "down_proj", (128, 100))])
     with pytest.raises(ValueError, match=r"--group-size: .* got 48"):
         check_group_size(48, MATRICES)
+
+
+def test_check_group_size_shares_the_columns_of_down_among_ranks():
+    check_group_size(64, MATRICES, tp_size=4)
+    with pytest.raises(ValueError, match=r"0.down_proj: intermediate_size_per_partition=64 .* with --group-size 64 or"):
+        check_group_size(128, MATRICES, tp_size=4)
+    with pytest.raises(ValueError, match="no supported group size divides it: lower --tp-size"):
+        check_group_size(64, MATRICES, tp_size=16)
+    with pytest.raises(ValueError, match="intermediate_size=256 is not divisible by --tp-size 3: choose a divisor"):
+        check_group_size(64, MATRICES, tp_size=3)
 
 
 def test_to_spec_lists_widths_by_expert():

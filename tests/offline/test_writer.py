@@ -1,16 +1,21 @@
 """Writing: the bytes that were planned, whole or not at all."""
 
+import errno
 import json
-import shutil
-from types import SimpleNamespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from alphaq_vllm.format import TensorSpec
+from offline import writer
 from offline.checkpoint import open_checkpoint
-from offline.writer import Piece, check_output, new_directory, plan_shards, write_checkpoint
+from offline.output import open_output
+from offline.stored import StoredTensor
+from offline.writer import Piece, plan_shards, write_checkpoint
 
 DTYPES = (torch.bfloat16, torch.int32, torch.bool, torch.float64, torch.float8_e4m3fn)
 
@@ -47,8 +52,10 @@ def test_write_checkpoint_is_read_back_by_safetensors_and_as_long_as_planned(tmp
     pieces = [piece(**dict(list(tensors.items())[:3])), *(piece(**{n: t}) for n, t in list(tensors.items())[3:])]
     shards = plan_shards(pieces, 200)
     assert len(shards) == 2
-    write_checkpoint(tmp_path, shards, {"a": 1}, [])
-    files = sorted(tmp_path.glob("*.safetensors"))
+    with open_output(tmp_path / "out", {}) as output:
+        write_checkpoint(output, shards, {"a": 1}, [])
+    out = tmp_path / "out"
+    files = sorted(out.glob("*.safetensors"))
     assert [file.name for file in files] == [shard.name for shard in shards]
     assert [file.stat().st_size for file in files] == [shard.nbytes for shard in shards]
     loaded = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -56,75 +63,91 @@ def test_write_checkpoint_is_read_back_by_safetensors_and_as_long_as_planned(tmp
     for name, tensor in tensors.items():
         assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(loaded[name].float(), tensor.float())
-    assert set(open_checkpoint(str(tmp_path)).tensors) == set(tensors)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_bytes())
+    assert set(open_checkpoint(str(out)).tensors) == set(tensors)
+    index = json.loads((out / "model.safetensors.index.json").read_bytes())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16)])
 def test_write_checkpoint_refuses_what_was_not_planned(tmp_path, wrong):
     planned = Piece({"t": TensorSpec((2,), torch.float32)}, lambda: {"t": wrong})
-    with pytest.raises(ValueError, match="t: expected TensorSpec"):
-        write_checkpoint(tmp_path, plan_shards([planned], 100), {}, [])
-    assert not list(tmp_path.glob("*.safetensors"))
-
-
-def test_new_directory_appears_whole(tmp_path):
-    out = tmp_path / "new" / "out"
-    with new_directory(out) as directory:
-        (directory / "file").write_text("x")
-        assert not out.exists()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
-    assert (out / "file").read_text() == "x"
-
-
-def test_new_directory_replaces_an_empty_one(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    with new_directory(out) as directory:
-        (directory / "file").write_text("x")
-    assert (out / "file").exists()
-
-
-@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt])
-def test_new_directory_leaves_nothing_after_a_failure(tmp_path, error):
-    with pytest.raises(error), new_directory(tmp_path / "out") as directory:
-        (directory / "file").write_text("x")
-        raise error
+    with pytest.raises(ValueError, match="t: expected TensorSpec"), open_output(tmp_path / "out", {}) as output:
+        write_checkpoint(output, plan_shards([planned], 100), {}, [])
     assert not list(tmp_path.iterdir())
 
 
-def test_new_directory_has_one_writer(tmp_path):
-    with new_directory(tmp_path / "out") as directory:
-        with pytest.raises(ValueError, match=r"out\.partial: exists already"), new_directory(tmp_path / "out"):
-            pytest.fail("two writers")
-        assert directory.exists()
+def test_write_checkpoint_copies_a_stored_tensor_in_parts(tmp_path, monkeypatch):
+    content = bytes(range(250))
+    (tmp_path / "source").write_bytes(b"before" + content + b"after")
+    stored = StoredTensor(tmp_path / "source", 6, TensorSpec((250,), torch.uint8))
+    monkeypatch.setattr(writer, "COPY_BYTES", 100)
+    with open_output(tmp_path / "out", {}) as output:
+        write_checkpoint(output, plan_shards([Piece({"t": stored.spec}, lambda: {"t": stored})], 1000), {}, [])
+    assert load_file(next((tmp_path / "out").glob("*.safetensors")))["t"].numpy().tobytes() == content
+    assert [len(part) for part in stored.parts(100)] == [100, 100, 50]
+    (tmp_path / "source").write_bytes(b"before")
+    with pytest.raises(OSError, match="source: the file became shorter"):
+        list(stored.parts(100))
 
 
-def test_check_output_refuses_the_source_and_what_is_inside_it(tmp_path):
-    for out in (tmp_path, tmp_path / "a", tmp_path / "a" / "b"):
-        with pytest.raises(ValueError, match="outside the source"):
-            check_output(out, tmp_path, 0)
+@dataclass
+class Failing:
+    """Computes a tensor, but for the first time."""
+
+    tensor: torch.Tensor
+    calls: int = 0
+
+    def __call__(self) -> Mapping[str, torch.Tensor]:
+        self.calls += 1
+        if self.calls == 1:
+            raise OSError(errno.EIO, "Input/output error", "disk")
+        return {"late": self.tensor}
 
 
-def test_check_output_refuses_what_exists(tmp_path):
-    (tmp_path / "out").mkdir()
-    check_output(tmp_path / "out", tmp_path / "source", 0)
-    (tmp_path / "out" / "file").write_text("x")
-    with pytest.raises(ValueError, match="got one with files"):
-        check_output(tmp_path / "out", tmp_path / "source", 0)
-    with pytest.raises(ValueError, match="got a file"):
-        check_output(tmp_path / "out" / "file", tmp_path / "source", 0)
+def test_write_checkpoint_computes_only_what_is_not_finished(tmp_path):
+    calls = []
+
+    def early(i):
+        calls.append(i)
+        return {f"t{i}": torch.full((10,), i, dtype=torch.uint8)}
+
+    pieces = [Piece({f"t{i}": TensorSpec((10,), torch.uint8)}, partial(early, i)) for i in range(5)]
+    late = Failing(torch.ones(10, dtype=torch.uint8))
+    # The last shard but one is finished in part: t4 before the failure.
+    pieces += [Piece({"late": TensorSpec((10,), torch.uint8)}, late)]
+    shards = plan_shards(pieces, 20)
+    with pytest.raises(OSError, match="--resume") as caught, open_output(tmp_path / "out", {}) as output:
+        write_checkpoint(output, shards, {"a": 1}, [])
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, "disk")
+    with open_output(tmp_path / "out", {}, resume=True) as output:
+        write_checkpoint(output, shards, {"a": 1}, [])
+    assert calls == [0, 1, 2, 3, 4]
+    with open_output(tmp_path / "whole", {}) as output:
+        write_checkpoint(output, shards, {"a": 1}, [])
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
 
 
-def test_check_output_refuses_a_mount_point(tmp_path, monkeypatch):
-    monkeypatch.setattr(type(tmp_path), "is_mount", lambda self: True)
-    with pytest.raises(ValueError, match="a new directory inside it"):
-        check_output(tmp_path / "out", tmp_path / "source", 0)
+def test_write_checkpoint_refuses_to_continue_another_plan(tmp_path):
+    failing = Piece({"late": TensorSpec((10,), torch.uint8)}, Failing(torch.ones(10, dtype=torch.uint8)))
+    with pytest.raises(OSError), open_output(tmp_path / "out", {}) as output:
+        write_checkpoint(output, plan_shards([failing], 20), {"a": 1}, [])
+    with (
+        pytest.raises(ValueError, match=r"cannot be resumed: .* planned other tensors or files"),
+        open_output(tmp_path / "out", {}, resume=True) as output,
+    ):
+        write_checkpoint(output, plan_shards([failing], 20), {"a": 2}, [])
+    assert (tmp_path / "out.partial").exists()
 
 
-def test_check_output_wants_room_for_everything(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9 if path == tmp_path else 0))
-    check_output(tmp_path / "new" / "out", tmp_path / "source", 10**9)
-    with pytest.raises(ValueError, match=r"expected 2\.0 GB of free disk space, got 1\.0 GB"):
-        check_output(tmp_path / "new" / "out", tmp_path / "source", 2 * 10**9)
+def test_write_checkpoint_misses_a_file_that_was_taken_away(tmp_path):
+    failing = Piece({"late": TensorSpec((10,), torch.uint8)}, Failing(torch.ones(10, dtype=torch.uint8)))
+    shards = plan_shards([*pieces_of([10]), failing], 20)
+    with pytest.raises(OSError), open_output(tmp_path / "out", {}) as output:
+        write_checkpoint(output, shards, {}, [])
+    next((tmp_path / "out.partial").rglob("*.tmp")).unlink()
+    with (
+        pytest.raises(ValueError, match=r"\.tmp: expected the file that an interrupted run left, got none"),
+        open_output(tmp_path / "out", {}, resume=True) as output,
+    ):
+        write_checkpoint(output, shards, {}, [])

@@ -1,0 +1,179 @@
+"""Work spread over processes, each with one thread of torch and a few tasks at a time.
+
+Processes come from a server that has imported torch once, so all but the first start in milliseconds and share its
+memory. None outlives the process that it works for, however that ends.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import context, forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
+from typing import Any, TypeVar
+
+import torch
+
+from offline.threads import one_thread
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# One that is worked on and one that waits, so that a worker is not idle while its result is dealt with.
+TASKS_IN_FLIGHT = 2
+
+
+def run_all(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int = 1, shared: object = None
+) -> Generator[tuple[Item, Result], None, None]:
+    """Call ``function`` on every item and yield each with its result as soon as there is one.
+
+    workers: the number of processes; 1 calls in this process and in order. With more, function and items must be
+    picklable, ``items`` are drawn as they are needed, and the order of the results is any.
+    shared: a large object that items refer to, sent to each process once instead of with every item.
+    Raises what ``function`` raises, and ChildProcessError if a process dies.
+    """
+    if workers == 1:
+        with one_thread():
+            for item in items:
+                yield item, function(item)
+    else:
+        with _started(workers, _dumps(function, shared), shared) as processes:
+            yield from _distribute(processes, iter(items), shared)
+
+
+def _distribute(
+    processes: dict[Connection, context.ForkServerProcess], items: Iterator[Item], shared: object
+) -> Iterator[tuple[Item, Any]]:
+    busy: dict[Connection, deque[Item]] = {connection: deque() for connection in processes}
+    ready = list(busy)
+    while True:
+        for connection in ready:
+            try:
+                for item in islice(items, TASKS_IN_FLIGHT - len(busy[connection])):
+                    busy[connection].append(item)
+                    connection.send_bytes(_dumps(item, shared))
+            except ConnectionError:
+                raise _death(processes[connection]) from None
+        working = [connection for connection in busy if busy[connection]]
+        if not working:
+            return
+        ready = [connection for connection in wait(working) if isinstance(connection, Connection)]
+        for connection in ready:
+            try:
+                result, error = pickle.loads(connection.recv_bytes())
+            except (EOFError, ConnectionError):
+                raise _death(processes[connection]) from None
+            if error:
+                raise error
+            yield busy[connection].popleft(), result
+
+
+def _death(process: context.ForkServerProcess) -> ChildProcessError:
+    process.join()
+    code = process.exitcode or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    hint = ", as happens when memory runs out: set --workers lower" if code == -signal.SIGKILL else ""
+    return ChildProcessError(f"a worker process {how}{hint}")
+
+
+@contextmanager
+def _started(workers: int, function: bytes, shared: object) -> Iterator[dict[Connection, context.ForkServerProcess]]:
+    """Idle workers by the connections to them, killed at the end."""
+    forked = get_context("forkserver")
+    _start_server()
+    start = pickle.dumps(shared), function
+    processes: dict[Connection, context.ForkServerProcess] = {}
+    try:
+        for _ in range(workers):
+            ours, theirs = forked.Pipe()
+            process = forked.Process(target=_work, args=(theirs, *start), daemon=True)
+            processes[ours] = process
+            process.start()
+            theirs.close()
+        yield processes
+    finally:
+        for connection, process in processes.items():
+            connection.close()
+            if process.pid:
+                process.kill()
+                process.join()
+
+
+def _start_server() -> None:
+    """Start the server of processes with SIGINT blocked, as they inherit it: this process decides when to end."""
+    forkserver.set_forkserver_preload(["offline.measure", "offline.writer"])
+    # Once it has been started: starting it unblocks SIGINT.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(connection: Connection, shared_bytes: bytes, function_bytes: bytes) -> None:
+    """What a process does: call the function on each item that comes, until the connection ends."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    shared = pickle.loads(shared_bytes)
+    function = _loads(function_bytes, shared)
+    while True:
+        try:
+            item = _loads(connection.recv_bytes(), shared)
+        except EOFError:
+            return
+        try:
+            outcome = function(item), None
+        except Exception as error:
+            outcome = None, ExceptionWithTraceback(error, error.__traceback__)
+        # Not connection.send, which leaves tensors to be fetched from a process that may be gone by then.
+        connection.send_bytes(pickle.dumps(outcome))
+
+
+def _end_with_parent() -> None:
+    """End at once with the process that this one works for: another may take up the work again."""
+    parent = parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
+
+
+def _dumps(item: object, shared: object) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, shared).dump(item)
+    return buffer.getvalue()
+
+
+def _loads(content: bytes, shared: object) -> Any:
+    return _Unpickler(io.BytesIO(content), shared).load()
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves the shared object out."""
+
+    def __init__(self, buffer: io.BytesIO, shared: object) -> None:
+        super().__init__(buffer)
+        self._shared = shared
+
+    def persistent_id(self, obj: object) -> str | None:
+        return "shared" if obj is self._shared and obj is not None else None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts the shared object in its place."""
+
+    def __init__(self, buffer: io.BytesIO, shared: object) -> None:
+        super().__init__(buffer)
+        self._shared = shared
+
+    def persistent_load(self, pid: str) -> object:
+        return self._shared

@@ -1,0 +1,193 @@
+"""Conversion with each quantizer: what is stored, measured and reported is that quantizer's; GPTQ stops and resumes."""
+
+import errno
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from offline import plan, sequential
+from offline.calibration import Calibration
+from offline.checkpoint import open_checkpoint
+from offline.convert import convert
+from offline.families import find_experts
+from offline.measure import load_weight
+from offline.quantize import quantization_mse, quantize
+from offline.selection import Selection
+from offline.stats import read_statistics
+from offline.threads import one_thread
+from offline.validate import validate
+from offline.widths import Budget
+
+TEXT = "The quick brown fox jumps over the lazy dog, 0123456789 times. " * 30
+UNIFORM = Budget(2.0, mode="uniform")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def calibration(text):
+    return Calibration((text,), tokens=256, length=64)
+
+
+def stored(out):
+    return {name: tensor for file in sorted(out.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def contents(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "hqq", "mse"])
+@one_thread()
+def test_convert_stores_and_measures_its_quantizer(tiny_model, tmp_path, quantizer):
+    source, out = open_checkpoint(str(tiny_model("qwen2_moe"))), tmp_path / "out"
+    summary = convert(str(source.path), out, Budget(3.0), quantizer=quantizer)
+    tensors, statistics = stored(out), read_statistics(out / "alphaq_stats.csv")
+    bits = json.loads((out / "config.json").read_bytes())["quantization_config"]["num_bits"]
+    for matrix, measured in zip(find_experts(source).matrices, statistics.matrices, strict=True):
+        weight = load_weight(source, matrix)
+        num_bits = int(bits[matrix.module][matrix.projection][matrix.expert])
+        for name, tensor in quantize(weight, num_bits, 128, quantizer).tensors(matrix.name).items():
+            assert torch.equal(tensors[name], tensor)
+        assert list(measured.mse.values()) == quantization_mse(weight, (2, 3, 4), 128, quantizer)
+    assert summary.quantizer == statistics.origin.quantizer == quantizer
+    assert f"- quantizer: {quantizer}\n" in (out / "README.md").read_text()
+    assert f"quantizer:      {quantizer}\n" in str(summary)
+    assert validate(str(out), str(source.path))["matrices"] == 24
+
+
+def test_convert_refuses_statistics_of_another_quantizer(tiny_model, tmp_path):
+    path = str(tiny_model("qwen2_moe"))
+    convert(path, tmp_path / "out", Budget(3.0))
+    stats = tmp_path / "out" / "alphaq_stats.csv"
+    with pytest.raises(ValueError, match="out of date: quantizer: expected rtn, got mse"):
+        convert(path, tmp_path / "rtn", Budget(3.0), quantizer="rtn", stats=stats)
+    convert(path, tmp_path / "rtn", Budget(3.0, noise="analytic"), quantizer="rtn", stats=stats)
+
+
+def test_convert_accepts_statistics_of_its_quantizer(tiny_model, tmp_path, alphaq):
+    path, stats = tiny_model("qwen2_moe"), tmp_path / "stats.csv"
+    assert alphaq("measure", path, "-o", stats, "--quantizer", "rtn")[0] == 0
+    assert alphaq("measure", path, "-o", stats, "--quantizer", "hqq")[0] == 2
+    assert alphaq("convert", path, tmp_path / "out", "--quantizer", "rtn", "--stats", stats)[0] == 0
+    convert(str(path), tmp_path / "measured", Budget(), quantizer="rtn")
+    assert contents(tmp_path / "out").keys() == contents(tmp_path / "measured").keys()
+    one, two = stored(tmp_path / "out"), stored(tmp_path / "measured")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_convert_with_gptq_stores_its_results(speaking_model, tmp_path, calibration):
+    path = speaking_model("qwen2_moe")
+    source, out = open_checkpoint(str(path)), tmp_path / "out"
+    summary = convert(str(path), out, Budget(3.0), 64, quantizer="gptq", calibration=calibration)
+    statistics = read_statistics(out / "alphaq_stats.csv")
+    assert statistics.origin.quantizer == "mse"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (summary.quantizer, summary.calibration_tokens, summary.starved) == ("gptq", 256, 0)
+    assert "gptq, calibrated on 256 tokens; 0 of 8 experts saw none of them" in str(summary)
+    assert "- quantizer: gptq, calibrated on 256 tokens\n" in (out / "README.md").read_text()
+
+    experts = find_experts(source)
+    spec = json.loads((out / "config.json").read_bytes())["quantization_config"]["num_bits"]
+    bits = {m.name: int(spec[m.module][m.projection][m.expert]) for m in experts.matrices}
+    sequential.SequentialGptq(source, experts, calibration).run(bits, 64, tmp_path / "gptq")
+    tensors = stored(out)
+    for matrix in experts.matrices:
+        for name, tensor in sequential.load_quantized(tmp_path / "gptq", matrix).items():
+            assert torch.equal(tensors[name], tensor)
+    assert validate(str(out), str(path))["matrices"] == 24
+
+
+def test_convert_with_gptq_leaves_excluded_layers_alone(speaking_model, tmp_path, calibration):
+    path, out = speaking_model("qwen2_moe"), tmp_path / "out"
+    selection = Selection(exclude=("*.layers.0.*",))
+    summary = convert(str(path), out, UNIFORM, selection=selection, quantizer="gptq", calibration=calibration)
+    assert (summary.layers, summary.matrices) == (1, 12)
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"
+    assert torch.equal(stored(out)[name], load_file(path / "model.safetensors")[name])
+
+
+# Two layers of four experts; a complete layer is not done again.
+@pytest.mark.parametrize(("calls_before", "calls_after"), [(0, 8), (5, 4), (8, 0)])
+def test_convert_with_gptq_resumes_to_the_same_bytes(
+    speaking_model, tmp_path, calibration, monkeypatch, calls_before, calls_after
+):
+    path, quantize_expert, calls = str(speaking_model("qwen2_moe")), sequential._quantize, []
+    options = {"quantizer": "gptq", "calibration": calibration}
+    convert(path, tmp_path / "whole", UNIFORM, **options)
+
+    def fail_late(task):
+        calls.append(task)
+        if len(calls) > calls_before:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return quantize_expert(task)
+
+    monkeypatch.setattr(sequential, "_quantize", fail_late)
+    if calls_before == 8:
+        monkeypatch.setattr(plan, "load_quantized", lambda *_: fail_late(None))
+    with pytest.raises(OSError, match=r"No space left.*--resume"):
+        convert(path, tmp_path / "out", UNIFORM, **options)
+    with pytest.raises(ValueError, match=r"quantizer = .*gptq.*, not .*mse"):
+        convert(path, tmp_path / "out", UNIFORM, resume=True)
+    other = Calibration(calibration.files, tokens=128, length=64)
+    with pytest.raises(ValueError, match=r"calibration = .*, not "):
+        convert(path, tmp_path / "out", UNIFORM, resume=True, quantizer="gptq", calibration=other)
+    calls.clear()
+    monkeypatch.setattr(plan, "load_quantized", sequential.load_quantized)
+    monkeypatch.setattr(sequential, "_quantize", lambda task: calls.append(task) or quantize_expert(task))
+    convert(path, tmp_path / "out", UNIFORM, resume=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+    assert len(calls) == calls_after
+
+
+def test_convert_with_gptq_and_dry_run_writes_nothing(speaking_model, tmp_path, calibration):
+    path = str(speaking_model("qwen2_moe"))
+    summary = convert(path, tmp_path / "out", UNIFORM, quantizer="gptq", calibration=calibration, dry_run=True)
+    assert (summary.calibration_tokens, summary.starved) == (256, None)
+    assert summary.seconds > 0
+    assert "gptq, calibrated on 256 tokens\n" in str(summary)
+    assert not list(tmp_path.iterdir())
+
+
+REFUSED = {
+    "unknown": (["--quantizer", "awq"], "argument --quantizer: invalid choice: 'awq'"),
+    "no text": (
+        ["--quantizer", "gptq"],
+        "--quantizer gptq: expected text to calibrate on, got none: add --calibration",
+    ),
+    "text for mse": (["--calibration", "TEXT"], "--calibration: expected --quantizer gptq, got mse"),
+    "no files": (["--calibration-tokens", "9999"], "--calibration: expected files of text, got none"),
+    "long windows": (
+        ["--quantizer", "gptq", "--calibration", "TEXT", "--calibration-length", "40000"],
+        "--calibration-length",
+    ),
+    "text missing": (
+        ["--quantizer", "gptq", "--calibration", "nowhere.txt"],
+        "No such file or directory: 'nowhere.txt'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_command_refuses_before_anything_is_written(speaking_model, tmp_path, text, alphaq, name):
+    options, message = REFUSED[name]
+    options = [text if option == "TEXT" else option for option in options]
+    status, _, error = alphaq("convert", speaking_model("qwen2_moe"), tmp_path / "out", *options)
+    assert status == 2
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_passes_the_calibration_on(speaking_model, tmp_path, text, alphaq):
+    widths, calibration = ("--mode", "uniform", "--bits", 2), ("--calibration-tokens", 128, "--calibration-length", 64)
+    options = (*widths, "--quantizer", "gptq", "--calibration", text, text, *calibration, "--json")
+    status, output, _ = alphaq("convert", speaking_model("qwen2_moe"), tmp_path / "out", *options)
+    assert (status, json.loads(output)["calibration_tokens"]) == (0, 128)

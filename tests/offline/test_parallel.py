@@ -1,0 +1,90 @@
+"""Work spread over processes: the same results, and every failure is seen."""
+
+import operator
+import os
+import pickle
+import signal
+import time
+
+import pytest
+
+from offline.parallel import TASKS_IN_FLIGHT, _dumps, _loads, run_all
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_run_all_yields_every_item_with_its_result(workers):
+    results = list(run_all(operator.neg, range(20), workers))
+    assert sorted(results) == [(i, -i) for i in range(20)]
+
+
+def test_run_all_accepts_no_items():
+    assert list(run_all(operator.neg, [], 2)) == []
+
+
+def test_run_all_runs_at_the_same_time():
+    start = time.monotonic()
+    list(run_all(time.sleep, [0.0, 0.0], 2))
+    warm = time.monotonic() - start
+    start = time.monotonic()
+    list(run_all(time.sleep, [1.5] * 4, 4))
+    assert time.monotonic() - start < max(4.5, 1.5 + 2 * warm)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_run_all_draws_items_as_they_are_needed(workers):
+    drawn = []
+    items = (drawn.append(i) or i for i in range(100))
+    results = run_all(operator.neg, items, workers)
+    next(results)
+    assert len(drawn) <= workers * TASKS_IN_FLIGHT + 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_run_all_raises_what_the_function_raises(workers):
+    with pytest.raises(ValueError, match=r"invalid literal.*'x'"):
+        list(run_all(int, ["1", "x", "2"], workers))
+    with pytest.raises(FileNotFoundError) as caught:
+        list(run_all(os.stat, ["/nowhere"], workers))
+    assert caught.value.filename == "/nowhere"
+
+
+@pytest.mark.parametrize(
+    ("function", "item", "message"),
+    [
+        (os._exit, 3, "a worker process ended with exit status 3"),
+        (
+            signal.raise_signal,
+            signal.SIGKILL,
+            "was killed by SIGKILL, as happens when memory runs out: set --workers lower",
+        ),
+        (signal.raise_signal, signal.SIGSEGV, "was killed by SIGSEGV$"),
+    ],
+)
+def test_run_all_reports_a_process_that_dies(function, item, message):
+    with pytest.raises(ChildProcessError, match=message):
+        list(run_all(function, [item] * 4, 2))
+
+
+def test_run_all_leaves_no_process(capfd):
+    results = run_all(time.sleep, [0, 60, 60], 2)
+    next(results)
+    start = time.monotonic()
+    results.close()
+    assert time.monotonic() - start < 5
+    assert capfd.readouterr().err == ""
+
+
+def test_dumps_leaves_out_the_shared_object():
+    shared = list(range(10_000))
+    content = _dumps({"a": shared, "b": [shared, 5]}, shared)
+    assert len(content) < 200
+    twin = pickle.loads(pickle.dumps(shared))
+    loaded = _loads(content, twin)
+    assert loaded["a"] is loaded["b"][0] is twin
+    assert loaded["b"][1] == 5
+
+
+def test_run_all_sends_what_refers_to_the_shared_object():
+    shared = [1, 2]
+    results = run_all(repr, [[shared, i] for i in range(3)], 2, shared)
+    assert sorted(result for _, result in results) == ["[[1, 2], 0]", "[[1, 2], 1]", "[[1, 2], 2]"]

@@ -1,0 +1,298 @@
+"""Conversions that are interrupted in every way: nothing half-made looks whole, and resuming gives the same bytes."""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from offline import convert as command
+from offline import writer
+from offline.convert import convert
+from offline.widths import Budget
+
+SHARD = 600_000
+# Converts in a new process, as often as it is told to, without importing torch every time.
+SERVER = """
+import os, sys
+from pathlib import Path
+from offline import journal
+from offline.convert import convert
+from offline.widths import Budget
+journal.SECONDS_BETWEEN_COMMITS = 0.02
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        print("started", os.getpid(), flush=True)
+        convert(sys.argv[1], Path(line.strip()), Budget(3.0), max_shard_bytes=int(sys.argv[2]), workers=1, resume=True)
+        os._exit(0)
+    print("ended", os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model with 96 small matrices of experts."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, moe_intermediate_size=256, num_experts=16, shared_expert_intermediate_size=256,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("resume") / "source"
+    transformers.Qwen2MoeForCausalLM(config).bfloat16().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(source, tmp_path_factory):
+    """The files of an uninterrupted conversion, and the seconds that it took."""
+    out, start = tmp_path_factory.mktemp("expected") / "out", time.monotonic()
+    convert(str(source), out, Budget(3.0), max_shard_bytes=SHARD, workers=1)
+    return digests(out), time.monotonic() - start
+
+
+def digests(directory):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+
+
+def entries(out):
+    """The kinds of entries in the journal of an interrupted run."""
+    path = out.with_name(f"{out.name}.partial") / "journal.jsonl"
+    return {key for line in path.read_bytes().splitlines(True) if line.endswith(b"\n") for key in json.loads(line)}
+
+
+def start_command(source, out, *arguments):
+    """The command in a process group of its own."""
+    arguments = [sys.executable, "-m", "offline.convert", source, out, "--bits", "3", *arguments]
+    arguments += ["--max-shard-size", str(SHARD)]
+    return subprocess.Popen(
+        list(map(str, arguments)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+
+
+def wait_for(condition, process=None):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def writing(out):
+    return lambda: next(out.parent.glob(f"{out.name}.partial/checkpoint/*.tmp"), None)
+
+
+def processes_of(session):
+    """Processes of a session that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_convert_killed_at_20_random_moments_resumes_to_the_same_bytes(source, expected, tmp_path):
+    files, seconds = expected
+    moments, stages, kills, runs = random.Random(20), set(), 0, 0
+
+    def enough():
+        return kills >= 20 and stages >= {"stats", "plan", "written"}
+
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(source), str(SHARD)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not enough() or (tmp_path / f"{runs}.partial").exists():
+            out = tmp_path / str(runs)
+            print(out, file=server.stdin, flush=True)
+            pid = int(server.stdout.readline().removeprefix("started "))
+            if not enough():
+                time.sleep(moments.uniform(0, seconds / 2))
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+            status = int(server.stdout.readline().removeprefix("ended "))
+            killed = os.WIFSIGNALED(status)
+            kills += killed
+            assert killed or status == 0
+            assert killed or not (tmp_path / f"{runs}.partial").exists()
+            if (tmp_path / f"{runs}.partial" / "journal.jsonl").exists():
+                stages |= entries(out)
+            if out.exists():
+                assert digests(out) == files
+                runs += 1
+    finally:
+        server.stdin.close()
+        server.wait()
+    assert runs
+
+
+def test_convert_ends_its_processes_when_it_is_killed_alone(source, expected, tmp_path):
+    process = start_command(source, tmp_path / "out", "--workers", "2")
+    wait_for(writing(tmp_path / "out"), process)
+    assert len(processes_of(process.pid)) > 3
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not processes_of(process.pid))
+    assert not (tmp_path / "out").exists()
+    convert(str(source), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, workers=1, resume=True)
+    assert digests(tmp_path / "out") == expected[0]
+
+
+def test_command_stops_cleanly_at_sigint_and_resumes(source, expected, tmp_path):
+    out = tmp_path / "out"
+    process = start_command(source, out, "--workers", "2")
+    wait_for(writing(out), process)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    lines = error.splitlines()
+    way_out = f"{out}.partial keeps what is done: run the same command with --resume to continue"
+    assert lines[-1] == f"error: interrupted: {way_out}"
+    assert all(line.startswith("measure: ") for line in lines[:-1])
+    assert not out.exists()
+    process = start_command(source, out, "--workers", "1", "--resume")
+    assert process.communicate()[1].startswith("write: ")
+    assert process.returncode == 0
+    assert digests(out) == expected[0]
+
+
+def test_command_stops_cleanly_at_sigint_while_processes_start(source, tmp_path):
+    process = start_command(source, tmp_path / "out", "--workers", "2")
+    wait_for(lambda: len(processes_of(process.pid)) > 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_convert_gives_the_same_bytes_whatever_the_number_of_workers(source, expected, tmp_path, workers):
+    convert(str(source), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, workers=workers)
+    assert digests(tmp_path / "out") == expected[0]
+
+
+def interrupt(source, out, monkeypatch, error=KeyboardInterrupt):
+    """Interrupt a conversion in the middle of writing."""
+    calls = iter(range(100))
+    write = writer._write_piece
+
+    def fail_late(task):
+        if next(calls, None) is None:
+            raise error
+        return write(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_piece", fail_late)
+        with pytest.raises(type(error) if isinstance(error, Exception) else error, match="--resume"):
+            convert(str(source), out, Budget(3.0), max_shard_bytes=SHARD, workers=1)
+
+
+def test_convert_refuses_to_resume_what_has_changed(source, expected, tmp_path, monkeypatch):
+    copy, out = shutil.copytree(source, tmp_path / "source"), tmp_path / "out"
+    interrupt(copy, out, monkeypatch)
+    with pytest.raises(ValueError, match=r"had settings\.widths\.average_bits = 3\.0, not 2\.5"):
+        convert(str(copy), out, Budget(2.5), max_shard_bytes=SHARD, resume=True)
+    with pytest.raises(ValueError, match=f"had settings.max_shard_bytes = {SHARD}, not {2 * SHARD}"):
+        convert(str(copy), out, Budget(3.0), max_shard_bytes=2 * SHARD, resume=True)
+    with pytest.raises(ValueError, match="add --resume to continue"):
+        convert(str(copy), out, Budget(3.0), max_shard_bytes=SHARD)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    with pytest.raises(ValueError, match="had a source with other files or older ones"):
+        convert(str(copy), out, Budget(3.0), max_shard_bytes=SHARD, resume=True)
+    assert not out.exists()
+    assert (tmp_path / "out.partial").exists()
+
+
+def test_convert_reports_a_full_disk_and_resumes(source, expected, tmp_path, monkeypatch):
+    interrupt(source, tmp_path / "out", monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    assert not (tmp_path / "out").exists()
+    convert(str(source), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, resume=True)
+    assert digests(tmp_path / "out") == expected[0]
+
+
+def test_command_reports_a_file_size_limit_and_resumes_without_it(source, expected, tmp_path):
+    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
+    script += "from offline.cli import run; from offline.convert import main; run(main)"
+    arguments = [
+        str(source),
+        str(tmp_path / "out"),
+        "--bits",
+        "3",
+        "--max-shard-size",
+        str(SHARD),
+        "--workers",
+        "2",
+    ]
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "error: [Errno 27] File too large: " in result.stderr
+    assert "run the same command with --resume" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+    convert(str(source), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, resume=True)
+    assert digests(tmp_path / "out") == expected[0]
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """``mount(*options)``: a small file system of its own, where the system permits it."""
+    mounted = []
+
+    def make(*options):
+        path = tmp_path / f"mount{len(mounted)}"
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(("size=8m", *options)), "none", str(path)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a file system is not permitted")
+        mounted.append(path)
+        return path
+
+    yield make
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_convert_survives_a_disk_that_fills_up(source, expected, mount, monkeypatch, workers):
+    disk = mount()
+    # Room enough for the check, but not any more when the shards are written.
+    monkeypatch.setattr(command, "check_output", lambda *arguments: None)
+    (disk / "other").write_bytes(bytes(7_000_000))
+    with pytest.raises(OSError, match=r"No space left on device: .*--resume") as caught:
+        convert(str(source), disk / "out", Budget(3.0), max_shard_bytes=SHARD, workers=workers)
+    assert caught.value.errno == errno.ENOSPC
+    assert not (disk / "out").exists()
+    (disk / "other").unlink()
+    convert(str(source), disk / "out", Budget(3.0), max_shard_bytes=SHARD, workers=workers, resume=True)
+    assert digests(disk / "out") == expected[0]
+
+
+def test_command_reports_a_target_that_cannot_be_written(source, tmp_path, mount):
+    (tmp_path / "file").touch()
+    read_only = mount()
+    subprocess.run(["mount", "-o", "remount,ro", str(read_only)], check=True)
+    for out, message in ((tmp_path / "file" / "out", "Not a directory"), (read_only / "out", "Read-only file system")):
+        process = start_command(source, out)
+        error = process.communicate()[1]
+        assert process.returncode == 2
+        assert message in error
+        assert error.count("\n") == 1

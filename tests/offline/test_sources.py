@@ -1,0 +1,149 @@
+"""Every family as transformers itself writes it, and every way in which experts lie in files: the values are right."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+
+from alphaq_vllm.format import PACKED, SCALE, SHARD_IDS, ZERO
+from offline.architectures import FAMILIES
+from offline.checkpoint import SINGLE, open_checkpoint
+from offline.convert import convert
+from offline.dequantize import dequantize
+from offline.families import find_experts, load_matrix
+from offline.widths import Budget
+
+HIDDEN = 128
+
+
+def load_model(path):
+    auto = transformers.AutoModelForCausalLM
+    if "vision_config" in json.loads((path / "config.json").read_bytes()):
+        auto = transformers.AutoModelForImageTextToText
+    return auto.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
+
+
+def run_expert(experts, expert, x):
+    """One expert's output for ``x``, computed by the model's own module of experts."""
+    if type(experts).__name__ == "Llama4TextExperts":
+        return experts(x.repeat(experts.num_experts, 1)).view(-1, *x.shape)[expert]
+    indices = torch.full((len(x), 1), expert)
+    return experts(x, indices, torch.ones(len(x), 1))
+
+
+def activate(model_type, source, matrices, gate_up):
+    """What the projections' outputs become before down_proj, after the papers and model cards."""
+    gate, up = gate_up
+    if model_type != "gpt_oss":
+        return F.silu(gate) * up
+    bias = source.load(f"{matrices[0].module}.gate_up_proj_bias")[matrices[0].expert].float()
+    gate, up = (gate + bias[0::2]).clamp(max=7), (up + bias[1::2]).clamp(-7, 7)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+@torch.no_grad()
+def assert_experts_are_the_models(path):
+    """Each expert that is found in the checkpoint computes what transformers computes with it."""
+    source, model = open_checkpoint(str(path)), load_model(path)
+    experts = find_experts(source)
+    modules = [module for name, module in model.named_modules() if name.endswith(".experts")]
+    assert len(modules) == len(experts.modules) > 0
+    assert len(experts.matrices) == len(modules) * 4 * 3
+    torch.manual_seed(1)
+    x = torch.randn(3, HIDDEN)
+    for layer, module in zip(experts.modules, modules, strict=True):
+        for expert in range(4):
+            matrices = [m for m in experts.matrices if (m.module, m.expert) == (layer, expert)]
+            gate, up, down = (load_matrix(source, matrix) for matrix in matrices)
+            assert [m.shape for m in matrices] == [tuple(gate.shape), tuple(up.shape), tuple(down.shape)]
+            output = activate(experts.model_type, source, matrices, (x @ gate.T, x @ up.T)) @ down.T
+            if experts.model_type == "gpt_oss":
+                output += source.load(f"{layer}.down_proj_bias")[expert].float()
+            torch.testing.assert_close(output, run_expert(module, expert, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_load_matrix_reads_the_experts_of_every_family(tiny_model, model_type):
+    assert_experts_are_the_models(tiny_model(model_type))
+
+
+def assert_only_experts_change(path, converted):
+    """All other tensors have the values of the source, and each matrix the name that vLLM looks for."""
+    source, output = open_checkpoint(str(path)), open_checkpoint(str(converted))
+    experts = find_experts(source)
+    replaced = {matrix.tensor for matrix in experts.matrices}
+    stored = {f"{matrix.name}.{suffix}" for matrix in experts.matrices for suffix in (PACKED, SCALE, ZERO)}
+    assert set(output.tensors) == set(source.tensors) - replaced | stored
+    for name in set(source.tensors) - replaced:
+        assert torch.equal(output.load(name), source.load(name)), name
+    return experts
+
+
+def assert_dequantized(path, dequantized):
+    """The same tensors as in the source, and in the experts' the same matrices but for 8-bit rounding."""
+    source, output = open_checkpoint(str(path)), open_checkpoint(str(dequantized))
+    assert {n: output.spec(n).shape for n in output.tensors} == {n: source.spec(n).shape for n in source.tensors}
+    matrices = find_experts(output).matrices
+    assert matrices == find_experts(source).matrices
+    for matrix in matrices:
+        expected = load_matrix(source, matrix)
+        error = (load_matrix(output, matrix) - expected).abs().max()
+        assert 0 < error < expected.abs().max() / 100
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_convert_changes_nothing_but_the_experts_of_every_family(tiny_model, tmp_path, model_type):
+    path = tiny_model(model_type)
+    bits = {matrix.name: 8 for matrix in find_experts(open_checkpoint(str(path))).matrices}
+    convert(str(path), tmp_path / "alphaq", bits)
+    experts = assert_only_experts_change(path, tmp_path / "alphaq")
+    assert {matrix.projection for matrix in experts.matrices} <= set(SHARD_IDS)
+    dequantize(str(tmp_path / "alphaq"), tmp_path / "dequantized")
+    assert_dequantized(path, tmp_path / "dequantized")
+
+
+DEGENERATE = {
+    "all zero": torch.zeros(128, 128),
+    "constant": torch.full((128, 128), 0.5),
+    "rank 1": torch.arange(1.0, 129.0)[:, None] / 128 * torch.linspace(-1, 1, 128),
+    "one weight": torch.zeros(128, 128).index_put_((torch.tensor(3), torch.tensor(5)), torch.tensor(1.0)),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_convert_takes_degenerate_experts(model, tmp_path, name):
+    tensors, matrix = load_file(model / SINGLE), "model.layers.0.mlp.experts.1.gate_proj"
+    tensors[f"{matrix}.weight"] = DEGENERATE[name].bfloat16()
+    save_file(tensors, model / SINGLE)
+    summary = convert(str(model), tmp_path / "alphaq", Budget(average_bits=3.5))
+    assert 3.45 < summary.bits <= 3.5
+    dequantize(str(tmp_path / "alphaq"), tmp_path / "dequantized", "float32")
+    error = open_checkpoint(str(tmp_path / "dequantized")).load(f"{matrix}.weight") - DEGENERATE[name]
+    assert error.abs().max() <= (0 if name in ("all zero", "constant") else 0.35)
+
+
+def test_convert_takes_experts_smaller_than_a_block_of_farms(tmp_path):
+    torch.manual_seed(0)
+    shapes = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}
+    prefix = "model.layers.0.mlp.experts"
+    tensors = {f"{prefix}.{e}.{p}.weight": torch.randn(shape) for e in range(2) for p, shape in shapes.items()}
+    save_file(tensors, tmp_path / SINGLE)
+    config = {"model_type": "olmoe", "num_experts": 2, "hidden_size": 64, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    summary = convert(str(tmp_path), tmp_path.with_name("alphaq"), Budget(average_bits=3), group_size=32)
+    assert summary.matrices == 6 and summary.bits == 3
+
+
+def test_convert_names_the_expert_of_a_fused_tensor_that_is_not_finite(tiny_model, tmp_path):
+    path = shutil.copytree(tiny_model("granitemoe"), tmp_path / "model")
+    tensors = load_file(path / SINGLE)
+    tensors["model.layers.1.block_sparse_moe.input_linear.weight"][2, 300, 7] = torch.nan
+    save_file(tensors, path / SINGLE)
+    message = r"layers\.1\.block_sparse_moe\.experts\.2\.up_proj\.weight: expected finite weights, got 1 NaN"
+    with pytest.raises(ValueError, match=message):
+        convert(str(path), tmp_path / "alphaq", Budget())
+    assert not (tmp_path / "alphaq").exists()
