@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from alphaq_vllm.format import stored_bits_per_weight
+from offline.allocation.sizes import Room
+from offline.allocation.stats import Statistics, read_statistics
+from offline.allocation.widths import Budget, Choice, average_bits, choose
 from offline.cli import Parser, add_json_option, run
 from offline.options import add_choice_options, budget_from, room_from
 from offline.progress import format_bytes
-from offline.sizes import Room
-from offline.stats import Statistics, read_statistics
 from offline.summary import count_widths, histogram
-from offline.widths import Budget, Choice, average_bits, choose
 
 _DESCRIPTION = """Choose a width for every expert matrix from the statistics that `measure` wrote.
 

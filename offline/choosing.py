@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from offline.fingerprint import fingerprint
-from offline.journal import Journal
-from offline.measuring import take_statistics
-from offline.modes import Sized
-from offline.plan import Job, Plan, plan
-from offline.sizes import Room
-from offline.stats import STATS, Statistics
-from offline.widths import Budget, Choice, choose
+from offline.allocation.modes import Sized
+from offline.allocation.sizes import Room
+from offline.allocation.stats import STATS, Statistics
+from offline.allocation.widths import Budget, Choice, choose
+from offline.measure import take_statistics
+from offline.source.fingerprint import fingerprint
+from offline.writing.journal import Journal
+from offline.writing.plan import Job, Plan, plan
 
 
 def choose_widths(

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from alphaq_vllm.format import SUPPORTED_GROUP_SIZES
 from offline.progress import parse_bytes
-from offline.writer import DEFAULT_SHARD_BYTES
+from offline.writing.writer import DEFAULT_SHARD_BYTES
 
 
 class Parser(argparse.ArgumentParser):

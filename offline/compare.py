@@ -9,16 +9,16 @@ import torch
 
 from alphaq_vllm import packing
 from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec
-from offline.checkpoint import Checkpoint, some
-from offline.families import ExpertMatrix, find_experts
-from offline.linear import compare_linear, stored_linear_layers
-from offline.measure import load_weight
-from offline.plan import Job, plan
+from offline.allocation.measure import load_weight
+from offline.allocation.selection import of_modules
+from offline.allocation.widths import Choice
 from offline.progress import Progress
-from offline.selection import of_modules
-from offline.stored import StoredTensor
+from offline.quantizers.linear import compare_linear, stored_linear_layers
+from offline.source.checkpoint import Checkpoint, some
+from offline.source.families import ExpertMatrix, find_experts
+from offline.source.stored import StoredTensor
 from offline.threads import one_thread
-from offline.widths import Choice
+from offline.writing.plan import Job, plan
 
 # A scale has 8 significant bits and a zero point 11, so no grid meets a weight more exactly than this.
 _ROUNDING = 2.0**-16

@@ -13,25 +13,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from alphaq_vllm.format import LINEAR_BITS
-from offline.calibration import Calibration, add_quantizer_options, calibration_from, check_quantizer
-from offline.checkpoint import open_checkpoint
+from offline.allocation.selection import Selection, parse_override
+from offline.allocation.sizes import Room
+from offline.allocation.splitting import check_group_size
+from offline.allocation.stats import read_statistics
+from offline.allocation.widths import Budget, average_bits, average_left, check_bit_map
 from offline.choosing import choose_widths
 from offline.cli import Parser, add_group_size, add_output_options, add_work_options, run
-from offline.families import Experts, find_experts
-from offline.linear import choose_formats, find_linear_layers
 from offline.options import add_choice_options, room_from, widths_from
-from offline.output import check_output, conditions, open_output
-from offline.plan import Job
-from offline.selection import Selection, parse_override
-from offline.sequential import SequentialGptq
-from offline.sizes import Room
-from offline.splitting import check_group_size
-from offline.stats import read_statistics
+from offline.quantizers.calibration import Calibration, add_quantizer_options, calibration_from, check_quantizer
+from offline.quantizers.linear import choose_formats, find_linear_layers
+from offline.quantizers.sequential import SequentialGptq
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import Experts, find_experts
 from offline.summary import Summary
 from offline.threads import choose_workers
 from offline.timing import estimate_seconds
-from offline.widths import Budget, average_bits, average_left, check_bit_map
-from offline.writer import DEFAULT_SHARD_BYTES
+from offline.writing.output import check_output, conditions, open_output
+from offline.writing.plan import Job
+from offline.writing.writer import DEFAULT_SHARD_BYTES
 
 _DESCRIPTION = """Convert a Mixture-of-Experts checkpoint so that every expert matrix has a bit-width of its own.
 

@@ -13,15 +13,15 @@ import torch
 
 from alphaq_vllm import packing
 from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec, TensorSpec
-from offline.checkpoint import Checkpoint, open_checkpoint
 from offline.cli import Parser, add_output_options, add_work_options, run
-from offline.families import ExpertMatrix, tensor_shape
-from offline.linear import dequantize_linear, stored_linear_layers
-from offline.output import check_output, conditions, open_output
 from offline.progress import format_bytes
+from offline.quantizers.linear import dequantize_linear, stored_linear_layers
+from offline.source.checkpoint import Checkpoint, open_checkpoint
+from offline.source.families import ExpertMatrix, tensor_shape
 from offline.threads import choose_workers
 from offline.validate import check_alphaq
-from offline.writer import (
+from offline.writing.output import check_output, conditions, open_output
+from offline.writing.writer import (
     DEFAULT_SHARD_BYTES,
     Piece,
     copied,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from offline.families import ExpertMatrix
+from offline.source.families import ExpertMatrix
 
 _SUFFIXES = (".png", ".pdf", ".svg")
 

@@ -10,15 +10,15 @@ from statistics import median
 from typing import Any
 
 from alphaq_vllm.format import FORMAT_VERSION, AlphaQSpec, stored_bits_per_weight
-from offline.checkpoint import Checkpoint, open_checkpoint
+from offline.allocation.stats import STATS, read_statistics
+from offline.allocation.widths import average_bits
 from offline.cli import Parser, add_json_option, run
-from offline.families import ExpertMatrix
 from offline.heatmaps import check_plot, draw
 from offline.progress import format_bytes
-from offline.stats import STATS, read_statistics
+from offline.source.checkpoint import Checkpoint, open_checkpoint
+from offline.source.families import ExpertMatrix
 from offline.summary import count_widths, histogram
 from offline.validate import check_alphaq
-from offline.widths import average_bits
 
 _DESCRIPTION = """Show what an AlphaQ checkpoint is made of: sizes, the widths by layer and projection, and, where the
 statistics are with it, widths against alpha. --plot draws alpha and bits over layers and experts."""

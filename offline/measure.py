@@ -1,128 +1,110 @@
-"""Statistics of expert matrices: what the allocation of bits is decided from."""
+"""``python -m offline.measure``: the statistics that widths are chosen by, in a file that can be used again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
-from functools import partial
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
 
-import numpy as np
-import torch
+from offline.allocation.measure import measure
+from offline.allocation.splitting import check_group_size
+from offline.allocation.stats import STATS, Origin, Statistics, read_statistics
+from offline.allocation.widths import NOISE_KINDS, Budget, Choice
+from offline.cli import Parser, add_group_size, add_json_option, run
+from offline.options import parse_widths
+from offline.quantizers.grids import GRIDS
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import find_experts
+from offline.source.fingerprint import fingerprint
+from offline.threads import choose_workers
+from offline.writing.journal import Journal
+from offline.writing.plan import Job, plan, quantized_specs
 
-from offline.checkpoint import Checkpoint
-from offline.families import ExpertMatrix, load_matrix, matrix_nbytes
-from offline.journal import Journal
-from offline.parallel import run_all
-from offline.progress import Progress
-from offline.quantize import quantization_mse
-from offline.spectra import choose_block_size, hill_alpha
-from offline.threads import compute_device
+_DESCRIPTION = """Measure how heavy-tailed the spectrum of every expert matrix is (alpha), and its quantization error.
 
+The table goes to a file from which `allocate` chooses widths in seconds, and which `convert --stats` accepts. A file
+that is there already is used again if it is of the same source, settings and version, and refused otherwise."""
 
-@dataclass(frozen=True)
-class MatrixStats:
-    """What is known of one matrix.
-
-    alpha: Hill exponent of its spectrum; variance: of its weights; mse: mean squared quantization error by width,
-    for the widths that were measured.
-    """
-
-    name: str
-    alpha: float
-    variance: float
-    numel: int
-    mse: Mapping[int, float]
+_EXAMPLES = """\
+  python -m offline.measure Qwen/Qwen1.5-MoE-A2.7B -o stats.csv
+  python -m offline.measure ./mixtral -o stats.csv --candidate-bits 1,2,3,4,5
+  python -m offline.measure ./model -o stats.csv --noise analytic --json"""
 
 
-def measure(
-    source: Checkpoint,
-    matrices: Sequence[ExpertMatrix],
-    widths: Sequence[int],
-    group_size: int,
-    workers: int = 1,
-    journal: Journal | None = None,
-    quantizer: str = "mse",
-) -> list[MatrixStats]:
-    """Measure each matrix once, and its quantization error at each of ``widths`` (none: alpha and variance alone).
-
-    quantizer: whose error, one of those that ``quantize`` has; workers: processes to use, which changes no result;
-    journal: where statistics are kept, and found again.
-    Raises ValueError, naming the matrix, for NaN or infinite weights.
-    """
-    known = _measured(journal, widths) if journal else {}
-    unknown = [matrix for matrix in matrices if matrix.name not in known]
-    block_size = choose_block_size(matrix.shape for matrix in matrices)
-    describe = partial(_describe, source, tuple(widths), group_size, quantizer, block_size)
-    total, left = (sum(matrix_nbytes(source, matrix) for matrix in some) for some in (matrices, unknown))
-    with Progress("measure", total, total - left) as progress, closing(run_all(describe, unknown, workers)) as results:
-        for matrix, stats in results:
-            known[matrix.name] = stats
-            if journal:
-                journal.record({"stats": asdict(stats)})
-            progress.advance(matrix_nbytes(source, matrix))
-    return [known[matrix.name] for matrix in matrices]
+def take_statistics(job: Job, widths: Sequence[int], journal: Journal | None = None) -> Statistics:
+    """Measure all matrices of a job, and their errors at ``widths``; journal: see ``measure``."""
+    quantizer = job.data_free_quantizer
+    matrices = measure(job.source, job.experts.matrices, widths, job.group_size, job.workers, journal, quantizer)
+    origin = Origin(job.name, fingerprint(job.source), job.group_size, len(matrices), 0, 0, quantizer)
+    # 8 bits, because the numbers in headers have the most digits then.
+    eight = {matrix.name: 8 for matrix in matrices}
+    text = str(Statistics(replace(origin, other_files=job.source.nbytes, other_tensors=job.source.nbytes), matrices))
+    planned = plan(job, Choice(eight, "alphaq"), {STATS: text})
+    specs = quantized_specs(job.experts.matrices, eight, job.group_size)
+    experts = sum(spec.nbytes for spec in specs.values())
+    others = sum(planned.sizes.values()) - experts
+    return Statistics(replace(origin, other_files=others, other_tensors=planned.tensor_bytes - experts), matrices)
 
 
-def _describe(
-    source: Checkpoint,
-    widths: tuple[int, ...],
-    group_size: int,
-    quantizer: str,
-    block_size: int,
-    matrix: ExpertMatrix,
-) -> MatrixStats:
-    weight = load_weight(source, matrix)
-    mse = quantization_mse(weight, widths, group_size, quantizer) if widths else []
-    return MatrixStats(
-        name=matrix.name,
-        alpha=hill_alpha(weight, block_size),
-        variance=float(weight.var(correction=0)),
-        numel=matrix.numel,
-        mse=dict(zip(widths, mse, strict=True)),
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    parser = Parser("measure", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("model", help="directory of a Hugging Face checkpoint, or name of a model on the Hub")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the table, as CSV")
+    parser.add_argument(
+        "--candidate-bits",
+        type=parse_widths,
+        default=Budget().widths,
+        metavar="LIST",
+        help="widths to measure the error of (default 2,3,4)",
     )
+    parser.add_argument(
+        "--noise", choices=NOISE_KINDS, default="measured", help="analytic: leave the errors out, which is quicker"
+    )
+    parser.add_argument("--quantizer", choices=GRIDS, default="mse", help="whose error is measured (default mse)")
+    add_group_size(parser)
+    add_json_option(parser)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes to use (default: as many as help)")
+    args = parser.parse_args(arguments)
+    source = open_checkpoint(args.model)
+    experts = find_experts(source)
+    check_group_size(args.group_size, experts.matrices)
+    budget = Budget(average_bits=args.candidate_bits[0], widths=args.candidate_bits, noise=args.noise)
+    reused = args.output.exists()
+    if reused:
+        statistics = read_statistics(args.output)
+        statistics.check(fingerprint(source), args.group_size, budget.measured_widths, args.quantizer)
+    else:
+        # Fails before the work rather than after it.
+        args.output.touch()
+        args.output.unlink()
+        workers = choose_workers(args.workers, experts.numel)
+        job = Job(args.model, source, experts, args.group_size, workers=workers, quantizer=args.quantizer)
+        statistics = take_statistics(job, budget.measured_widths)
+        args.output.write_text(str(statistics))
+    _report(args.output, statistics, reused, args.json)
 
 
-def _measured(journal: Journal, widths: Sequence[int]) -> dict[str, MatrixStats]:
-    """The statistics in a journal, by name."""
-    known = {}
-    for entry in journal.entries:
-        if "stats" in entry:
-            mse = {int(width): error for width, error in entry["stats"]["mse"].items()}
-            if list(mse) == list(widths):
-                known[entry["stats"]["name"]] = MatrixStats(**{**entry["stats"], "mse": mse})
-    return known
-
-
-def load_weight(source: Checkpoint, matrix: ExpertMatrix) -> torch.Tensor:
-    """A matrix of the source, ``[out_features, in_features]`` float32, on the device that computes.
-
-    Raises ValueError for NaN or infinite weights.
-    """
-    weight = load_matrix(source, matrix).to(compute_device())
-    # Unlike isfinite of all of it, this takes no memory.
-    if not bool(torch.stack(weight.aminmax()).isfinite().all()):
-        bad = int((~weight.isfinite()).sum())
-        raise ValueError(
-            f"{matrix.name}.weight: expected finite weights, got {bad} NaN or infinite: the source is damaged"
+def _report(output: Path, statistics: Statistics, reused: bool, as_json: bool) -> None:
+    alphas = [matrix.alpha for matrix in statistics.matrices]
+    alpha = min(alphas), median(alphas), max(alphas)
+    result = {
+        "output": str(output),
+        "reused": reused,
+        "matrices": len(alphas),
+        "widths": statistics.widths,
+        "alpha": alpha,
+    }
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{output}: {'still valid for' if reused else 'statistics of'} {len(alphas)} matrices: "
+            f"alpha {alpha[0]:.3f} to {alpha[2]:.3f}, median {alpha[1]:.3f}"
         )
-    return weight
-
-
-def noise(stats: Sequence[MatrixStats], widths: Sequence[int], kind: str) -> np.ndarray:
-    """Expected squared error per weight, ``[matrices, widths]`` float64.
-
-    kind: ``measured``, the error of the quantizer itself; or ``analytic``, ``variance * 4 ** -width`` (AlphaQ, arXiv
-    2606.04980).
-    """
-    if kind == "measured":
-        return np.array([[matrix.mse[width] for width in widths] for matrix in stats])
-    return np.outer([matrix.variance for matrix in stats], 4.0 ** -np.array(widths))
 
 
 if __name__ == "__main__":
-    # The command's own module imports this one.
-    from offline.cli import run
-    from offline.measuring import main
-
     run(main)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from offline.modes import GRANULARITIES
+from offline.allocation.modes import GRANULARITIES
+from offline.allocation.sizes import Room, fit_memory, target_size
+from offline.allocation.widths import MODES, NOISE_KINDS, Budget, read_bit_map
 from offline.progress import parse_bytes
-from offline.sizes import Room, fit_memory, target_size
-from offline.widths import MODES, NOISE_KINDS, Budget, read_bit_map
 
 _BUDGET = {
     "average_bits": "--bits",

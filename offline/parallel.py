@@ -110,7 +110,7 @@ def _started(workers: int, function: bytes, shared: object) -> Iterator[dict[Con
 
 def _start_server() -> None:
     """Start the server of processes with SIGINT blocked, as they inherit it: this process decides when to end."""
-    forkserver.set_forkserver_preload(["offline.measure", "offline.writer"])
+    forkserver.set_forkserver_preload(["offline.allocation.measure", "offline.writing.writer"])
     # Once it has been started: starting it unblocks SIGINT.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

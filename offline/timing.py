@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from offline.measure import load_weight
-from offline.plan import Plan
-from offline.quantize import quantize
+from offline.allocation.measure import load_weight
+from offline.quantizers.quantize import quantize
 from offline.threads import one_thread
+from offline.writing.plan import Plan
 
 # A group's search takes the same time whatever is in it, so few rows tell.
 _ROWS = 64

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from offline import measuring
-from offline.stats import read_statistics
-from offline.widths import read_bit_map
+from offline import measure
+from offline.allocation.stats import read_statistics
+from offline.allocation.widths import read_bit_map
 
 COMMANDS = ("measure", "allocate", "convert", "inspect", "validate", "dequantize")
 
@@ -20,7 +20,7 @@ COMMANDS = ("measure", "allocate", "convert", "inspect", "validate", "dequantize
 def stats(tiny_model, tmp_path_factory):
     """A file of statistics of the tiny Qwen2-MoE, not to be changed."""
     path = tmp_path_factory.mktemp("stats") / "stats.csv"
-    measuring.main([str(tiny_model("qwen2_moe")), "-o", str(path)])
+    measure.main([str(tiny_model("qwen2_moe")), "-o", str(path)])
     return path
 
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from alphaq_vllm.format import AlphaQSpec
 from offline import convert as command
-from offline import plan, writer
+from offline.allocation.widths import Budget
 from offline.cli import run
 from offline.convert import convert
-from offline.quantize import quantize
-from offline.widths import Budget
+from offline.quantizers.quantize import quantize
+from offline.writing import plan, writer
 
 QUICK = Budget(3.0, noise="analytic")
 

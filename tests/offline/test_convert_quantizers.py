@@ -7,18 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offline import plan, sequential
-from offline.calibration import Calibration
-from offline.checkpoint import open_checkpoint
+from offline.allocation.measure import load_weight
+from offline.allocation.selection import Selection
+from offline.allocation.stats import read_statistics
+from offline.allocation.widths import Budget
 from offline.convert import convert
-from offline.families import find_experts
-from offline.measure import load_weight
-from offline.quantize import quantization_mse, quantize
-from offline.selection import Selection
-from offline.stats import read_statistics
+from offline.quantizers import sequential
+from offline.quantizers.calibration import Calibration
+from offline.quantizers.quantize import quantization_mse, quantize
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import find_experts
 from offline.threads import one_thread
 from offline.validate import validate
-from offline.widths import Budget
+from offline.writing import plan
 
 TEXT = "The quick brown fox jumps over the lazy dog, 0123456789 times. " * 30
 UNIFORM = Budget(2.0, mode="uniform")

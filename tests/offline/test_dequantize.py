@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from alphaq_vllm import packing
 from offline import dequantize as command
-from offline.checkpoint import open_checkpoint
 from offline.cli import run
 from offline.convert import convert
 from offline.dequantize import dequantize
-from offline.families import find_experts
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import find_experts
 from offline.validate import check_alphaq
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from offline import heatmaps
-from offline.checkpoint import open_checkpoint
+from offline.allocation.widths import Budget
 from offline.convert import convert
-from offline.families import find_experts
-from offline.widths import Budget
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import find_experts
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from alphaq_vllm.packing import dequantize
-from offline.grids import GRIDS
-from offline.quantize import quantization_mse, quantize
+from offline.quantizers.grids import GRIDS
+from offline.quantizers.quantize import quantization_mse, quantize
 
 
 def gaussian(*shape, seed=0):

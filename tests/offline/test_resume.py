@@ -18,18 +18,18 @@ import torch
 import transformers
 
 from offline import convert as command
-from offline import writer
+from offline.allocation.widths import Budget
 from offline.convert import convert
-from offline.widths import Budget
+from offline.writing import writer
 
 SHARD = 600_000
 # Converts in a new process, as often as it is told to, without importing torch every time.
 SERVER = """
 import os, sys
 from pathlib import Path
-from offline import journal
+from offline.writing import journal
 from offline.convert import convert
-from offline.widths import Budget
+from offline.allocation.widths import Budget
 journal.SECONDS_BETWEEN_COMMITS = 0.02
 for line in sys.stdin:
     pid = os.fork()

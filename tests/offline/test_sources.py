@@ -10,12 +10,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from alphaq_vllm.format import PACKED, SCALE, SHARD_IDS, ZERO
-from offline.architectures import FAMILIES
-from offline.checkpoint import SINGLE, open_checkpoint
+from offline.allocation.widths import Budget
 from offline.convert import convert
 from offline.dequantize import dequantize
-from offline.families import find_experts, load_matrix
-from offline.widths import Budget
+from offline.source.architectures import FAMILIES
+from offline.source.checkpoint import SINGLE, open_checkpoint
+from offline.source.families import find_experts, load_matrix
 
 HIDDEN = 128
 

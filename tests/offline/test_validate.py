@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO
-from offline.checkpoint import open_checkpoint
-from offline.checksums import SUMS, check_sums, render_sums, sums_size
+from offline.allocation.selection import Selection
+from offline.allocation.widths import Budget
 from offline.compare import greatest_mse
 from offline.convert import convert
-from offline.families import find_experts
-from offline.quantize import quantize
-from offline.selection import Selection
+from offline.quantizers.quantize import quantize
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import find_experts
 from offline.validate import validate
-from offline.widths import Budget
+from offline.writing.checksums import SUMS, check_sums, render_sums, sums_size
 
 SHARD = "model-00001-of-00001.safetensors"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"

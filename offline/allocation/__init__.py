@@ -1,0 +1,1 @@
+"""From the spectra of the weights to a width for every expert matrix."""

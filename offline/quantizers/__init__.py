@@ -1,0 +1,1 @@
+"""From a matrix and a width to codes, scales and zero points."""

@@ -1,0 +1,80 @@
+"""GPTQ: rounding that makes up for itself, column by column, on the inputs that a matrix really sees.
+
+Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers*, arXiv 2210.17323.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alphaq_vllm.packing import pack
+from offline.quantizers.grids import mse_grid
+from offline.quantizers.groups import quantize_groups
+from offline.quantizers.quantize import Quantized, check_matrix, chunks
+
+# Share of the mean diagonal that is added to the diagonal of X^T X, and its growth until a factor exists.
+DAMPING, DAMPING_GROWTH = 0.03, 10.0
+
+
+def inverse_factor(inputs: Tensor) -> Tensor:
+    """The upper triangular U with ``U.T @ U = inverse(inputs.T @ inputs + damping)``.
+
+    inputs: ``[tokens, in_features]`` float32; fewer tokens than features are enough, because of the damping.
+    Returns ``[in_features, in_features]`` float32. Raises ValueError for NaN or Inf.
+    """
+    hessian = inputs.T @ inputs
+    diagonal = hessian.diagonal()
+    damping = DAMPING * diagonal.mean()
+    if not damping:
+        return torch.eye(len(hessian), device=hessian.device)
+    # L of the reversed matrix, reversed again, is an upper R with R @ R.T = hessian; the inverse of R is upper as well.
+    failed = True
+    while failed:
+        if not bool(damping.isfinite()):
+            raise ValueError("calibration: expected finite activations, got NaN or Inf: the source is damaged")
+        diagonal.add_(damping)
+        lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        failed, damping = bool(info), damping * DAMPING_GROWTH
+    del hessian, diagonal
+    upper = lower.flip(0, 1)
+    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
+
+
+def gptq(weight: Tensor, factor: Tensor, num_bits: int, group_size: int) -> Quantized:
+    """Quantize a matrix so that its outputs change little: the error of each column is made up for by those after it.
+
+    weight: ``[out_features, in_features]``, any floating dtype; factor: ``inverse_factor`` of its inputs. The grid of
+    a group is searched when its turn comes, for the least squared error of its weights as corrected until then.
+    Raises ValueError for NaN or Inf and for a width or group size that the format does not have.
+    """
+    check_matrix(weight, [num_bits], group_size)
+    top, in_features = 2**num_bits - 1, weight.shape[1]
+    # Transposed, a column is contiguous.
+    left = weight.float().T.clone(memory_format=torch.contiguous_format)
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+    grids, sse = [], 0.0
+    for start in range(0, in_features, group_size):
+        end = start + group_size
+        block, errors = left[start:end], torch.empty_like(left[start:end])
+        scale, zero = _grid(block.T.contiguous(), top)
+        grids.append((scale, zero))
+        step, offset = scale.float(), zero.float()
+        for j in range(group_size):
+            code = (block[j] / step).add_(offset).clamp_(0, top).round_()
+            codes[start + j] = code
+            block_row = factor[start + j, start + j : end]
+            errors[j] = (block[j] - (code - offset) * step) / block_row[0]
+            block[j + 1 :].addr_(block_row[1:], errors[j], alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+        restored = (codes[start:end] - offset) * step
+        sse += (restored - weight[:, start:end].T).double().square().sum().item()
+    scale, zero = (torch.stack(tensors, 1) for tensors in zip(*grids, strict=True))
+    return Quantized(pack(codes.T.contiguous(), num_bits), scale, zero, sse / weight.numel())
+
+
+def _grid(weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Stored scale and zero point, ``[out_features]``, of one group in every row: ``[out_features, group_size]``."""
+    parts = [quantize_groups(groups, top, mse_grid)[1:3] for _, groups in chunks(weight, weight.shape[1])]
+    scale, zero = (torch.cat(tensors)[:, 0] for tensors in zip(*parts, strict=True))
+    return scale, zero

@@ -1,0 +1,120 @@
+"""Quantization of a matrix without data: every group of weights on its own uniform grid, packed as it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alphaq_vllm.format import PACKED, SCALE, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, ZERO, matrix_tensors
+from alphaq_vllm.packing import pack
+from offline.quantizers.grids import GRIDS
+from offline.quantizers.groups import FindGrid, Groups, normalize, quantize_groups
+
+QUANTIZERS = (*GRIDS, "gptq")
+# Weights searched at a time: what keeps the disturbed copies in a CPU's cache, and a GPU busy.
+CPU_CHUNK, GPU_CHUNK = 2**16, 2**22
+# ``quantization_mse`` quantizes about this many groups, and no fewer rows.
+SAMPLED_GROUPS, SAMPLED_ROWS = 4096, 64
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One matrix as the format stores it, and the mean squared error of what is stored, in squared units of weight."""
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    mse: float
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The stored tensors of the matrix ``name``, by their names."""
+        return {f"{name}.{PACKED}": self.packed, f"{name}.{SCALE}": self.scale, f"{name}.{ZERO}": self.zero_point}
+
+
+def quantize(weight: Tensor, num_bits: int, group_size: int, quantizer: str = "mse") -> Quantized:
+    """Quantize a matrix without data.
+
+    weight: ``[out_features, in_features]``, any floating dtype, any device; quantizer: how grids are found, one of
+    ``GRIDS``.
+    The error is that of the stored values, rounded as the format rounds them, against the weight in float32. Groups of
+    one repeated bfloat16 or float16 value are exact.
+    Raises ValueError for NaN or Inf, for a width or group size that the format does not have, and for an unknown
+    quantizer.
+    """
+    check_matrix(weight, [num_bits], group_size)
+    find_grid = _find_grid(quantizer)
+    specs = matrix_tensors(weight.shape[0], weight.shape[1], num_bits, group_size)
+    error = torch.zeros((), dtype=torch.float64, device=weight.device)
+    parts: list[tuple[Tensor, ...]] = []
+    for rows, groups in chunks(weight, group_size):
+        codes, scale, zero, sse = quantize_groups(groups, 2**num_bits - 1, find_grid)
+        parts.append((pack(codes.view(rows.shape), num_bits), scale, zero))
+        error += sse
+    packed, scale, zero = (
+        torch.cat(tensors).view(spec.shape)
+        for tensors, spec in zip(zip(*parts, strict=True), specs.values(), strict=True)
+    )
+    return Quantized(packed, scale, zero, error.item() / weight.numel())
+
+
+def quantization_mse(weight: Tensor, widths: Sequence[int], group_size: int, quantizer: str = "mse") -> list[float]:
+    """The mean squared error that ``quantize`` would leave at each width, to about one percent.
+
+    weight: as for ``quantize``, which is run on evenly spaced rows only; their error relative to their squared
+    deviation from the groups' means is multiplied with that of the whole matrix.
+    Raises as ``quantize`` does, for NaN or Inf in any row.
+    """
+    check_matrix(weight, widths, group_size)
+    find_grid = _find_grid(quantizer)
+    out_features, in_features = weight.shape
+    total = sum(groups.sum_of_squares.item() for _, groups in chunks(weight, group_size))
+    rows = max(SAMPLED_ROWS, SAMPLED_GROUPS * group_size // in_features)
+    step = max(1, out_features // rows)
+    sampled, errors = _sum_errors(weight[step // 2 :: step], widths, group_size, find_grid)
+    # Constant groups say nothing of the others.
+    if sampled == 0:
+        sampled, errors = _sum_errors(weight, widths, group_size, find_grid)
+    scale = total / sampled if sampled else 1.0
+    return [error * scale / weight.numel() for error in errors]
+
+
+def _sum_errors(
+    weight: Tensor, widths: Sequence[int], group_size: int, find_grid: FindGrid
+) -> tuple[float, list[float]]:
+    """Squared deviation from the groups' means, and squared quantization error at each width."""
+    deviation, errors = 0.0, [0.0] * len(widths)
+    for _, groups in chunks(weight, group_size):
+        deviation += groups.sum_of_squares.item()
+        for i, num_bits in enumerate(widths):
+            errors[i] += quantize_groups(groups, 2**num_bits - 1, find_grid)[-1].item()
+    return deviation, errors
+
+
+def check_matrix(weight: Tensor, widths: Sequence[int], group_size: int) -> None:
+    """Raise ValueError unless the format can store the matrix at each of the widths."""
+    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: expected floating point [out_features, in_features], got {weight.dtype} {tuple(weight.shape)}"
+        )
+    if group_size not in SUPPORTED_GROUP_SIZES:
+        raise ValueError(f"group_size: expected one of {SUPPORTED_GROUP_SIZES}, got {group_size!r}")
+    for num_bits in widths:
+        if num_bits not in SUPPORTED_BITS:
+            raise ValueError(f"num_bits: expected one of {SUPPORTED_BITS}, got {num_bits!r}")
+        matrix_tensors(weight.shape[0], weight.shape[1], num_bits, group_size)
+
+
+def _find_grid(quantizer: str) -> FindGrid:
+    if quantizer not in GRIDS:
+        raise ValueError(f"quantizer: expected one of {', '.join(GRIDS)}, got {quantizer!r}")
+    return GRIDS[quantizer]
+
+
+def chunks(weight: Tensor, group_size: int) -> Iterator[tuple[Tensor, Groups]]:
+    """Groups of as many whole rows at a time as are searched quickly, with those rows."""
+    size = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
+    for rows in weight.split(max(1, size // weight.shape[1])):
+        yield rows, normalize(rows.float().reshape(-1, group_size))

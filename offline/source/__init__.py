@@ -1,0 +1,1 @@
+"""Reading checkpoints of every supported family, whatever way they hold their experts."""

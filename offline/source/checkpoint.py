@@ -1,0 +1,185 @@
+"""Reading a Hugging Face checkpoint: a directory with config.json and one or more safetensors files.
+
+``open_checkpoint`` is the one validation path. It reads every header and no tensor, so a damaged checkpoint is refused
+at once, and afterwards every tensor is known by file, place, shape and dtype. The weights of a block-fp8 checkpoint
+appear as the bfloat16 tensors that they mean.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alphaq_vllm.format import TensorSpec
+from offline.source.fp8 import BlockScaledTensor, join_scales, weight_block_size
+from offline.source.header import read_header, refuse_lfs_pointer
+from offline.source.stored import StoredTensor
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# What a model needs beside its weights. No code: nothing from a checkpoint is ever executed.
+SIDECARS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+# What a conversion adds to that, and reads of a source: not taken along unchanged.
+RECORDS = ("README.md", "SHA256SUMS", "alphaq_stats.csv")
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files have been found whole.
+
+    ``tensors`` is in the order of the ``files``, then of the data in each file.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    files: Sequence[Path]
+    tensors: Mapping[str, StoredTensor | BlockScaledTensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all safetensors files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def sidecars(self) -> list[Path]:
+        """Tokenizer, generation settings and the like: what a copy of the model takes along unchanged."""
+        files = {file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}
+        return sorted(file for file in files if file.name != CONFIG and not file.name.endswith(".index.json"))
+
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a tensor."""
+        return self.tensors[name].spec
+
+    def load(self, name: str) -> torch.Tensor:
+        """Read one tensor. Raises OSError if its file has changed since it was opened."""
+        return self.tensors[name].load()
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Find and check a checkpoint.
+
+    model: a directory, or the name of a model on the Hugging Face Hub, which is then downloaded into the usual cache.
+    Raises FileNotFoundError for what is missing and ValueError for what is damaged or contradictory.
+    """
+    path = _locate(model)
+    config = _read_object(path / CONFIG)
+    shards = {name: read_header(path / name) for name in _shard_names(path)}
+    _check_placement(path, shards)
+    stored = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    block = weight_block_size(config)
+    tensors = join_scales(stored, block) if block else stored
+    checkpoint = Checkpoint(path, config, [path / name for name in shards], tensors)
+    for sidecar in checkpoint.sidecars:
+        refuse_lfs_pointer(sidecar)
+    return checkpoint
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of many names, for an error message.
+
+    >>> some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _locate(model: str) -> Path:
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{model}: expected a directory with {CONFIG} and safetensors files, got a file")
+    if not _HUB_NAME.fullmatch(model):
+        raise FileNotFoundError(f"{model}: no such directory, and not a name on the Hugging Face Hub (owner/model)")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", *SIDECARS, *RECORDS]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{model}: no such directory, and the Hugging Face Hub did not deliver it: {error}"
+        ) from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file: expected the directory of a Hugging Face checkpoint")
+    refuse_lfs_pointer(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}: download the file again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}: download the file again")
+    return content
+
+
+def _shard_names(path: Path) -> list[str]:
+    if (path / INDEX).exists():
+        names = sorted(set(_weight_map(path).values()))
+        if (path / SINGLE).exists() and SINGLE not in names:
+            raise ValueError(f"{path}: both {SINGLE} and {INDEX} are present: remove the one that is out of date")
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{path}: {INDEX} names {some(missing)}, which is missing: download it again")
+        return names
+    if (path / SINGLE).is_file():
+        return [SINGLE]
+    found = sorted(file.name for file in path.glob("*.safetensors"))
+    if found:
+        raise FileNotFoundError(f"{path}: expected {SINGLE} or {INDEX}, got only {some(found)}: download the index")
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{path}: expected safetensors weights, got only pickled ones ({some(pickles)}), which can run code when "
+            "read: save the model with save_pretrained of transformers first"
+        )
+    raise FileNotFoundError(f"{path}: no weights: expected {SINGLE} or {INDEX}")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = _read_object(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"{path / INDEX}: weight_map: expected an object with one file per tensor, got {weight_map!r:.80}"
+        )
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise ValueError(
+                f"{path / INDEX}: weight_map[{tensor!r}]: expected the name of a safetensors file in this directory, "
+                f"got {name!r:.80}"
+            )
+    return weight_map
+
+
+def _check_placement(path: Path, shards: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+    """Every tensor is in one shard, and that is the one that the index names."""
+    places: dict[str, list[str]] = {}
+    for shard, tensors in shards.items():
+        for name in tensors:
+            places.setdefault(name, []).append(shard)
+    for name, found in places.items():
+        if len(found) > 1:
+            raise ValueError(f"{path}: tensor {name!r}: expected it in one shard, got {some(found)}")
+    if not (path / INDEX).exists():
+        return
+    weight_map = _weight_map(path)
+    for name, (shard,) in places.items():
+        if name not in weight_map:
+            raise ValueError(f"{path}: {shard} has tensor {name!r}, which {INDEX} does not name: download both again")
+    for name, shard in weight_map.items():
+        if name not in places:
+            raise ValueError(f"{path}: {INDEX} names tensor {name!r}, which {shard} lacks: download both again")
+        if places[name] != [shard]:
+            raise ValueError(f"{path}: {INDEX} places tensor {name!r} in {shard}, but {places[name][0]} has it")

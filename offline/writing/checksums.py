@@ -1,0 +1,69 @@
+"""SHA-256 sums of a checkpoint's files, as ``sha256sum --check`` reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from offline.source.checkpoint import CONFIG, INDEX, some
+
+SUMS = "SHA256SUMS"
+
+_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n\0]+)\n")
+
+
+def sums_size(names: Iterable[str]) -> int:
+    """Bytes of the file of sums for files of these names."""
+    return sum(64 + 2 + len(name.encode()) + 1 for name in names)
+
+
+def render_sums(directory: Path) -> str:
+    """The file of sums for all files in a directory, by name."""
+    names = sorted(file.name for file in directory.iterdir() if file.name != SUMS)
+    return "".join(f"{sha256(directory / name)}  {name}\n" for name in names)
+
+
+def check_sums(directory: Path) -> int:
+    """Compare all files with the sums that the conversion left; return how many.
+
+    Raises FileNotFoundError or ValueError for a missing or malformed file of sums, for missing files and different
+    contents, and for files of the checkpoint that have no sum. Other files may have been added.
+    """
+    path = directory / SUMS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: expected the checksums that convert writes, got none: convert the source again"
+        )
+    sums = _parse(path)
+    essential = {CONFIG, INDEX, *(file.name for file in directory.glob("*.safetensors"))}
+    if missing := sorted(essential - sums.keys()):
+        raise ValueError(f"{path}: expected a sum for every file of the checkpoint, got none for {some(missing)}")
+    if missing := [name for name in sums if not (directory / name).is_file()]:
+        raise FileNotFoundError(f"{directory}: expected all files of {SUMS}, got no {some(missing)}: copy it again")
+    if damaged := [name for name, digest in sums.items() if sha256(directory / name) != digest]:
+        raise ValueError(
+            f"{directory}: expected the contents that {SUMS} states, got others in {some(damaged)}: copy it again"
+        )
+    return len(sums)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 sum of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        # hashlib.file_digest is newer than the oldest Python that is supported.
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _parse(path: Path) -> dict[str, str]:
+    text = path.read_bytes().decode(errors="replace")
+    entries = _LINE.findall(text)
+    if "".join(f"{digest}  {name}\n" for digest, name in entries) != text or not entries:
+        raise ValueError(
+            f"{path}: expected lines of a SHA-256 sum and a file name, got others: convert the source again"
+        )
+    return {name: digest for digest, name in entries}

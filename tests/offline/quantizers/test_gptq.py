@@ -1,0 +1,115 @@
+"""GPTQ of one matrix: it beats rounding on the inputs it was given, and is rounding where inputs say nothing."""
+
+import math
+
+import pytest
+import torch
+
+from alphaq_vllm.format import matrix_tensors
+from alphaq_vllm.packing import dequantize
+from offline.quantizers.gptq import DAMPING, gptq, inverse_factor
+from offline.quantizers.quantize import quantize
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(tokens, features):
+    return gaussian(tokens, features) @ (gaussian(features, features, seed=1) * torch.linspace(1, 0.02, features))
+
+
+def restore(quantized, num_bits):
+    return dequantize(quantized.packed, quantized.scale, quantized.zero_point, num_bits)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 500])
+def test_inverse_factor_is_that_of_the_damped_hessian(tokens):
+    inputs = correlated(tokens, 96)
+    hessian = (inputs.T @ inputs).double()
+    hessian += torch.eye(96) * DAMPING * hessian.diagonal().mean()
+    factor = inverse_factor(inputs).double()
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor.T @ factor @ hessian, torch.eye(96).double(), rtol=0, atol=0.01)
+
+
+def test_inverse_factor_damps_until_a_factor_exists():
+    inputs = torch.full((3, 64), 1e18)
+    assert inverse_factor(inputs).isfinite().all()
+
+
+def test_inverse_factor_of_zeros_is_the_identity():
+    assert torch.equal(inverse_factor(torch.zeros(5, 32)), torch.eye(32))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_inverse_factor_refuses_what_is_not_finite(bad):
+    inputs = gaussian(8, 32)
+    inputs[3, 4] = bad
+    with pytest.raises(ValueError, match="calibration: expected finite activations"):
+        inverse_factor(inputs)
+
+
+@pytest.mark.parametrize("num_bits", range(1, 9))
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_gptq_of_independent_inputs_is_the_data_free_result(num_bits, group_size):
+    weight = gaussian(37, 256).bfloat16()
+    calibrated = gptq(weight, torch.eye(256), num_bits, group_size)
+    plain = quantize(weight, num_bits, group_size)
+    assert torch.equal(calibrated.packed, plain.packed)
+    assert torch.equal(calibrated.scale, plain.scale)
+    assert torch.equal(calibrated.zero_point, plain.zero_point)
+    assert calibrated.mse == pytest.approx(plain.mse, rel=1e-6)
+
+
+@pytest.mark.parametrize(("num_bits", "share"), [(1, 0.8), (2, 0.5), (3, 0.4), (4, 0.4)])
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_gptq_changes_outputs_less_than_rounding(num_bits, share, group_size):
+    weight, inputs = gaussian(70, 384), correlated(2000, 384)
+    calibrated = gptq(weight, inverse_factor(inputs), num_bits, group_size)
+    error, rounded = (
+        ((restore(quantized, num_bits) - weight) @ inputs.T).square().mean()
+        for quantized in (calibrated, quantize(weight, num_bits, group_size))
+    )
+    assert error < share * rounded
+
+
+def test_gptq_with_a_single_token_changes_its_output_least():
+    weight, inputs = gaussian(70, 256), gaussian(1, 256)
+    calibrated = gptq(weight, inverse_factor(inputs), 2, 128)
+    plain = quantize(weight, 2, 128)
+    errors = [((restore(q, 2) - weight) @ inputs.T).square().mean() for q in (calibrated, plain)]
+    assert errors[0] < 0.05 * errors[1]
+    assert calibrated.mse < 1.2 * plain.mse
+
+
+@pytest.mark.parametrize("num_bits", [2, 5])
+def test_gptq_reports_the_error_of_the_format_s_tensors(num_bits):
+    weight, inputs = gaussian(33, 192), correlated(300, 192)
+    quantized = gptq(weight, inverse_factor(inputs), num_bits, 64)
+    tensors = (quantized.packed, quantized.scale, quantized.zero_point)
+    specs = matrix_tensors(33, 192, num_bits, 64).values()
+    assert [(t.shape, t.dtype) for t in tensors] == [(torch.Size(s.shape), s.dtype) for s in specs]
+    true = (restore(quantized, num_bits).double() - weight).square().mean().item()
+    assert quantized.mse == pytest.approx(true, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_gptq_leaves_its_arguments_alone(rows):
+    weight, factor = gaussian(rows, 64), inverse_factor(correlated(99, 64))
+    before = weight.clone(), factor.clone()
+    gptq(weight, factor, 3, 32)
+    assert torch.equal(weight, before[0]) and torch.equal(factor, before[1])
+
+
+@pytest.mark.parametrize(
+    ("weight", "num_bits", "message"),
+    [
+        (torch.full((4, 64), math.nan), 3, "NaN or Inf"),
+        (torch.ones(4, 64), 9, "num_bits"),
+        (torch.ones(4, 48), 3, "in_features=48 is not divisible"),
+    ],
+)
+def test_gptq_refuses_what_the_format_lacks(weight, num_bits, message):
+    with pytest.raises(ValueError, match=message):
+        gptq(weight, torch.eye(weight.shape[1]), num_bits, 32)
