@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--unquantized", action="store_true", help="the checkpoint is an ordinary one")
     parser.add_argument("--serve-args", type=shlex.split, default=[], help="more arguments for vllm serve, one string")
     args = parser.parse_args()

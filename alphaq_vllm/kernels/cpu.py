@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from alphaq_vllm.kernels.experts import PackedExperts
-from alphaq_vllm.kernels.reference import ACTIVATIONS
-from alphaq_vllm.kernels.routing import local_expert_ids
+from alphaq_vllm.kernels.reference import Gate
 
 # Weights dequantized at a time: the intermediate tensors of more than this leave the L2 cache.
 PIECE = 2**18
@@ -18,8 +17,10 @@ def fused_moe_cpu(
     w2: PackedExperts,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
     expert_map: torch.Tensor | None,
-    activation: str,
+    gate: Gate,
     apply_router_weight_on_input: bool,
 ) -> torch.Tensor:
     """``fused_moe`` on CPU tensors: matrix products in bfloat16 for bfloat16 x, else float32; the rest in float32."""
@@ -30,13 +31,28 @@ def fused_moe_cpu(
         tokens, slots = (expert_ids == expert).nonzero(as_tuple=True)
         router_weights = topk_weights[tokens, slots, None]
         hidden = x[tokens].to(compute_dtype)
-        gate, up = (_linear(hidden, w13, expert, projection).float() for projection in (0, 1))
+        projections = [_linear(hidden, w13, expert, projection).float() for projection in (0, 1)]
         if apply_router_weight_on_input:
-            gate, up = gate * router_weights, up * router_weights
-        hidden = ACTIVATIONS[activation](gate) * up
+            projections = [projection * router_weights for projection in projections]
+        if w13_bias is not None:
+            projections = [p + bias for p, bias in zip(projections, w13_bias[expert], strict=True)]
+        hidden = gate.apply(*projections)
         routed = _linear(hidden.to(compute_dtype), w2, expert, 0).float()
+        if w2_bias is not None:
+            routed += w2_bias[expert]
         out.index_add_(0, tokens, routed if apply_router_weight_on_input else routed * router_weights)
     return out.to(x.dtype)
+
+
+def local_expert_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """The local expert of each route, -1 for routes to be skipped (padding, and experts of other ranks).
+
+    topk_ids: ``[num_tokens, top_k]`` global ids or -1. expert_map: ``[global_num_experts]`` local ids or -1.
+    Returns ``[num_tokens, top_k]`` int32.
+    """
+    if expert_map is None:
+        return topk_ids.to(torch.int32)
+    return torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0)]).to(torch.int32)
 
 
 def _linear(x: torch.Tensor, experts: PackedExperts, expert: int, projection: int) -> torch.Tensor:

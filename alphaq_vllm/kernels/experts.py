@@ -22,6 +22,7 @@ class PackedExperts:
     scales: ``[E, P, N, K / group_size]`` bfloat16. zero_points: the same shape, float16.
     num_bits: ``[E, P]`` int32. offsets: ``[E, P]`` int64, in words, multiples of 4 (16 bytes).
     widths: every width that occurs in num_bits, ascending; known to the host so that nothing waits for a GPU.
+    tiled: packed, scales and zero_points are in the order of ``layout``, which GPUs take, not in the checkpoint's.
     """
 
     packed: torch.Tensor
@@ -31,6 +32,7 @@ class PackedExperts:
     offsets: torch.Tensor
     group_size: int
     widths: tuple[int, ...]
+    tiled: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -60,7 +62,7 @@ class PackedExperts:
     def matrix(
         self, expert: int, projection: int, rows: slice = slice(None), dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """The weights of some rows of one matrix, ``[rows, K]``; waits for the device."""
+        """The weights of some rows of one matrix, ``[rows, K]``; waits for the device. Not for tiled experts."""
         num_bits = int(self.num_bits[expert, projection])
         words_per_row = self.K * num_bits // 32
         start = int(self.offsets[expert, projection])

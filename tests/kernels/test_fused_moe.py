@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from alphaq_vllm.kernels import PackedExperts, fused_moe
+from alphaq_vllm.kernels import Gate, PackedExperts, fused_moe, repack_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -97,6 +97,10 @@ def test_fused_moe_refuses_what_it_cannot_compute(default_case, make_problem):
     with pytest.raises(ValueError, match=r"expected two shapes \[5, top_k\], got \[4, 2\] and \[4, 2\]"):
         wrong(problem, topk_ids=topk_ids[1:], topk_weights=topk_weights[1:])
     with pytest.raises(ValueError, match=r"activation: expected one of .*'silu', 'gelu'.*, got 'relu2'"):
-        wrong(problem, activation="relu2")
+        wrong(problem, gate=Gate("relu2"))
+    with pytest.raises(ValueError, match=r"w2_bias: expected a contiguous tensor \[4, 96\], got \[4, 1, 96\]"):
+        wrong(problem, w2_bias=torch.zeros(4, 1, 96))
+    with pytest.raises(ValueError, match="expected the order of the checkpoint on cpu, got tiled=True and tiled=False"):
+        wrong(problem, w13=repack_(w13))
     with pytest.raises(ValueError, match="apply_router_weight_on_input: expected top_k=1, got 2"):
         wrong(problem, apply_router_weight_on_input=True)

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.linear import (
 from alphaq_vllm.format import AlphaQSpec, LinearFormat
 from alphaq_vllm.linear_packing import dequantize
 from alphaq_vllm.plugin.config import AlphaQConfig
-from offline.symmetric import quantize_symmetric
+from offline.quantizers.symmetric import quantize_symmetric
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

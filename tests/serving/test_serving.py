@@ -28,7 +28,8 @@ def needs_devices(arguments):
     [
         pytest.param("float32", ["--enforce-eager"], 0.001, id="float32-eager"),
         pytest.param("float32", [], 0.001, id="float32-compiled"),
-        pytest.param("bfloat16", [], 0.02, id="bfloat16-compiled"),
+        # In bfloat16 vLLM and transformers differ by more than this on the unquantized model already.
+        pytest.param("float16", [], 0.01, id="float16-compiled"),
         pytest.param("float32", [*TWO_RANKS, "--enforce-eager"], 0.001, id="float32-tensor-parallel"),
         pytest.param("float32", EXPERT_PARALLEL, 0.001, id="float32-expert-parallel-compiled"),
     ],

@@ -1,0 +1,109 @@
+"""What stands between and behind the matrix products on a GPU: activation, and the sum over a token's routes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from alphaq_vllm.kernels.blocks import local_experts
+
+
+@triton.jit
+def _gated(gate, up, ACTIVATION: tl.constexpr, alpha, beta):
+    tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "gelu" or ACTIVATION == "gelu_tanh")
+    if ACTIVATION == "silu":
+        activated = gate * tl.sigmoid(alpha * gate)
+    elif ACTIVATION == "gelu":
+        activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        # 0.5 * (1 + tanh(y)) = sigmoid(2 * y)
+        activated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    return activated * (up + beta)
+
+
+@triton.jit(do_not_specialize=["num_routes", "num_splits"])
+def activate_kernel(
+    partial_ptr,  # [num_splits, num_routes, 2, N]: gate and up in parts to be summed
+    hidden_ptr,  # [num_routes, N] of x's dtype
+    hidden_sums_ptr,  # [num_routes, N / GROUP_SIZE] float32
+    topk_ids_ptr,  # [num_routes]
+    expert_map_ptr,  # [global experts] int32, or None
+    router_weights_ptr,  # [num_routes] float32
+    bias_ptr,  # [E, 2, N], or None
+    limit,  # of the clamp, if CLAMP
+    alpha,
+    beta,
+    num_routes,
+    num_splits,
+    N,
+    ACTIVATION: tl.constexpr,
+    CLAMP: tl.constexpr,
+    MUL_ROUTER_WEIGHT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,  # a multiple of GROUP_SIZE
+):
+    """One program per (route, block of features)."""
+    route = tl.program_id(0).to(tl.int64)
+    expert = local_experts(tl.load(topk_ids_ptr + route), expert_map_ptr)
+    if expert < 0:
+        return
+    offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs_n < N
+    gate = tl.zeros([BLOCK], tl.float32)
+    up = tl.zeros([BLOCK], tl.float32)
+    for split in range(num_splits):
+        ptrs = partial_ptr + (split * num_routes + route) * 2 * N + offs_n
+        gate += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        up += tl.load(ptrs + N, mask=mask, other=0.0).to(tl.float32)
+    if MUL_ROUTER_WEIGHT:
+        router_weight = tl.load(router_weights_ptr + route)
+        gate *= router_weight
+        up *= router_weight
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + expert.to(tl.int64) * 2 * N + offs_n
+        gate += tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+        up += tl.load(bias_ptrs + N, mask=mask, other=0.0).to(tl.float32)
+    if CLAMP:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+    hidden = tl.where(mask, _gated(gate, up, ACTIVATION, alpha, beta), 0.0).to(hidden_ptr.dtype.element_ty)
+    tl.store(hidden_ptr + route * N + offs_n, hidden, mask=mask)
+    group = tl.program_id(1) * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
+    sums = tl.sum(tl.reshape(hidden.to(tl.float32), [BLOCK // GROUP_SIZE, GROUP_SIZE]), 1)
+    tl.store(hidden_sums_ptr + route * (N // GROUP_SIZE) + group, sums, mask=group < N // GROUP_SIZE)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
+def sum_routes_kernel(
+    partial_ptr,  # [num_splits, num_tokens, TOP_K, N]
+    out_ptr,  # [num_tokens, N]
+    topk_ids_ptr,  # [num_tokens, TOP_K]
+    expert_map_ptr,  # [global experts] int32, or None
+    router_weights_ptr,  # [num_tokens, TOP_K] float32
+    bias_ptr,  # [E, N], or None
+    num_tokens,
+    num_splits,
+    N,
+    TOP_K: tl.constexpr,
+    MUL_ROUTER_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (token, block of features); a fixed order of float32 additions, so no run differs."""
+    token = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for slot in range(TOP_K):
+        route = token * TOP_K + slot
+        expert = local_experts(tl.load(topk_ids_ptr + route), expert_map_ptr)
+        # Rows of skipped routes were not written.
+        mask = offs_n < tl.where(expert >= 0, N, 0)
+        routed = tl.zeros([BLOCK], tl.float32)
+        for split in range(num_splits):
+            ptrs = partial_ptr + (split * num_tokens * TOP_K + route) * N + offs_n
+            routed += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            routed += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=mask, other=0.0).to(tl.float32)
+        if MUL_ROUTER_WEIGHT:
+            routed *= tl.load(router_weights_ptr + route)
+        acc += routed
+    tl.store(out_ptr + token * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=offs_n < N)

@@ -1,0 +1,70 @@
+"""The order in which a GPU wants a layer's words: as the matrix instructions' registers hold the weights.
+
+A *stripe* is 32 consecutive rows of a matrix; it keeps its bytes in memory, in another order. In row ``8 * r + t // 4``
+(r < 4) of a stripe, lane t (t < 32) of a warp owns columns ``32 * c + 8 * s + 2 * (t % 4) + h`` of each group
+(c < group_size / 32, s < 4, h < 2), a 16-bit register pair for every r, s and c: slot ``4 * s + r`` of chunk c.
+
+The b-bit codes of a lane's 16 slots of one chunk fill b words, stored ``[group, word, lane, chunk]``, so that a warp
+loads a word of every lane and chunk as one contiguous piece, 16 bytes a lane for groups of 128. The low half of a word
+is for h = 0, the high half for h = 1. Each half holds the codes of ``16 // b`` slots, in order, from the lowest bit up;
+the bits that remain at the top of all the halves, in order, hold the codes of the last slots. So no bit is wasted, and
+one mask takes a pair of neighbouring columns out of a word.
+
+Scales and zero points of a stripe are stored ``[group, t // 4, r]``: a lane loads those of its four rows at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from alphaq_vllm.kernels.experts import PackedExperts
+from alphaq_vllm.packing import unpack
+
+STRIPE = 32
+SLOTS = 16
+# Codes repacked at a time: their integers take four bytes each in several temporary tensors.
+PIECE = 2**23
+
+
+def repack_(experts: PackedExperts) -> PackedExperts:
+    """Bring a layer's matrices from the order of the checkpoint into that of the GPU, in their own memory.
+
+    Returns the same tensors, marked as tiled. Raises ValueError if they are tiled already or N is not a multiple of 32.
+    """
+    if experts.tiled:
+        raise ValueError("experts: expected the order of the checkpoint, got tiled experts")
+    if experts.N % STRIPE:
+        raise ValueError(f"experts: expected a multiple of {STRIPE} rows, got {experts.N}")
+    rows_per_piece = max(1, PIECE // (STRIPE * experts.K)) * STRIPE
+    for widths, starts in zip(experts.num_bits.tolist(), experts.offsets.tolist(), strict=True):
+        for num_bits, start in zip(widths, starts, strict=True):
+            words_per_row = experts.K * num_bits // 32
+            matrix = experts.packed[start : start + experts.N * words_per_row].view(experts.N, words_per_row)
+            for rows in matrix.split(rows_per_piece):
+                rows.view(-1).copy_(tile_codes(unpack(rows, num_bits), num_bits, experts.group_size))
+    for values in (experts.scales, experts.zero_points):
+        for matrix in values.flatten(0, 1):
+            matrix.view(-1).copy_(matrix.view(-1, 4, 8, matrix.shape[1]).permute(0, 3, 2, 1).flatten())
+    return dataclasses.replace(experts, tiled=True)
+
+
+def tile_codes(codes: torch.Tensor, num_bits: int, group_size: int) -> torch.Tensor:
+    """The words of some stripes: ``codes [N, K]`` uint8 to ``[N * K * num_bits / 32]`` int32."""
+    fragments = codes.to(torch.int32).view(-1, 4, 8, codes.shape[1] // group_size, group_size // 32, 4, 4, 2)
+    # stripe, r, t // 4, group, c, s, t % 4, h  ->  stripe, group, t // 4, t % 4, c, (s, r), h
+    slots = fragments.permute(0, 3, 2, 6, 4, 5, 1, 7).flatten(-3, -2)
+    per_word = SLOTS // num_bits
+    halves = torch.tensor([0, 16], dtype=torch.int32, device=codes.device)
+    first = torch.arange(per_word, dtype=torch.int32, device=codes.device)[:, None] * num_bits
+    whole = slots[..., : per_word * num_bits, :].unflatten(-2, (num_bits, per_word)) << (first + halves)
+    words = whole.sum((-2, -1), dtype=torch.int32)
+    spare = 16 - per_word * num_bits
+    if spare:
+        bit = torch.arange(num_bits, dtype=torch.int32, device=codes.device)[:, None]
+        bits = ((slots[..., per_word * num_bits :, None, :] >> bit) & 1).flatten(-3, -2)
+        place = per_word * num_bits + torch.arange(spare, dtype=torch.int32, device=codes.device)[:, None]
+        words += (bits.unflatten(-2, (num_bits, spare)) << (place + halves)).sum((-2, -1), dtype=torch.int32)
+    # stripe, group, t // 4, t % 4, c, word  ->  stripe, group, word, lane, c
+    return words.flatten(2, 3).permute(0, 1, 4, 2, 3).flatten()

@@ -1,0 +1,146 @@
+"""The GPU path of ``fused_moe``: blocks of routes, product, activation, product, sum: five launches for few tokens."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES, Blocks, make_blocks
+from alphaq_vllm.kernels.elementwise import activate_kernel, sum_routes_kernel
+from alphaq_vllm.kernels.experts import PackedExperts
+from alphaq_vllm.kernels.gemm import BIASES, QUADS_GENERATIONS, moe_gemm_kernel
+from alphaq_vllm.kernels.reference import Gate
+from alphaq_vllm.kernels.tiles import Tiles, choose_num_splits, choose_tiles, tiles_for
+
+# Bytes of intermediate results at a time; more tokens than that are taken in turn.
+MAX_WORKSPACE = 2**29
+
+
+class Device(NamedTuple):
+    """What the launches depend on. generation: the first digit of an NVIDIA GPU's compute capability."""
+
+    num_multiprocessors: int
+    generation: int
+
+
+@lru_cache
+def device_of(device: torch.device) -> Device:
+    """The GPU that a tensor is on; on a CPU, where the interpreter runs, something small."""
+    if device.type != "cuda":
+        return Device(num_multiprocessors=4, generation=9)
+    properties = torch.cuda.get_device_properties(device)
+    # Triton numbers AMD's GPUs otherwise, and none of the choices by generation is meant for them.
+    return Device(properties.multi_processor_count, 0 if torch.version.hip else properties.major)
+
+
+def fused_moe_triton(
+    x: torch.Tensor,
+    w13: PackedExperts,
+    w2: PackedExperts,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    gate: Gate,
+    apply_router_weight_on_input: bool,
+) -> torch.Tensor:
+    """``fused_moe`` on GPU tensors: launches depend on shapes alone, so it may be captured in a CUDA graph."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"x: expected bfloat16 or float16 on a GPU, got {x.dtype}: use --dtype bfloat16")
+    x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
+    out = torch.empty_like(x)
+    piece = tokens_per_pass(topk_ids.shape[1], w13, x.element_size())
+    for i in range(0, x.shape[0], piece):
+        tokens = slice(i, i + piece)
+        _moe_pass(
+            x[tokens], out[tokens], w13, w2, topk_weights[tokens], topk_ids[tokens], w13_bias, w2_bias, expert_map,
+            gate, apply_router_weight_on_input,
+        )  # fmt: skip
+    return out
+
+
+def tokens_per_pass(top_k: int, w13: PackedExperts, itemsize: int) -> int:
+    """How many tokens are taken at a time: gate and up, what they are activated to, and down fit the workspace."""
+    return max(MAX_DIRECT_ROUTES, MAX_WORKSPACE // (top_k * (3 * w13.N + w13.K) * itemsize) // 16 * 16)
+
+
+def _moe_pass(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    w13: PackedExperts,
+    w2: PackedExperts,
+    router_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    gate: Gate,
+    apply_router_weight_on_input: bool,
+) -> None:
+    num_tokens, top_k = topk_ids.shape
+    num_routes = topk_ids.numel()
+    widest = max(*w13.widths, *w2.widths)
+    tiles = choose_tiles(num_routes, w13.num_experts, device_of(x.device).generation, widest)
+    blocks = make_blocks(x, topk_ids, expert_map, w13.num_experts, w13.group_size, tiles.block_m)
+    gate_up = _gemm(x, blocks.x_sums, w13, blocks, num_routes, tiles)
+    hidden = x.new_empty(num_routes, w13.N)
+    hidden_sums = x.new_empty(num_routes, w13.N // w2.group_size, dtype=torch.float32)
+    block = min(512, triton.next_power_of_2(w13.N))
+    activate_kernel[(num_routes, triton.cdiv(w13.N, block))](
+        gate_up, hidden, hidden_sums, topk_ids, expert_map, router_weights, w13_bias,
+        0.0 if gate.limit is None else gate.limit, gate.alpha, gate.beta, num_routes, gate_up.shape[0], w13.N,
+        ACTIVATION=gate.activation, CLAMP=gate.limit is not None, MUL_ROUTER_WEIGHT=apply_router_weight_on_input,
+        GROUP_SIZE=w2.group_size, BLOCK=block,
+    )  # fmt: skip
+    routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, tiles)
+    block = min(256, triton.next_power_of_2(w2.N))
+    sum_routes_kernel[(num_tokens, triton.cdiv(w2.N, block))](
+        routed, out, topk_ids, expert_map, router_weights, w2_bias, num_tokens, routed.shape[0], w2.N,
+        TOP_K=top_k, MUL_ROUTER_WEIGHT=not apply_router_weight_on_input, BLOCK=block,
+    )  # fmt: skip
+
+
+def _gemm(
+    x: torch.Tensor, x_sums: torch.Tensor, experts: PackedExperts, blocks: Blocks, num_routes: int, tiles: Tiles
+) -> torch.Tensor:
+    """Each route's products with its expert's matrices in parts to be summed: ``[num_splits, num_routes, P, N]``."""
+    tiles_n = triton.cdiv(experts.N, tiles.block_n) * experts.num_projections
+    num_blocks = blocks.expert_ids.numel()
+    num_groups = experts.K // experts.group_size
+    busy = tiles_n * min(num_blocks, experts.num_experts)
+    device = device_of(x.device)
+    num_splits = choose_num_splits(busy, num_groups, device.num_multiprocessors)
+    # For few routes precision costs nothing; for many the results leave the cache.
+    dtype = torch.float32 if num_splits > 1 or num_routes <= MAX_DIRECT_ROUTES else x.dtype
+    out = x.new_empty(num_splits, num_routes, experts.num_projections, experts.N, dtype=dtype)
+    moe_gemm_kernel[(num_blocks * num_splits * tiles_n,)](
+        x, x_sums, out, *experts.tensors, blocks.expert_ids, blocks.route_ids, num_routes, experts.N, experts.K,
+        num_splits, num_routes // x.shape[0], BIASES[x.dtype], P=experts.num_projections, GROUP_SIZE=experts.group_size,
+        WIDTHS=experts.widths, QUADS=device.generation in QUADS_GENERATIONS, BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def warm_up(w13: PackedExperts, w2: PackedExperts, top_k: int, dtype: torch.dtype, **options) -> None:
+    """Compile every kernel that serving a layer may need, for any number of tokens.
+
+    options: of ``fused_moe_triton``, as the layer will be called.
+    """
+    generation, widest = device_of(w13.packed.device).generation, max(*w13.widths, *w2.widths)
+    most = max(MAX_DIRECT_ROUTES, tiles_for(generation, widest)[-1].block_m * w13.num_experts) // top_k + 1
+    done = set()
+    for num_tokens in range(1, most + 1):
+        routes = num_tokens * top_k
+        padded = triton.next_power_of_2(routes) if routes <= MAX_DIRECT_ROUTES else 0
+        bucket = (choose_tiles(routes, w13.num_experts, generation, widest), padded)
+        if bucket in done:
+            continue
+        done.add(bucket)
+        x = torch.zeros(num_tokens, w13.K, dtype=dtype, device=w13.packed.device)
+        topk_ids = torch.full((num_tokens, top_k), -1, dtype=torch.int32, device=x.device)
+        fused_moe_triton(x, w13, w2, topk_weights=topk_ids.float(), topk_ids=topk_ids, **options)

@@ -1,0 +1,201 @@
+"""How fast and in how much memory a checkpoint is converted.
+
+    python -m benchmarks.convert [--layers 2,8] [--experts 60] [--workers N] [--directory DIR]
+
+Generates checkpoints of Qwen1.5-MoE's layer shape with random heavy-tailed weights, converts each with
+``python -m offline.convert`` at its default settings, and times the measuring of alpha against a loop of ``svdvals``.
+One JSON line per checkpoint is printed and appended to ``benchmarks/results/convert.jsonl``.
+
+Memory is the greatest resident size of the process and its children together, sampled ten times a second: once with
+pages that they share counted once (``peak_bytes``), once counted in each (``peak_bytes_unshared``). Work that others do
+on the machine lengthens ``seconds`` but not ``cpu_seconds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from offline.allocation.spectra import hill_alpha
+from offline.threads import available_cores, one_thread
+
+RESULTS = Path(__file__).parent / "results" / "convert.jsonl"
+HIDDEN, INTERMEDIATE, SHARED, VOCABULARY = 2048, 1408, 5632, 4096
+BLOCK_SIZE = 128
+SECONDS_BETWEEN_SAMPLES = 0.1
+
+
+def generate(path: Path, num_layers: int, num_experts: int) -> int:
+    """Write a checkpoint, one file per layer, and return its bytes."""
+    path.mkdir(parents=True)
+    config = {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "dtype": "bfloat16",
+        "hidden_size": HIDDEN,
+        "moe_intermediate_size": INTERMEDIATE,
+        "shared_expert_intermediate_size": SHARED,
+        "num_hidden_layers": num_layers,
+        "num_experts": num_experts,
+        "vocab_size": VOCABULARY,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    weight_map, size = {}, 0
+    for layer in range(num_layers):
+        name = f"model-{layer + 1:05}-of-{num_layers:05}.safetensors"
+        tensors = _layer(f"model.layers.{layer}", num_experts, generator)
+        if layer == 0:
+            tensors["model.embed_tokens.weight"] = _heavy_tailed(VOCABULARY, HIDDEN, generator)
+        save_file(tensors, path / name)
+        weight_map |= dict.fromkeys(tensors, name)
+        size += (path / name).stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return size
+
+
+def _layer(prefix: str, num_experts: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    shapes = {f"{prefix}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
+    shapes |= {f"{prefix}.mlp.gate.weight": (num_experts, HIDDEN)}
+    experts = {f"experts.{expert}": INTERMEDIATE for expert in range(num_experts)} | {"shared_expert": SHARED}
+    for name, size in experts.items():
+        shapes |= {f"{prefix}.mlp.{name}.{projection}_proj.weight": (size, HIDDEN) for projection in ("gate", "up")}
+        shapes |= {f"{prefix}.mlp.{name}.down_proj.weight": (HIDDEN, size)}
+    return {name: _heavy_tailed(*shape, generator) for name, shape in shapes.items()}
+
+
+def _heavy_tailed(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Gaussian weights whose columns differ in scale, each matrix to another degree, with alphas as after training."""
+    spread = 0.25 + 0.35 * torch.rand((), generator=generator)
+    scale = (torch.randn(columns, generator=generator) * spread).exp() * 0.02
+    return (torch.randn(rows, columns, generator=generator) * scale).bfloat16()
+
+
+def convert(source: Path, out: Path, workers: int) -> dict[str, float]:
+    """Convert, and return seconds, CPU seconds and peak bytes."""
+    command = [sys.executable, "-m", "offline.convert", str(source), str(out), "--workers", str(workers)]
+    start = time.monotonic()
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    peak = peak_unshared = 0
+    ticks: dict[str, int] = {}
+    while process.poll() is None:
+        shared, unshared = _sample(process.pid, ticks)
+        peak, peak_unshared = max(peak, shared), max(peak_unshared, unshared)
+        time.sleep(SECONDS_BETWEEN_SAMPLES)
+    if process.returncode:
+        raise SystemExit(f"error: {' '.join(command)} ended with exit status {process.returncode}")
+    return {
+        "seconds": time.monotonic() - start,
+        "cpu_seconds": sum(ticks.values()) / os.sysconf("SC_CLK_TCK"),
+        "peak_bytes": peak,
+        "peak_bytes_unshared": peak_unshared,
+    }
+
+
+def _sample(session: int, ticks: dict[str, int]) -> tuple[int, int]:
+    """Resident bytes of all processes of a session with shared pages counted once, and in each; notes CPU ticks."""
+    once = in_each = 0
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            # What follows the name, which may hold anything: state, parent, group, session, ...
+            fields = (directory / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) != session:
+                continue
+            ticks[directory.name] = int(fields[11]) + int(fields[12])
+            rollup = dict(line.split(":") for line in (directory / "smaps_rollup").read_text().splitlines()[1:])
+        except (OSError, ValueError):
+            # It has ended in the meantime.
+            continue
+        once += 1024 * int(rollup["Pss"].split()[0])
+        in_each += 1024 * int(rollup["Rss"].split()[0])
+    return once, in_each
+
+
+@one_thread()
+def alpha_speedup() -> dict[str, float]:
+    """CPU nanoseconds per weight of measuring alpha, of a loop of ``svdvals`` over the same blocks, and their ratio."""
+    weight = _heavy_tailed(INTERMEDIATE, HIDDEN, torch.Generator().manual_seed(0)).float()
+    rows, columns = (side // BLOCK_SIZE * BLOCK_SIZE for side in weight.shape)
+    blocks = weight[:rows, :columns].unfold(0, BLOCK_SIZE, BLOCK_SIZE).unfold(1, BLOCK_SIZE, BLOCK_SIZE)
+    blocks = blocks.reshape(-1, BLOCK_SIZE, BLOCK_SIZE)
+    ours = _best_time(lambda: hill_alpha(weight, BLOCK_SIZE)) / weight.numel()
+    theirs = _best_time(lambda: [torch.linalg.svdvals(block) for block in blocks]) / weight.numel()
+    return {"alpha_ns": ours * 1e9, "svdvals_ns": theirs * 1e9, "alpha_speedup": theirs / ours}
+
+
+def _best_time(function: Any) -> float:
+    """Least CPU seconds of five calls after a first."""
+    function()
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what a result came about."""
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip(),
+        "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": available_cores(),
+        "load": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "alphaq_vllm": version("alphaq-vllm"),
+    }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default="2,8", help="numbers of layers (default 2,8)")
+    parser.add_argument("--experts", type=int, default=60, help="experts in a layer (default 60)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one per core)")
+    parser.add_argument("--directory", type=Path, help="for the checkpoints, which are removed (default: temporary)")
+    args = parser.parse_args()
+    speedup = alpha_speedup()
+    for num_layers in map(int, args.layers.split(",")):
+        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+            source = Path(directory) / "source"
+            size = generate(source, num_layers, args.experts)
+            result = convert(source, Path(directory) / "out", args.workers)
+        line = {
+            "layers": num_layers,
+            "experts": args.experts,
+            "workers": args.workers,
+            "source_bytes": size,
+            **result,
+            "bytes_per_second_and_core": size / result["seconds"] / args.workers,
+            "bytes_per_cpu_second": size / result["cpu_seconds"],
+            **speedup,
+            **machine(),
+        }
+        print(json.dumps(line), flush=True)
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a") as file:
+            print(json.dumps(line), file=file)
+
+
+if __name__ == "__main__":
+    main()

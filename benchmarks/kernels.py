@@ -1,0 +1,306 @@
+"""How fast the kernels are, or without a GPU, what they compile to.
+
+    python -m benchmarks.kernels [--models mixtral,qwen1.5] [--tokens 1,8,64] [--bits 2.5,3.5] [--peers all]
+    python -m benchmarks.kernels --static
+
+Times one layer's routed experts, from router output to sum, as replays of a CUDA graph that takes several sets of
+weights in turn, so that none is still in the cache. A setting whose result is not right reports no time. The limit is
+the larger of the bytes of the experts in use over the copy bandwidth and the operations over the speed of a dense
+bfloat16 product, both measured at the start. Every row is appended to ``benchmarks/results/kernels.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from alphaq_vllm.format import stored_bits_per_weight
+from alphaq_vllm.kernels import Gate, PackedExperts, expert_offsets, fused_moe, repack_
+from alphaq_vllm.kernels.tiles import tiles_for
+from benchmarks.peers import PEERS
+from benchmarks.sass import compile_gemm
+
+RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
+GROUP_SIZE = 128
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
+# Shares of the widths 2, 3 and 4.
+SHARES = {2.5: (4, 1, 1), 3.0: (1, 1, 1), 3.5: (1, 1, 4), 4.0: (0, 0, 1)}
+# In bfloat16's precision and of the largest expected value; the sum of roundings of a correct kernel stays below.
+MAX_ERROR = 3 * torch.finfo(torch.bfloat16).eps
+CHECKED_TOKENS = 32
+
+
+class Shape(NamedTuple):
+    """The routed experts of a model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+
+
+MODELS = {
+    "mixtral": Shape(4096, 14336, 8, 2),
+    "qwen1.5": Shape(2048, 1408, 60, 4),
+    "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
+    "qwen3-30b": Shape(2048, 768, 128, 8),
+}
+
+
+class Inputs(NamedTuple):
+    """What a layer is given."""
+
+    x: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+
+
+def random_experts(num_experts: int, projections: int, N: int, K: int, average_bits: float) -> PackedExperts:
+    """Random codes on the GPU, in the order of a checkpoint, weights about normal with variance ``1 / K``."""
+    count = num_experts * projections
+    shares = SHARES[average_bits]
+    deck = [width for width, share in zip((2, 3, 4), shares, strict=True) for _ in range(share)]
+    dealt = (deck * count)[:count]
+    random.Random(0).shuffle(dealt)
+    bits = [dealt[i : i + projections] for i in range(0, count, projections)]
+    offsets, words = expert_offsets(bits, N, K)
+    num_bits = torch.tensor(bits, dtype=torch.int32, device="cuda")
+    groups = (num_experts, projections, N, K // GROUP_SIZE)
+    levels = (2.0**num_bits)[..., None, None]
+    scales = (torch.rand(groups, device="cuda") + 0.5) * 3 / levels / K**0.5
+    zero_points = (torch.rand(groups, device="cuda") * 0.4 + 0.3) * (levels - 1)
+    return PackedExperts(
+        torch.randint(-(2**31), 2**31, (words,), dtype=torch.int32, device="cuda"),
+        scales.bfloat16(),
+        zero_points.half(),
+        num_bits,
+        torch.tensor(offsets, device="cuda"),
+        GROUP_SIZE,
+        tuple(sorted({b for projections in bits for b in projections})),
+    )
+
+
+def random_inputs(shape: Shape, num_tokens: int) -> Inputs:
+    """Activations, and uniform routing to different experts."""
+    x = torch.randn(num_tokens, shape.hidden_size, device="cuda", dtype=torch.bfloat16)
+    scores = torch.rand(num_tokens, shape.num_experts, device="cuda")
+    topk_weights, topk_ids = scores.softmax(-1).topk(shape.top_k)
+    return Inputs(x, topk_weights, topk_ids.to(torch.int32))
+
+
+def expected(inputs: Inputs, w13: PackedExperts, w2: PackedExperts) -> torch.Tensor:
+    """The layer in float64, from experts in the order of the checkpoint."""
+    out = torch.zeros(inputs.x.shape, dtype=torch.float64, device="cuda")
+    for expert in inputs.topk_ids.unique().tolist():
+        tokens, slots = (inputs.topk_ids == expert).nonzero(as_tuple=True)
+        x = inputs.x[tokens].double()
+        gate, up = (x @ w13.matrix(expert, projection).double().T for projection in (0, 1))
+        routed = Gate().apply(gate, up) @ w2.matrix(expert, 0).double().T
+        out.index_add_(0, tokens, routed * inputs.topk_weights[tokens, slots, None].double())
+    return out
+
+
+def is_right(actual: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether the largest error is one that roundings explain."""
+    error = (actual.double() - wanted).abs().max() / wanted.abs().max()
+    return bool(error <= MAX_ERROR)
+
+
+def time_graph(calls: Sequence[Callable[[], torch.Tensor]], seconds: float) -> float:
+    """Microseconds of one call: the median over replays of a graph that holds each call once."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times: list[float] = []
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    while len(times) < 5 or (sum(times) < seconds * 1e3 and len(times) < 200):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[1:]) * 1e3 / len(calls)
+
+
+def measure_machine() -> dict[str, float]:
+    """Bytes a second of a copy (read and written), and operations a second of a dense bfloat16 product."""
+    source = torch.empty(2**30, dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    copy = time_graph([lambda: target.copy_(source)], 0.2)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = time_graph([lambda: a @ b], 0.2)
+    return {"bytes_per_second": 2 * source.nbytes / copy * 1e6, "flops": 2 * 8192**3 / product * 1e6}
+
+
+def limit(shape: Shape, inputs: Inputs, num_bits: torch.Tensor, machine: dict[str, float]) -> float:
+    """Microseconds that no kernel can beat. num_bits: ``[E, 3]``."""
+    used = num_bits[inputs.topk_ids.unique().long()].flatten().tolist()
+    weights = shape.hidden_size * shape.intermediate_size
+    num_bytes = sum(stored_bits_per_weight(b, GROUP_SIZE) for b in used) * weights / 8
+    operations = 6 * weights * inputs.topk_ids.numel()
+    return max(num_bytes / machine["bytes_per_second"], operations / machine["flops"]) * 1e6
+
+
+def measure_ours(
+    shape: Shape, tokens: Sequence[int], average_bits: float, machine: dict[str, float], seconds: float
+) -> list[dict]:
+    """One row per number of tokens."""
+    sizes = (shape.intermediate_size, shape.hidden_size)
+    stored = [
+        random_experts(shape.num_experts, 2, *sizes, average_bits),
+        random_experts(shape.num_experts, 1, *sizes[::-1], average_bits),
+    ]
+    num_bits = torch.cat([experts.num_bits for experts in stored], 1)
+    cases = {n: random_inputs(shape, n) for n in tokens}
+    firsts = {n: Inputs(*(t[:CHECKED_TOKENS] for t in inputs)) for n, inputs in cases.items()}
+    wanted = {n: expected(inputs, *stored) for n, inputs in firsts.items()}
+    layer_bytes = sum(experts.packed.nbytes for experts in stored)
+    copies = max(2, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // layer_bytes))
+    # The bits of the copies are random anyway, so only the checked set has an order to be brought into.
+    sets = [[PackedExperts(*(t.clone() for t in e.tensors), GROUP_SIZE, e.widths, True) for e in stored]
+            for _ in range(copies - 1)]  # fmt: skip
+    sets.insert(0, [repack_(experts) for experts in stored])
+    rows = []
+    for n, inputs in cases.items():
+        row = {"tokens": n, "kernel": "alphaq", "bits": average_bits, "limit": limit(shape, inputs, num_bits, machine)}
+        actual = fused_moe(inputs.x, *sets[0], *inputs[1:])[:CHECKED_TOKENS]
+        if is_right(actual, wanted[n]):
+            calls = [lambda s=s, inputs=inputs: fused_moe(inputs.x, *s, *inputs[1:]) for s in sets]
+            row["us"] = time_graph(calls, seconds)
+            row["fraction"] = row["limit"] / row["us"]
+        else:
+            row["error"] = "wrong result"
+        rows.append(row)
+    return rows
+
+
+def measure_peer(name: str, shape: Shape, tokens: Sequence[int], seconds: float) -> list[dict]:
+    """One row per number of tokens, or one that says why there is none."""
+    try:
+        make_layer, copies = PEERS[name](shape), 2
+        layers = [make_layer() for _ in range(copies)]
+    except Exception as error:
+        return [{"kernel": name, "error": f"{type(error).__name__}: {error}"[:200]}]
+    rows = []
+    for n in tokens:
+        inputs = random_inputs(shape, n)
+        try:
+            us = time_graph([lambda layer=layer, inputs=inputs: layer(*inputs) for layer in layers], seconds)
+            rows.append({"tokens": n, "kernel": name, "us": us})
+        except Exception as error:
+            rows.append({"tokens": n, "kernel": name, "error": f"{type(error).__name__}: {error}"[:200]})
+    return rows
+
+
+def describe_run() -> dict[str, str]:
+    """What a reader must know to compare rows."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit,
+        "gpu": gpu[0] if gpu else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def run_timing(arguments: argparse.Namespace) -> None:
+    """Measure, append to the results, and print a table last."""
+    machine = measure_machine()
+    run = describe_run() | machine
+    print(json.dumps(run), flush=True)
+    rows: list[dict] = []
+    for model in arguments.models:
+        shape = MODELS[model]
+        measured = []
+        for peer in arguments.peers:
+            measured += measure_peer(peer, shape, arguments.tokens, arguments.seconds)
+        for bits in arguments.bits:
+            measured += measure_ours(shape, arguments.tokens, bits, machine, arguments.seconds)
+        torch.cuda.empty_cache()
+        with RESULTS.open("a") as file:
+            for row in measured:
+                file.write(json.dumps({"model": model, **row, **run}) + "\n")
+                print(json.dumps({"model": model, **row}), flush=True)
+        rows += [{"model": model, **row} for row in measured]
+    print_table(rows)
+
+
+def print_table(rows: Sequence[dict]) -> None:
+    """Microseconds, percent of the limit, and how many times as fast as each peer."""
+    peers = {(r["model"], r["tokens"], r["kernel"]): r["us"] for r in rows if "us" in r and r["kernel"] != "alphaq"}
+    print(f"{'model':17} {'bits':>4} {'tokens':>6} {'us':>9} {'limit':>6}  speed against peers")
+    for r in rows:
+        if r["kernel"] != "alphaq" or "us" not in r:
+            if "error" in r:
+                print(f"{r['model']:17} {r['kernel']} {r.get('bits', '')} {r.get('tokens', '')}: {r['error']}")
+            continue
+        ratios = [
+            f"{name} {us / r['us']:.2f}" for (m, n, name), us in peers.items() if (m, n) == (r["model"], r["tokens"])
+        ]
+        print(f"{r['model']:17} {r['bits']:4} {r['tokens']:6} {r['us']:9.1f} {r['fraction']:6.0%}  {', '.join(ratios)}")
+
+
+def run_static(arguments: argparse.Namespace) -> None:
+    """Print one line for every kernel that serves an average of 2 to 4 bits."""
+    if not arguments.json:
+        print("  sm width block_m registers spilled shared integer/weight 16-byte loads matrix")
+    for sm in arguments.sm:
+        for width in arguments.widths:
+            for tiles in tiles_for(sm // 10, width):
+                code = compile_gemm(sm, arguments.dtype, tiles, (width,))
+                if arguments.json:
+                    print(json.dumps(code.as_dict()), flush=True)
+                    continue
+                print(
+                    f"{sm:4} {width:5} {code.block_m:7} {code.registers:9} {code.spilled_bytes:7} "
+                    f"{code.shared_bytes:6} {code.integer_per_weight:14.2f} {code.wide_loads:13} {code.matrix}",
+                    flush=True,
+                )
+
+
+def several(kind: type) -> Callable[[str], list]:
+    """For argparse: values separated by commas."""
+    return lambda text: [kind(part) for part in text.split(",") if part]
+
+
+def main() -> None:
+    """Parse arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--static", action="store_true", help="compile only, for absent GPUs")
+    parser.add_argument("--json", action="store_true", help="with --static: JSON lines")
+    parser.add_argument("--sm", type=several(int), default=[80, 90, 100])
+    parser.add_argument("--widths", type=several(int), default=[2, 3, 4])
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16"])
+    parser.add_argument("--models", type=several(str), default=list(MODELS))
+    parser.add_argument("--tokens", type=several(int), default=list(TOKENS))
+    parser.add_argument("--bits", type=several(float), default=[2.5, 3.5], help=f"out of {sorted(SHARES)}")
+    parser.add_argument("--peers", type=lambda t: list(PEERS) if t == "all" else several(str)(t), default=list(PEERS))
+    parser.add_argument("--seconds", type=float, default=0.1, help="of replays for each setting")
+    arguments = parser.parse_args()
+    if arguments.static:
+        run_static(arguments)
+    elif torch.cuda.is_available():
+        run_timing(arguments)
+    else:
+        parser.error("there is no GPU to time: use --static")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import dataclasses
+from itertools import product
+
+import pytest
+import torch
+
+from alphaq_vllm.kernels import PackedExperts, repack_
+from alphaq_vllm.packing import unpack
+
+ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+def tiled_code(words: list[int], row: int, column: int, K: int, num_bits: int, group_size: int) -> int:
+    """One code, found as the layout's description says, bit by bit."""
+    stripe, group, chunks = row // 32, column // group_size, group_size // 32
+    lane = row % 8 * 4 + column % 8 // 2
+    chunk = column % group_size // 32
+    slot = column % 32 // 8 * 4 + row % 32 // 8
+    per_word = 16 // num_bits
+    first_word = (stripe * (K // group_size) + group) * num_bits * 32 * chunks
+
+    def bit(word: int, position: int) -> int:
+        place = first_word + (word * 32 + lane) * chunks + chunk
+        return words[place] >> (position + 16 * (column % 2)) & 1
+
+    code = 0
+    for i in range(num_bits):
+        if slot < per_word * num_bits:
+            word, position = slot // per_word, slot % per_word * num_bits + i
+        else:
+            spare = 16 - per_word * num_bits
+            stream = (slot - per_word * num_bits) * num_bits + i
+            word, position = stream // spare, per_word * num_bits + stream % spare
+        code |= bit(word, position) << i
+    return code
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("num_bits", ALL_WIDTHS)
+def test_repack_puts_every_code_where_the_layout_says(num_bits, group_size, make_experts):
+    torch.manual_seed(0)
+    N, K = 64, 2 * group_size
+    experts = make_experts([[num_bits]], N, K, group_size)
+    codes = unpack(experts.packed.view(N, -1), num_bits)
+    scales, zero_points = experts.scales[0, 0].clone(), experts.zero_points[0, 0].clone()
+    tiled = repack_(experts)
+    words = [word & 0xFFFFFFFF for word in tiled.packed.tolist()]
+    for row, column in product(range(0, N, 3), range(0, K, 5)):
+        assert tiled_code(words, row, column, K, num_bits, group_size) == codes[row, column]
+    for row, group in product(range(N), range(2)):
+        place = (row // 32 * 2 + group) * 32 + row % 8 * 4 + row % 32 // 8
+        assert tiled.scales.flatten()[place] == scales[row, group]
+        assert tiled.zero_points.flatten()[place] == zero_points[row, group]
+
+
+def test_repack_moves_bits_within_each_stripe_of_each_matrix(make_experts):
+    """The number of ones of every stripe stays, for every matrix has memory of its own that no other disturbs."""
+    torch.manual_seed(0)
+    experts = make_experts([[1, 8], [3, 5], [7, 2]], 96, 64, 32)
+    before = experts.packed.clone()
+    tiled = repack_(experts)
+    assert not torch.equal(tiled.packed, before)
+    for bits, offset in zip(experts.num_bits.flatten().tolist(), experts.offsets.flatten().tolist(), strict=True):
+        for start in range(offset, offset + 96 * 64 * bits // 32, 64 * bits):
+            stripes = (words[start : start + 64 * bits].tolist() for words in (before, tiled.packed))
+            old, new = (sum((word & 0xFFFFFFFF).bit_count() for word in stripe) for stripe in stripes)
+            assert old == new
+
+
+def test_repack_stays_in_place_and_repeats_after_loading_again(make_experts):
+    torch.manual_seed(0)
+    experts = make_experts([[3, 4], [2, 3]], 64, 128, 128)
+    tensors = (experts.packed, experts.scales, experts.zero_points)
+    stored = [tensor.clone() for tensor in tensors]
+    tiled = repack_(experts)
+    assert tiled.tiled
+    assert [tensor.data_ptr() for tensor in tiled.tensors[:3]] == [tensor.data_ptr() for tensor in tensors]
+    first = [tensor.clone() for tensor in tensors]
+    for tensor, values in zip(tensors, stored, strict=True):
+        tensor.copy_(values)
+    repack_(experts)
+    assert all(torch.equal(*pair) for pair in zip(tensors, first, strict=True))
+
+
+def test_repack_does_large_matrices_in_pieces(make_experts, monkeypatch):
+    torch.manual_seed(0)
+    experts = make_experts([[3]], 160, 64, 32)
+    whole = repack_(dataclasses.replace(experts, packed=experts.packed.clone(), scales=experts.scales.clone()))
+    monkeypatch.setattr("alphaq_vllm.kernels.layout.PIECE", 1)
+    assert torch.equal(repack_(dataclasses.replace(experts, scales=experts.scales.clone())).packed, whole.packed)
+
+
+def test_repack_refuses_what_it_cannot_tile(make_experts):
+    tiled = repack_(make_experts([[4]], 32, 32, 32))
+    with pytest.raises(ValueError, match="expected the order of the checkpoint, got tiled experts"):
+        repack_(tiled)
+    with pytest.raises(ValueError, match="expected a multiple of 32 rows, got 48"):
+        repack_(make_experts([[4]], 48, 32, 32))
+    assert isinstance(tiled, PackedExperts)

@@ -1,0 +1,93 @@
+"""What the matrix product compiles to, for GPUs that need not be present."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from alphaq_vllm.kernels.tiles import TILES
+
+# Bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities).
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Integer instructions per weight by width and block_m, as benchmarks.kernels --static defines them. Only to be lowered.
+CEILINGS = {
+    80: {2: {8: 1.95, 16: 2.45, 32: 2.90}, 3: {8: 2.15, 16: 2.55, 32: 3.05}, 4: {8: 2.00, 16: 2.25, 32: 2.80}},
+    90: {2: {16: 1.30, 32: 1.45, 64: 1.70}, 3: {16: 1.45, 32: 1.60, 64: 1.85}, 4: {16: 1.25, 32: 1.40, 64: 1.65}},
+    100: {2: {16: 1.45, 32: 1.60}, 3: {16: 1.60, 32: 1.75}, 4: {16: 1.40, 32: 1.55}},
+}
+
+
+def compiled(*arguments: str) -> list[dict]:
+    command = [sys.executable, "-m", "benchmarks.kernels", "--static", "--json", *arguments]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
+@pytest.mark.parametrize("sm", CEILINGS)
+def test_inner_loops_stay_below_the_recorded_ceilings(sm):
+    rows = compiled("--sm", str(sm))
+    assert {(row["widths"][0], row["block_m"]) for row in rows} == {
+        (width, tiles.block_m) for width in (2, 3, 4) for tiles in TILES[sm // 10]
+    }
+    for row in rows:
+        (width,) = row["widths"]
+        assert row["integer_per_weight"] <= CEILINGS[sm][width][row["block_m"]], row
+        assert row["spilled_bytes"] == 0, row
+        # Four words of 32 codes are 16 bytes a thread for each bit of the width.
+        assert row["wide_loads"] >= width, row
+        assert "SHFL" not in row["instructions"], row
+        assert "STS" not in row["instructions"], row
+        assert row["matrix"] == {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[sm]
+
+
+@pytest.mark.parametrize(("sm", "dtype", "widths"), [(89, "fp16", "1,8"), (90, "fp16", "3,5"), (90, "bf16", "6,7,8")])
+def test_other_widths_and_dtypes_compile_without_spills(sm, dtype, widths):
+    for row in compiled("--sm", str(sm), "--dtype", dtype, "--widths", widths):
+        assert row["spilled_bytes"] == 0, row
+        assert row["shared_bytes"] <= SHARED_MEMORY[sm], row
+
+
+def test_mixed_widths_compile_without_spills():
+    code = (
+        "import json; from benchmarks.sass import compile_gemm; from alphaq_vllm.kernels.tiles import TILES\n"
+        "for tiles in TILES[9]: print(json.dumps(compile_gemm(90, 'bf16', tiles, (2, 3, 4)).as_dict()))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+    rows = [json.loads(line) for line in output.splitlines()]
+    assert len(rows) == len(TILES[9])
+    assert all(row["spilled_bytes"] == 0 for row in rows)
+
+
+COMPILE_ALL_ELSE = """
+from itertools import product
+from alphaq_vllm.kernels.blocks import direct_blocks_kernel, place_routes_kernel, rank_routes_kernel
+from alphaq_vllm.kernels.elementwise import activate_kernel, sum_routes_kernel
+from benchmarks.sass import compile_kernel
+
+types = dict.fromkeys(("x_ptr", "out_ptr", "hidden_ptr", "bias_ptr"), "*bf16")
+types |= dict.fromkeys(("x_sums_ptr", "partial_ptr", "hidden_sums_ptr", "router_weights_ptr"), "*fp32")
+types |= dict.fromkeys(("expert_map_ptr", "expert_ids_ptr", "route_ids_ptr", "last_ranks_ptr", "ranks_ptr"), "*i32")
+types |= dict.fromkeys(("limit", "alpha", "beta"), "fp32")
+unaligned = ("num_tokens", "num_routes", "num_splits", "num_experts", "limit", "alpha", "beta")
+sums = {"GROUP_SIZE": 128, "NUM_GROUPS": 32}
+activate = {"GROUP_SIZE": 128, "BLOCK": 512}
+for sm, (ids, absent) in product((80, 90, 100), (("*i32", ("expert_map_ptr", "bias_ptr")), ("*i64", ()))):
+    def compile(kernel, **constants):
+        constants |= {name: None for name in absent if name in kernel.arg_names}
+        compile_kernel(kernel, {**types, "topk_ids_ptr": ids}, constants, unaligned, sm)
+
+    compile(direct_blocks_kernel, **sums, BLOCK_M=16, NUM_ROUTES=256)
+    compile(rank_routes_kernel, **sums, TOP_K=4)
+    compile(place_routes_kernel, BLOCK_M=16, NUM_EXPERTS=64, BLOCK=256)
+    compile(activate_kernel, **activate, ACTIVATION="silu", CLAMP=True, MUL_ROUTER_WEIGHT=False)
+    compile(activate_kernel, **activate, ACTIVATION="gelu", CLAMP=False, MUL_ROUTER_WEIGHT=True)
+    compile(activate_kernel, **activate, ACTIVATION="gelu_tanh", CLAMP=False, MUL_ROUTER_WEIGHT=False)
+    compile(sum_routes_kernel, TOP_K=4, MUL_ROUTER_WEIGHT=True, BLOCK=256)
+"""
+
+
+def test_the_other_kernels_compile():
+    subprocess.run([sys.executable, "-c", COMPILE_ALL_ELSE], check=True)
