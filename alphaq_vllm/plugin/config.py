@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +67,7 @@ class AlphaQConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             projections = self.num_bits.get(prefix)
             if projections is None:
+                self._check_unquantized(prefix)
                 return None
             bits = {SHARD_IDS[name]: widths for name, widths in projections.items()}
             names = {SHARD_IDS[name]: name for name in projections}
@@ -73,6 +75,16 @@ class AlphaQConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         return None
+
+    def _check_unquantized(self, prefix: str) -> None:
+        """Raise if the bit map has experts in this layer under a name that vLLM does not use."""
+        layer = re.match(r".*\blayers\.\d+\.", prefix)
+        others = [module for module in self.num_bits if layer and module.startswith(layer.group())]
+        if others:
+            raise ValueError(
+                f"{others[0]}: vLLM calls these experts {prefix}, which the bit map does not have: this model "
+                "cannot be served with --quantization alphaq yet"
+            )
 
     def _linear_method(self, prefix: str) -> QuantizeMethodBase:
         parent, _, name = prefix.rpartition(".")
