@@ -78,8 +78,18 @@ def start_command(source, out, *arguments):
     arguments = [sys.executable, "-m", "offline.convert", source, out, "--bits", "3", *arguments]
     arguments += ["--max-shard-size", str(SHARD)]
     return subprocess.Popen(
-        list(map(str, arguments)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+        list(map(str, arguments)),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_sigint,
     )
+
+
+def heed_sigint():
+    """What runs the tests may ignore SIGINT, as shells make background jobs do, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, process=None):
