@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from alphaq_vllm.format import QUANT_METHOD, SHARD_IDS, AlphaQSpec
+from alphaq_vllm.plugin._compat import (
+    LinearBase,
+    QuantizationConfig,
+    QuantizeMethodBase,
+    RoutedExperts,
+    UnquantizedLinearMethod,
+    WeightsMapper,
+    register_quantization_config,
+)
 from alphaq_vllm.plugin.linear import AlphaQLinearMethod
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
-
-if TYPE_CHECKING:
-    from vllm.model_executor.models.utils import WeightsMapper
 
 
 @register_quantization_config(QUANT_METHOD)

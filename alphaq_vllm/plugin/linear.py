@@ -12,10 +12,13 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
 
 from alphaq_vllm.format import PACKED, PACKED_DTYPE, SCALE, SCALE_DTYPE, LinearFormat
+from alphaq_vllm.plugin._compat import (
+    CompressedTensorsWNA16,
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
 
 DTYPES = {PACKED: PACKED_DTYPE, SCALE: SCALE_DTYPE}
 QKV: dict[Any, Any] = {"q": 0, "k": 1, "v": 2}

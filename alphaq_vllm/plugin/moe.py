@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase
-from vllm.model_executor.utils import set_weight_attrs
-from vllm.platforms import current_platform
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, matrix_tensors
 from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS, Gate, PackedExperts, expert_offsets, fused_moe, repack_
-
-if TYPE_CHECKING:
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
+from alphaq_vllm.plugin._compat import (
+    FusedMoEConfig,
+    FusedMoEMethodBase,
+    RoutedExperts,
+    current_platform,
+    local_expert_ids,
+    set_weight_attrs,
+)
 
 SUFFIXES = (PACKED, SCALE, ZERO)
 # Where a shard lies: the stem of its parameters, its place among the stem's projections, the dimension of the
@@ -33,6 +35,9 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
     num_bits: widths of all experts of the model's layer by shard id (w1 gate, w3 up, w2 down), also of those that
     other ranks hold. projection_names: the checkpoint's names by shard id, for messages.
     """
+
+    # Suffixes of the tensors that the checkpoint has of each matrix.
+    stored: tuple[str, ...] = SUFFIXES
 
     def __init__(
         self,
@@ -99,7 +104,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             "w13": (intermediate_size_per_partition, hidden_size),
             "w2": (hidden_size, intermediate_size_per_partition),
         }
-        self.global_ids = layer.expert_map_manager.get_local_expert_ids()
+        self.global_ids = local_expert_ids(layer.expert_map_manager, self.moe.num_experts)
         shards = {"w13": ("w1", "w3"), "w2": ("w2",)}
         for stem, (out_features, in_features) in self.shapes.items():
             bits = [[self.num_bits[shard][expert] for shard in shards[stem]] for expert in self.global_ids]
@@ -135,7 +140,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         if local_id == -1:
             return False if return_success else None
         name = self._tensor_name(expert_id, shard_id, suffix)
-        stem, projection, dim = SHARDS[shard_id]
+        stem, _, dim = SHARDS[shard_id]
         bits = self.num_bits[shard_id][expert_id]
         full = list(self.shapes[stem])
         full[dim] *= self.tp_size
@@ -146,16 +151,22 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
                 f"{loaded_weight.dtype} of shape {tuple(loaded_weight.shape)}: "
                 "the bit map in config.json does not belong to these weights, convert again"
             )
-        local = matrix_tensors(*self.shapes[stem], bits, self.group_size)[suffix]
-        if suffix == PACKED:
-            offset = self.offsets[stem][local_id][projection]
-            destination = param.data[offset : offset + local.shape[0] * local.shape[1]].view(local.shape)
-        else:
-            destination = param.data[local_id, projection]
-        size = local.shape[dim]
+        destination = self._place(layer, suffix, shard_id, expert_id)
+        size = destination.shape[dim]
         destination.copy_(loaded_weight.narrow(dim, self.tp_rank * size, size))
         self.loaded.add((shard_id, expert_id, suffix))
         return True if return_success else None
+
+    def _place(self, layer: RoutedExperts, suffix: str, shard_id: str, expert_id: int) -> torch.Tensor:
+        """Where this rank's slice of one stored tensor of an expert that it holds goes."""
+        stem, projection, _ = SHARDS[shard_id]
+        local_id = layer.expert_map_manager.map_global_to_local(expert_id)
+        param = getattr(layer, f"{stem}_{suffix}").data
+        if suffix != PACKED:
+            return param[local_id, projection]
+        shape = matrix_tensors(*self.shapes[stem], self.num_bits[shard_id][expert_id], self.group_size)[suffix].shape
+        offset = self.offsets[stem][local_id][projection]
+        return param[offset : offset + shape[0] * shape[1]].view(shape)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Refuse to serve experts that were not loaded whole, and bring the others into the order that a GPU wants.
@@ -163,7 +174,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         vLLM does not check the former for quantized models. The latter happens within the parameters' own memory: they
         stay what weights are loaded into, and loading them again, which is of all of them, starts over.
         """
-        expected = {(shard, e, suffix) for e in self.global_ids for shard in SHARDS for suffix in SUFFIXES}
+        expected = {(shard, e, suffix) for e in self.global_ids for shard in SHARDS for suffix in self.stored}
         missing = sorted(self._tensor_name(e, shard, suffix) for shard, e, suffix in expected - self.loaded)
         self.loaded.clear()
         if missing:

@@ -1,0 +1,131 @@
+"""Every name that the plugin takes from vLLM, and what differs between vLLM's versions.
+
+The rest of the plugin imports vLLM through this module alone, so that a version without some interface is one error
+that says so, raised before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import Any
+
+import vllm
+
+OLDEST, NEWEST = (0, 26), (0, 33)
+RANGE = f"vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+
+try:
+    from vllm.config import get_current_vllm_config
+    from vllm.logger import init_logger
+    from vllm.lora.utils import is_in_target_modules
+    from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+    from vllm.model_executor.layers.linear import (
+        LinearBase,
+        LinearMethodBase,
+        UnquantizedLinearMethod,
+        register_weight_loader_v2_supported_method,
+    )
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
+    from vllm.model_executor.models.utils import WeightsMapper
+    from vllm.model_executor.utils import set_weight_attrs
+    from vllm.platforms import current_platform
+except ImportError as error:
+    raise ImportError(
+        f"alphaq-vllm needs {RANGE}, got vLLM {vllm.__version__} ({error}): install one of those versions"
+    ) from error
+
+__all__ = [
+    "CompressedTensorsWNA16",
+    "FusedMoEConfig",
+    "FusedMoEMethodBase",
+    "LinearBase",
+    "LinearMethodBase",
+    "QuantizationConfig",
+    "QuantizeMethodBase",
+    "RoutedExperts",
+    "UnquantizedLinearMethod",
+    "WeightsMapper",
+    "check_interface",
+    "check_version",
+    "current_platform",
+    "get_current_vllm_config",
+    "is_in_target_modules",
+    "local_expert_ids",
+    "logger",
+    "register_quantization_config",
+    "register_weight_loader_v2_supported_method",
+    "set_weight_attrs",
+]
+
+# vLLM shows messages of loggers below its own only.
+logger = init_logger("vllm.alphaq")
+
+# What the plugin calls, overrides or reads beyond the names above: parameters of functions, fields of dataclasses and
+# attributes of classes.
+INTERFACE: dict[Any, tuple[str, ...]] = {
+    CompressedTensorsWNA16: ("strategy", "num_bits", "group_size", "symmetric", "layer_name"),
+    ExpertMapManager: ("expert_map", "map_global_to_local"),
+    FusedMoEConfig: (
+        "activation", "experts_per_token", "has_bias", "in_dtype", "intermediate_size", "is_lora_enabled",
+        "moe_parallel_config", "num_experts", "swiglu_alpha", "swiglu_beta", "swiglu_limit",
+    ),
+    FusedMoEMethodBase.apply: (
+        "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"
+    ),
+    FusedMoEMethodBase.create_weights: (
+        "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype"
+    ),
+    LinearMethodBase.apply: ("layer", "x", "bias"),
+    QuantizationConfig.get_quant_method: ("layer", "prefix"),
+    RoutedExperts: ("expert_map",),
+    WeightsMapper: ("apply_dict",),
+    is_in_target_modules: ("module_name", "target_modules"),
+}  # fmt: skip
+
+
+def check_version(version: str | None = None) -> None:
+    """Warn, once, if this version of vLLM (by default the one installed) is outside the tested range."""
+    version = vllm.__version__ if version is None else version
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or not OLDEST <= (int(numbers[1]), int(numbers[2])) <= NEWEST:
+        logger.warning_once(
+            "alphaq-vllm is tested with %s, this is vLLM %s: if something fails, install a version from that range.",
+            RANGE,
+            version,
+        )
+
+
+def check_interface() -> None:
+    """Raise ImportError if vLLM lacks something that the plugin calls, overrides or reads."""
+    for owner, names in INTERFACE.items():
+        missing = [name for name in names if name not in _names(owner)]
+        if missing:
+            raise ImportError(
+                f"alphaq-vllm needs {RANGE}, got vLLM {vllm.__version__}, whose {owner.__qualname__} has no "
+                f"{' and no '.join(missing)}: install one of those versions"
+            )
+
+
+def _names(owner: Any) -> set[str]:
+    """What a function or class offers: its parameters, and for a class its fields and attributes too."""
+    names = set(inspect.signature(owner).parameters)
+    if not inspect.isclass(owner):
+        return names
+    fields = {field.name for field in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else set()
+    return names | fields | set(dir(owner))
+
+
+def local_expert_ids(manager: ExpertMapManager, num_experts: int) -> list[int]:
+    """Global ids of this rank's experts, by local id; ``num_experts``: of the layer, on all ranks.
+
+    vLLM has a method for this up to 0.32.
+    """
+    if manager.expert_map is None:
+        return list(range(num_experts))
+    expert_map = manager.expert_map.tolist()
+    return sorted((e for e in range(num_experts) if expert_map[e] >= 0), key=expert_map.__getitem__)
