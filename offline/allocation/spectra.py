@@ -3,7 +3,8 @@
 Only the largest tenth of the eigenvalues matters, so few blocks need a full decomposition: a Chebyshev polynomial that
 is small over the rest of the spectrum turns random vectors towards the wanted eigenvectors, and the block's eigenvalues
 within the span of those vectors are the wanted ones (Zhou, Saad, Tiago and Chelikowsky, "Self-consistent-field
-calculations using Chebyshev-filtered subspace iteration", 2006). Blocks that this cannot separate are decomposed.
+calculations using Chebyshev-filtered subspace iteration", 2006). A few decomposed blocks of the matrix tell which
+polynomial suits it; blocks that it does not separate are decomposed too.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ EIGENVALUE_FLOOR = 1e-6
 MIN_ALPHA, MAX_ALPHA = 1 - 1 / math.log(EIGENVALUE_FLOOR), 100.0
 # Beyond these the squares of weights leave the range of float32.
 SAFE_PEAKS = (1e-10, 1e10)
-# The filter: its degree, the least number of vectors as a fraction of the block size and per wanted eigenvalue, and the
-# upper end of what it damps in mean eigenvalues (in a Gaussian block about as many lie above as there are vectors).
-DEGREE, VECTORS, VECTORS_PER_EIGENVALUE, EDGE = 4, 0.3, 3, 1.3
-# It separates eigenvalues this many times as large as what it damps, where they take up half the vectors at most.
-MARGIN = 1.5
-# It raises the largest eigenvalue over the least wanted one by their ratio to the power DEGREE: float32 bears this.
-MAX_AMPLIFICATION = 1e5
+# One block in so many is decomposed to choose the filter.
+SAMPLE_STRIDE = 32
+# The filter: the least number of vectors, per wanted eigenvalue of a block and as a fraction of the block size, and the
+# degrees of the polynomial to choose from. A high degree separates what lies close together, and costs time.
+VECTORS_PER_EIGENVALUE, VECTORS, DEGREES = 2.4, 0.25, range(3, 7)
+# How many times the filter must raise the least wanted eigenvalue over the unwanted: in the sample, and in each block.
+AIMED_GAIN, LEAST_GAIN = 300, 50
+# How many times it may raise the largest eigenvalue over the least wanted: float32 bears this.
+MAX_AMPLIFICATION = 3e5
 # Elements decomposed at a time: about what a CPU's cache holds, and what keeps a GPU busy.
 CPU_CHUNK, GPU_CHUNK = 2**17, 2**26
 
@@ -78,47 +81,87 @@ def hill_alpha(weight: Tensor, block_size: int = 128, tail_fraction: float = 0.1
 
 def _largest_eigenvalues(weight: Tensor, block_size: int, wanted: int) -> Tensor:
     """The ``wanted`` largest of the eigenvalues of all ``B @ B.T``, largest first."""
-    num_blocks = math.prod(side // block_size for side in weight.shape)
-    num_vectors = 8 * math.ceil(max(VECTORS * block_size, VECTORS_PER_EIGENVALUE * wanted / num_blocks) / 8)
-    # Where the filter would save little, and on a GPU, whose library decomposes all blocks at once.
-    if 2 * num_vectors > block_size or weight.is_cuda:
-        pool = [torch.linalg.eigvalsh(blocks @ blocks.mT).flatten() for blocks in _blocks(weight, block_size)]
-        return torch.cat(pool).topk(wanted).values
-    filtered = [_filtered_eigenvalues(blocks @ blocks.mT, num_vectors) for blocks in _blocks(weight, block_size)]
-    values, edges = (torch.cat(parts) for parts in zip(*filtered, strict=True))
-    least = values.flatten().topk(wanted).values[-1]
-    separated = (least > MARGIN * edges) & (values[:, num_vectors // 2] < least)
-    separated &= (values[:, -1] / least) ** DEGREE < MAX_AMPLIFICATION
-    pool, rest = [values[separated].flatten()], ~separated
-    if rest.any():
-        for blocks, chosen in zip(_blocks(weight, block_size), rest.split([len(v) for v, _ in filtered]), strict=True):
-            blocks = blocks[chosen]
-            pool.append(torch.linalg.eigvalsh(blocks @ blocks.mT).flatten())
+    down, across = (side // block_size for side in weight.shape)
+    tiles = weight[: down * block_size, : across * block_size].unflatten(0, (down, block_size))
+    tiles = tiles.unflatten(2, (across, block_size)).transpose(1, 2)
+    numbers = torch.arange(down * across)
+    num_vectors = 8 * math.ceil(max(VECTORS * block_size, VECTORS_PER_EIGENVALUE * wanted / len(numbers)) / 8)
+    # Where the filter would save nothing, and on a GPU, whose library decomposes all blocks at once.
+    if 2 * num_vectors > block_size or len(numbers) < SAMPLE_STRIDE or weight.is_cuda:
+        return _decompose(tiles, numbers).flatten().topk(wanted).values
+    sampled = numbers % SAMPLE_STRIDE == 0
+    sample = _decompose(tiles, numbers[sampled])
+    pool, rest = [sample.flatten()], numbers[~sampled]
+    chosen = _choose_filter(sample, num_vectors, wanted / (len(numbers) * block_size))
+    if chosen and len(rest):
+        values, separated = _filter(tiles, rest, num_vectors, *chosen, pool[0], wanted)
+        pool.append(values[separated].flatten())
+        rest = rest[~separated]
+    if len(rest):
+        pool.append(_decompose(tiles, rest).flatten())
     return torch.cat(pool).topk(wanted).values
 
 
-def _filtered_eigenvalues(gram: Tensor, num_vectors: int) -> tuple[Tensor, Tensor]:
+def _grams(tiles: Tensor, numbers: Tensor) -> Iterator[Tensor]:
+    """``B @ B.T`` of the blocks of these numbers, some at a time: ``[blocks, block_size, block_size]`` float32."""
+    chunk = CPU_CHUNK if tiles.device.type == "cpu" else GPU_CHUNK
+    across, block_size = tiles.shape[1:3]
+    for some in numbers.split(max(1, chunk // block_size**2)):
+        blocks = tiles[some // across, some % across].float()
+        yield blocks @ blocks.mT
+
+
+def _decompose(tiles: Tensor, numbers: Tensor) -> Tensor:
+    """All eigenvalues of these blocks, ``[blocks, block_size]`` ascending."""
+    return torch.cat([torch.linalg.eigvalsh(gram) for gram in _grams(tiles, numbers)])
+
+
+def _choose_filter(sample: Tensor, num_vectors: int, tail_fraction: float) -> tuple[float, int] | None:
+    """The upper end of what to damp, as a multiple of a block's mean eigenvalue, and the degree of the polynomial; None
+    if no filter separates the wanted eigenvalues. sample: ``[blocks, n]`` eigenvalues, ascending."""
+    means = sample.mean(1)
+    edge = (sample[:, -num_vectors] / means).median().item()
+    least = sample.flatten().topk(math.ceil(tail_fraction * sample.numel())).values[-1]
+    least, largest = ((value / means).median() / edge for value in (least, sample[:, -1]))
+    gains = {degree: _gain(least, degree) for degree in DEGREES}
+    degrees = [d for d in DEGREES if gains[d] > LEAST_GAIN and _gain(largest, d) / gains[d] < MAX_AMPLIFICATION]
+    if not degrees:
+        return None
+    return edge, next((d for d in degrees if gains[d] > AIMED_GAIN), degrees[-1])
+
+
+def _gain(ratio: Tensor, degree: int) -> Tensor:
+    """How many times the filter raises an eigenvalue of this ratio to the upper end of the damped part."""
+    return (degree * (2 * ratio - 1).clamp_min(1).acosh()).cosh()
+
+
+def _filter(
+    tiles: Tensor, numbers: Tensor, num_vectors: int, edge: float, degree: int, known: Tensor, wanted: int
+) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of these blocks, ``[blocks, num_vectors]`` ascending, and which blocks can be relied on.
+
+    known: eigenvalues of other blocks, which are among the ``wanted`` largest too if they are large enough.
+    """
+    parts = [_filtered_eigenvalues(gram, num_vectors, edge, degree) for gram in _grams(tiles, numbers)]
+    values, edges = (torch.cat(part) for part in zip(*parts, strict=True))
+    least = torch.cat([known, values.flatten()]).topk(wanted).values[-1]
+    gain = _gain(least / edges, degree)
+    # There may be more eigenvalues above the edge than vectors: what the filter must beat is then the first left out.
+    separated = gain / _gain(values[:, 0] / edges, degree) > LEAST_GAIN
+    return values, separated & (_gain(values[:, -1] / edges, degree) / gain < MAX_AMPLIFICATION)
+
+
+def _filtered_eigenvalues(gram: Tensor, num_vectors: int, edge: float, degree: int) -> tuple[Tensor, Tensor]:
     """Lower bounds of the largest eigenvalues, ``[blocks, num_vectors]`` ascending, and the upper ends of the damped
     parts of the spectra, ``[blocks]``. gram: ``[blocks, n, n]`` float32, overwritten."""
-    edges = EDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+    edges = edge * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(gram.dtype).tiny)
     # The damped part becomes [-1, 1], where Chebyshev polynomials are small.
     mapped = gram.mul_((2 / edges)[:, None, None])
     mapped.diagonal(dim1=-2, dim2=-1).sub_(1)
     start = torch.randn(gram.shape[-1], num_vectors, generator=torch.Generator().manual_seed(0))
-    previous = start.repeat(len(gram), 1, 1)
-    vectors = torch.bmm(mapped, previous)
-    for _ in range(DEGREE - 1):
+    previous, vectors = start.repeat(len(gram), 1, 1), mapped @ start
+    for _ in range(degree - 1):
         previous, vectors = vectors, previous.baddbmm_(mapped, vectors, beta=-1, alpha=2)
     basis = torch.linalg.qr(vectors).Q
     values = torch.linalg.eigvalsh(basis.mT @ torch.bmm(mapped, basis))
     return (values + 1) * (edges / 2)[:, None], edges
-
-
-def _blocks(weight: Tensor, block_size: int) -> Iterator[Tensor]:
-    """The blocks, some at a time: ``[blocks, block_size, block_size]`` float32."""
-    down, across = (side // block_size for side in weight.shape)
-    tiles = weight[: down * block_size, : across * block_size].unflatten(0, (down, block_size))
-    tiles = tiles.unflatten(2, (across, block_size)).transpose(1, 2)
-    chunk = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
-    for rows in tiles.split(max(1, chunk // (across * block_size**2))):
-        yield rows.reshape(-1, block_size, block_size).float()

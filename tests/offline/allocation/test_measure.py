@@ -23,7 +23,7 @@ def test_measure_describes_every_matrix(tiny_model, widths):
     assert [matrix.name for matrix in stats] == [matrix.name for matrix in matrices]
     weight = load_file(path / "model.safetensors")["model.layers.1.block_sparse_moe.experts.2.w2.weight"].float()
     last = next(matrix for matrix in stats if matrix.name == "model.layers.1.block_sparse_moe.experts.2.w2")
-    assert last.alpha == pytest.approx(hill_alpha(weight, 128))
+    assert last.alpha == pytest.approx(hill_alpha(weight, 128), rel=1e-4)
     assert last.variance == pytest.approx(float(weight.double().var(correction=0)), rel=1e-5)
     assert last.numel == 128 * 128
     expected = quantization_mse(weight, widths, 64) if widths else []

@@ -37,7 +37,8 @@ def test_choose_block_size_refuses_what_has_no_block(shapes):
 
 
 @pytest.mark.parametrize(
-    ("shape", "block_size"), [((256, 384), 128), ((300, 200), 64), ((33, 95), 32), ((128, 128), 128), ((32, 32), 32)]
+    ("shape", "block_size"),
+    [((1024, 640), 128), ((520, 300), 64), ((256, 384), 128), ((33, 95), 32), ((128, 128), 128), ((32, 32), 32)],
 )
 def test_hill_alpha_equals_float64_reference(shape, block_size):
     weight = gaussian(*shape)
@@ -46,7 +47,7 @@ def test_hill_alpha_equals_float64_reference(shape, block_size):
 
 @pytest.mark.parametrize("tail_fraction", [0.03, 0.3])
 def test_hill_alpha_of_tail_fraction(tail_fraction):
-    weight = gaussian(256, 256)
+    weight = gaussian(384, 384)
     expected = reference_alpha(weight, 64, tail_fraction)
     assert hill_alpha(weight, 64, tail_fraction) == pytest.approx(expected, rel=5e-4)
 
@@ -54,23 +55,29 @@ def test_hill_alpha_of_tail_fraction(tail_fraction):
 @pytest.mark.parametrize(
     "scales",
     [
-        torch.arange(1, 257) ** -0.7,
-        gaussian(256, 1, seed=1).exp(),
-        gaussian(256, 256, seed=1).abs() ** 6,
-        torch.tensor([10.0, 1.0]).repeat_interleave(128),
-        torch.ones(256).index_fill_(0, torch.tensor([7]), 100),
+        torch.arange(1, 1025) ** -0.7,
+        (torch.arange(128) + 1.0).repeat(8) ** -1.5,
+        gaussian(1024, seed=1).exp(),
+        gaussian(1024, 1, seed=1).exp(),
+        gaussian(1024, 1024, seed=1).abs() ** 6,
+        torch.tensor([10.0, 1.0]).repeat_interleave(512),
+        torch.ones(1024).index_fill_(0, torch.tensor([7]), 100),
+        torch.ones(1024).index_fill_(0, torch.tensor([300]), 100),
     ],
-    ids=["power law", "uneven rows", "heavy tail", "uneven blocks", "one large column"],
+    ids=[
+        *("power law", "power law in every block", "uneven columns", "uneven rows", "heavy tail", "uneven blocks"),
+        *("one large column, sampled", "one large column, not sampled"),
+    ],
 )
 def test_hill_alpha_equals_float64_reference_on_uneven_spectra(scales):
-    weight = gaussian(256, 256) * scales
+    weight = gaussian(1024, 1024) * scales
     assert hill_alpha(weight) == pytest.approx(reference_alpha(weight, 128), rel=5e-4)
 
 
-@pytest.mark.parametrize(("scale", "decomposed"), [(1.0, 0), (100.0, 1)])
-def test_hill_alpha_decomposes_only_the_blocks_that_need_it(scale, decomposed, monkeypatch):
-    weight = gaussian(128, 1024)
-    weight[0, :128] *= scale
+@pytest.mark.parametrize(("scale", "decomposed"), [(1.0, 2), (100.0, 3)])
+def test_hill_alpha_decomposes_only_a_sample_and_the_blocks_that_need_it(scale, decomposed, monkeypatch):
+    weight = gaussian(128, 128 * 64)
+    weight[0, 128:256] *= scale
     full, eigvalsh = [], torch.linalg.eigvalsh
 
     def counting(matrices):
@@ -92,7 +99,7 @@ def test_hill_alpha_is_lower_for_a_heavier_tail():
 
 
 def test_hill_alpha_does_not_depend_on_chunks(monkeypatch):
-    weight = gaussian(512, 256)
+    weight = gaussian(1024, 512)
     whole = hill_alpha(weight)
     monkeypatch.setattr(spectra, "CPU_CHUNK", 1)
     assert hill_alpha(weight) == pytest.approx(whole, rel=1e-6)
