@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,10 +24,20 @@ from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 
 @register_quantization_config(QUANT_METHOD)
 class AlphaQConfig(QuantizationConfig):
-    """The checkpoint's ``quantization_config``, checked, with module names as vLLM has them."""
+    """The checkpoint's ``quantization_config``, checked, with module names as vLLM has them.
 
-    def __init__(self, spec: AlphaQSpec) -> None:
+    spec: None for a model in full precision, of which ``maybe_update_config`` chooses the widths; settings: for that.
+    quantizer: of the experts while they are loaded, None where they are stored quantized.
+    """
+
+    def __init__(self, spec: AlphaQSpec | None = None, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__()
+        self.settings = settings or {}
+        self.quantizer: str | None = None
+        self.decided = spec is not None
+        self._adopt(spec or AlphaQSpec(128, {}))
+
+    def _adopt(self, spec: AlphaQSpec) -> None:
         self.group_size = spec.group_size
         self.num_bits = dict(spec.num_bits)
         self.linear = dict(spec.linear)
@@ -36,8 +47,38 @@ class AlphaQConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> AlphaQConfig:
-        """Parse ``quantization_config``; raises ValueError as ``AlphaQSpec.from_dict`` does."""
+        """Parse ``quantization_config``; raises ValueError as ``AlphaQSpec.from_dict`` does.
+
+        One that --hf-overrides gives to a model in full precision has settings in place of a format version.
+        """
+        if "format_version" not in config and "num_bits" not in config:
+            return cls(settings={key: value for key, value in config.items() if key != "quant_method"})
         return cls(AlphaQSpec.from_dict(config))
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None):
+        """None: no other method's checkpoint is AlphaQ's. Raises ValueError if the user says that it is."""
+        method = hf_quant_cfg.get("quant_method")
+        if user_quant == QUANT_METHOD != method:
+            from alphaq_vllm.plugin.online import refuse_quantized
+
+            refuse_quantized(method)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Choose the widths of a model in full precision; vLLM calls it before it starts its workers.
+
+        Raises ValueError or OSError as ``choose_online`` does.
+        """
+        if self.decided:
+            return
+        from alphaq_vllm.plugin.online import choose_online
+
+        online = choose_online(model_name, revision, self.settings)
+        self.quantizer, self.decided = online.quantizer, True
+        self._adopt(online.spec)
+        if hf_config is not None:
+            # vLLM keys what it compiles by the model's config, and the widths are constants of that.
+            hf_config.alphaq_online = online.spec.to_dict()
 
     @classmethod
     def get_name(cls) -> str:
@@ -73,6 +114,10 @@ class AlphaQConfig(QuantizationConfig):
                 return None
             bits = {SHARD_IDS[name]: widths for name, widths in projections.items()}
             names = {SHARD_IDS[name]: name for name in projections}
+            if self.quantizer:
+                from alphaq_vllm.plugin.online import OnlineMoEMethod
+
+                return OnlineMoEMethod(layer.moe_config, prefix, self.group_size, bits, names, quantizer=self.quantizer)
             return AlphaQMoEMethod(layer.moe_config, prefix, self.group_size, bits, names)
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)

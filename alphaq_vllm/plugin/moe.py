@@ -151,22 +151,20 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
                 f"{loaded_weight.dtype} of shape {tuple(loaded_weight.shape)}: "
                 "the bit map in config.json does not belong to these weights, convert again"
             )
-        destination = self._place(layer, suffix, shard_id, expert_id)
+        destination = self._place(param.data, suffix, shard_id, expert_id, local_id)
         size = destination.shape[dim]
         destination.copy_(loaded_weight.narrow(dim, self.tp_rank * size, size))
         self.loaded.add((shard_id, expert_id, suffix))
         return True if return_success else None
 
-    def _place(self, layer: RoutedExperts, suffix: str, shard_id: str, expert_id: int) -> torch.Tensor:
-        """Where this rank's slice of one stored tensor of an expert that it holds goes."""
+    def _place(self, data: torch.Tensor, suffix: str, shard_id: str, expert_id: int, local_id: int) -> torch.Tensor:
+        """Where this rank's slice of one tensor of an expert lies in ``data``, that of the parameter for ``suffix``."""
         stem, projection, _ = SHARDS[shard_id]
-        local_id = layer.expert_map_manager.map_global_to_local(expert_id)
-        param = getattr(layer, f"{stem}_{suffix}").data
         if suffix != PACKED:
-            return param[local_id, projection]
+            return data[local_id, projection]
         shape = matrix_tensors(*self.shapes[stem], self.num_bits[shard_id][expert_id], self.group_size)[suffix].shape
         offset = self.offsets[stem][local_id][projection]
-        return param[offset : offset + shape[0] * shape[1]].view(shape)
+        return data[offset : offset + shape[0] * shape[1]].view(shape)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Refuse to serve experts that were not loaded whole, and bring the others into the order that a GPU wants.

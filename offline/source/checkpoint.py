@@ -64,13 +64,14 @@ class Checkpoint:
         return self.tensors[name].load()
 
 
-def open_checkpoint(model: str) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Find and check a checkpoint.
 
-    model: a directory, or the name of a model on the Hugging Face Hub, which is then downloaded into the usual cache.
+    model: a directory, or the name of a model on the Hugging Face Hub, which is then downloaded into the usual cache;
+    revision: the branch, tag or commit there, by default the main branch.
     Raises FileNotFoundError for what is missing and ValueError for what is damaged or contradictory.
     """
-    path = _locate(model)
+    path = _locate(model, revision)
     config = _read_object(path / CONFIG)
     shards = {name: read_header(path / name) for name in _shard_names(path)}
     _check_placement(path, shards)
@@ -93,7 +94,7 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _locate(model: str) -> Path:
+def _locate(model: str, revision: str | None) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
@@ -105,7 +106,8 @@ def _locate(model: str) -> Path:
 
     wanted = ["*.safetensors", *SIDECARS, *RECORDS]
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
+        unwanted = ["*/*", "consolidated*"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{model}: no such directory, and the Hugging Face Hub did not deliver it: {error}"

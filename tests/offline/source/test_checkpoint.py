@@ -266,19 +266,19 @@ def test_open_checkpoint_downloads_a_hub_name_without_code_or_pickles(model, mon
 
     import huggingface_hub
 
-    def snapshot_download(name, allow_patterns, ignore_patterns):
+    def snapshot_download(name, revision, allow_patterns, ignore_patterns):
         def wanted(file):
             return any(fnmatch.fnmatch(file, p) for p in allow_patterns) and not any(
                 fnmatch.fnmatch(file, p) for p in ignore_patterns
             )
 
-        assert name == "owner/model"
+        assert (name, revision) == ("owner/model", "v1")
         assert all(map(wanted, ["model-00001-of-00002.safetensors", INDEX, "tokenizer.json", "chat_template.jinja"]))
         assert not any(map(wanted, ["modeling.py", "pytorch_model.bin", "x/a.safetensors", "consolidated.safetensors"]))
         return str(model)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert open_checkpoint("owner/model").path == model
+    assert open_checkpoint("owner/model", "v1").path == model
 
 
 def test_open_checkpoint_explains_a_failed_download(monkeypatch):

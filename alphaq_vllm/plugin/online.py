@@ -1,0 +1,279 @@
+"""Models in full precision, quantized while vLLM loads them, to the bytes that ``offline.convert`` would write.
+
+The one module of the plugin that imports ``offline``; the config imports it when a checkpoint that is not quantized is
+served. Before vLLM starts its workers, ``choose_online`` has the checkpoint measured, in a process of its own that
+returns the memory it took, and chooses the widths. Each worker then quantizes every expert matrix, or its rank's slice
+of it, the moment that it is read: beside the quantized weights there is never more than one matrix in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
+
+import torch
+from filelock import FileLock
+
+from alphaq_vllm.format import PACKED, QUANT_METHOD, SCALE, ZERO, AlphaQSpec
+from alphaq_vllm.plugin._compat import RoutedExperts, logger, set_weight_attrs
+from alphaq_vllm.plugin.moe import SHARDS, AlphaQMoEMethod
+from offline import VERSION
+from offline.allocation.selection import Selection
+from offline.allocation.splitting import check_group_size
+from offline.allocation.stats import Statistics, read_statistics
+from offline.allocation.widths import Budget, check_bit_map, to_spec
+from offline.choosing import choose_widths
+from offline.cli import Parser, add_group_size
+from offline.options import add_choice_options, room_from, widths_from
+from offline.progress import format_bytes
+from offline.quantizers.grids import GRIDS
+from offline.quantizers.quantize import quantize
+from offline.source.checkpoint import Checkpoint, open_checkpoint
+from offline.source.families import find_experts
+from offline.source.fingerprint import fingerprint
+from offline.threads import one_thread
+from offline.writing.plan import Job
+
+STATISTICS = "statistics.csv"
+# Options of offline.convert, with underscores, that quantization_config of --hf-overrides may have.
+SETTINGS = (
+    "bits", "fit_memory", "reserve", "bit_map", "mode", "candidate_bits", "gamma", "noise", "granularity", "shares",
+    "seed", "group_size", "quantizer", "exclude",
+)  # fmt: skip
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Online:
+    """How a model is quantized while it is loaded: as a checkpoint with this ``spec`` would be, by this quantizer."""
+
+    spec: AlphaQSpec
+    quantizer: str
+
+
+def choose_online(model: str, revision: str | None, settings: Mapping[str, Any]) -> Online:
+    """Choose the widths of a model in full precision, and say in the log what was done.
+
+    model, revision: a directory, or a name on the Hub and what to take of it; settings: options of ``offline.convert``
+    out of ``SETTINGS``.
+    Raises ValueError or OSError for settings that are wrong, and for a model that cannot be quantized while it loads.
+    """
+    start = time.monotonic()
+    args = _parse(settings)
+    widths, room = widths_from(args), room_from(args)
+    source = open_checkpoint(model, revision)
+    _check_source(source)
+    every_expert = find_experts(source)
+    experts = Selection(exclude=tuple(args.exclude)).quantized(every_expert)
+    if fused := [matrix for matrix in experts.matrices if matrix.fused]:
+        raise ValueError(
+            f"{fused[0].tensor}: expected each expert matrix in a tensor of its own to quantize while loading, got one "
+            f"tensor for all experts of a layer: run python -m offline.convert {model} OUT, and serve OUT"
+        )
+    check_group_size(args.group_size, experts.matrices)
+    job = Job(model, source, experts, args.group_size, quantizer=args.quantizer)
+    statistics, how = None, "bit map given"
+    if isinstance(widths, Budget):
+        how = f"mode {widths.mode}"
+        if widths.needs_alpha:
+            statistics, how = _statistics(job, widths)
+    else:
+        check_bit_map(widths, experts.matrices)
+    plan = choose_widths(job, widths, {}, room, statistics)
+    logger.info(
+        "AlphaQ quantizes %s while loading: %d expert matrices at %.4f bits on average (%.4f as stored), %s for the "
+        "experts and %s for all weights; %s; decided in %.1f s",
+        model,
+        len(experts.matrices),
+        plan.summary.bits,
+        plan.summary.stored_bits,
+        format_bytes(plan.summary.experts_after),
+        format_bytes(plan.tensor_bytes),
+        how,
+        time.monotonic() - start,
+    )
+    return Online(to_spec(plan.bits, experts, args.group_size), args.quantizer)
+
+
+def _parse(settings: Mapping[str, Any]) -> Any:
+    """The settings as ``offline.convert`` parses them."""
+    if unknown := sorted(set(settings) - set(SETTINGS)):
+        raise ValueError(
+            f"quantization_config of --hf-overrides: expected settings out of {', '.join(SETTINGS)}, got "
+            f"{', '.join(unknown)}: leave them out, or use python -m offline.convert"
+        )
+    parser = Parser("convert", "", "")
+    add_choice_options(parser, bit_map=True)
+    add_group_size(parser)
+    parser.add_argument("--quantizer", choices=GRIDS, default="mse")
+    parser.add_argument("--exclude", action="append", default=[])
+    arguments = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        texts = list(map(str, values)) if name == "exclude" else [",".join(map(str, values))]
+        arguments += [f"--{name.replace('_', '-')}={text}" for text in texts]
+    try:
+        return parser.parse_args(arguments)
+    except ValueError as error:
+        raise ValueError(f"quantization_config of --hf-overrides: {error}") from error
+
+
+def refuse_quantized(method: object) -> NoReturn:
+    """Raise ValueError for a checkpoint that another method has quantized; ``method``: its ``quant_method``."""
+    raise ValueError(
+        f"--quantization {QUANT_METHOD}: expected an AlphaQ checkpoint, or weights in bfloat16, float16 or float32 to "
+        f"quantize while loading, got a checkpoint with quant_method {method!r}: run python -m offline.convert MODEL "
+        "OUT, which reads block-fp8 too, and serve OUT"
+    )
+
+
+def _check_source(source: Checkpoint) -> None:
+    """Raise ValueError for a checkpoint that is quantized already."""
+    if not (quantization := source.config.get("quantization_config")):
+        return
+    if quantization.get("quant_method") == QUANT_METHOD:
+        raise ValueError(
+            f"{source.path}: quantization_config of --hf-overrides: expected a model that is not quantized yet, got an "
+            "AlphaQ checkpoint: leave out the setting"
+        )
+    refuse_quantized(quantization.get("quant_method"))
+
+
+def cache_directory() -> Path:
+    """Where statistics are kept: ``ALPHAQ_CACHE``, by default ``alphaq`` in the user's cache directory."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("ALPHAQ_CACHE") or user / "alphaq").expanduser()
+
+
+def _statistics(job: Job, budget: Budget) -> tuple[Statistics, str]:
+    """The statistics to choose by, measured unless they are in the cache, and what was done, for the log."""
+    sampled, widths, directory = fingerprint(job.source), budget.measured_widths, cache_directory()
+    key = json.dumps([sampled, job.group_size, widths, job.quantizer, VERSION])
+    path = directory / f"{job.source.path.resolve().name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.csv"
+    directory.mkdir(parents=True, exist_ok=True)
+    # A server that starts meanwhile waits for these statistics rather than measuring too.
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            try:
+                statistics = read_statistics(path)
+                statistics.check(sampled, job.group_size, widths, job.quantizer)
+                return statistics, f"statistics reused from {path}"
+            except ValueError as error:
+                logger.warning("%s: measured again", error)
+        start = time.monotonic()
+        with TemporaryDirectory(dir=directory) as folder:
+            _measure(job, widths, Path(folder, STATISTICS))
+            Path(folder, STATISTICS).replace(path)
+        return read_statistics(path), f"statistics measured in {time.monotonic() - start:.1f} s and saved in {path}"
+
+
+def _measure(job: Job, widths: tuple[int, ...], output: Path) -> None:
+    """Run ``offline.measure``, whose progress and errors go where the server's do."""
+    options = ["--group-size", str(job.group_size), "--quantizer", job.quantizer]
+    options += ["--candidate-bits", ",".join(map(str, widths))] if widths else ["--noise", "analytic"]
+    command = [sys.executable, "-m", "offline.measure", str(job.source.path), "-o", str(output), *options]
+    logger.info("AlphaQ measures %s: %s", job.model, " ".join(command))
+    status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    if status:
+        raise ValueError(
+            f"{job.model}: measuring it for --quantization alphaq ended with exit status {status}, for the reason "
+            "printed above"
+        )
+
+
+class OnlineMoEMethod(AlphaQMoEMethod):
+    """One layer of routed experts that is stored in full precision, and quantized matrix by matrix as it is read.
+
+    quantizer: one of ``GRIDS``; other arguments: see ``AlphaQMoEMethod``.
+    """
+
+    stored = (WEIGHT,)
+
+    def __init__(self, *args: Any, quantizer: str) -> None:
+        super().__init__(*args)
+        self.quantizer = quantizer
+
+    def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
+        """Allocate what this rank's quantized experts take, and the names by which vLLM loads what is stored."""
+        super().create_weights(layer, *args, **kwargs)
+        for stem in self.shapes:
+            param = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+            layer.register_parameter(f"{stem}_{WEIGHT}", param)
+            set_weight_attrs(param, {"weight_loader": partial(self._load_weight, layer)})
+
+    def _load_weight(
+        self,
+        layer: RoutedExperts,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Quantize this rank's slice of one expert matrix into its place; called by vLLM's model loaders."""
+        local_id = layer.expert_map_manager.map_global_to_local(expert_id)
+        if local_id == -1:
+            return False if return_success else None
+        name = self._tensor_name(expert_id, shard_id, WEIGHT)
+        stem, _, dim = SHARDS[shard_id]
+        full = list(self.shapes[stem])
+        full[dim] *= self.tp_size
+        if list(loaded_weight.shape) != full or not loaded_weight.is_floating_point():
+            raise ValueError(
+                f"{name}: expected floating point of shape {tuple(full)}, got {loaded_weight.dtype} of shape "
+                f"{tuple(loaded_weight.shape)}: this model cannot be quantized while loading, convert it first"
+            )
+        size = self.shapes[stem][dim]
+        weight = loaded_weight.narrow(dim, self.tp_rank * size, size)
+        num_bits = self.num_bits[shard_id][expert_id]
+        device = getattr(layer, f"{stem}_{PACKED}").device
+        try:
+            tensors = _quantize(weight.to(device), num_bits, self.group_size, self.quantizer)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        for suffix, tensor in tensors.items():
+            data = getattr(layer, f"{stem}_{suffix}").data
+            self._place(data, suffix, shard_id, expert_id, local_id).copy_(tensor)
+        self.loaded.add((shard_id, expert_id, WEIGHT))
+        return True if return_success else None
+
+
+def _quantize(weight: torch.Tensor, num_bits: int, group_size: int, quantizer: str) -> dict[str, torch.Tensor]:
+    """The stored tensors of a matrix by suffix, computed on all cores of this process; rows do not depend on others."""
+    if weight.device.type != "cpu":
+        parts = [quantize(weight, num_bits, group_size, quantizer)]
+    else:
+        threads = torch.get_num_threads()
+        work = partial(_quantize_rows, num_bits=num_bits, group_size=group_size, quantizer=quantizer)
+        parts = list(_pool(threads).map(work, weight.tensor_split(min(threads, len(weight)))))
+    return {
+        PACKED: torch.cat([part.packed for part in parts]),
+        SCALE: torch.cat([part.scale for part in parts]),
+        ZERO: torch.cat([part.zero_point for part in parts]),
+    }
+
+
+@one_thread()
+def _quantize_rows(rows: torch.Tensor, num_bits: int, group_size: int, quantizer: str) -> Any:
+    return quantize(rows, num_bits, group_size, quantizer)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    # A thread starts on the cores of the one that starts it, which vLLM may have bound to a single core.
+    cores: set[int] = set()
+    for thread in Path("/proc/self/task").glob("*"):
+        cores |= os.sched_getaffinity(int(thread.name))
+    return ThreadPoolExecutor(threads, initializer=lambda: os.sched_setaffinity(0, cores))
