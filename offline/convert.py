@@ -29,7 +29,7 @@ from offline.source.families import Experts, find_experts
 from offline.summary import Summary
 from offline.threads import choose_workers
 from offline.timing import estimate_seconds
-from offline.writing.output import check_output, conditions, open_output
+from offline.writing.output import RESULTS, check_output, conditions, open_output
 from offline.writing.plan import Job
 from offline.writing.writer import DEFAULT_SHARD_BYTES
 
@@ -115,7 +115,7 @@ def convert(
         seconds = time.monotonic() - start + left
     else:
         with open_output(out, conditions(source, settings), resume) as output:
-            results = output.directory.with_name("gptq") if gptq else None
+            results = output.directory.with_name(RESULTS) if gptq else None
             plan = choose_widths(replace(job, calibrated=results), widths, fixed, room, given, output.journal)
             if gptq and results:
                 starved = gptq.run(plan.bits, group_size, results, workers)

@@ -15,11 +15,12 @@ SECONDS_BETWEEN_COMMITS = 2.0
 class Journal:
     """Entries of JSON, one a line, appended durably every few seconds. What follows a torn line does not count.
 
-    path: the file, made if there is none, and locked until ``close``. ``entries`` are those found in it.
+    path: the file, made if there is none, and locked until ``close``; ``entries`` are those found in it.
     Raises ValueError if another process has it open.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ While it is made it lies in a directory beside its place, with a journal of what
 
     OUT.partial/journal.jsonl   first what the result depends on, then what is finished
     OUT.partial/checkpoint      becomes OUT
+    OUT.partial/gptq            results that the checkpoint is made of
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from offline.source.fingerprint import fingerprint
 from offline.threads import compute_device
 from offline.writing.journal import Journal, sync
 
-JOURNAL, DIRECTORY = "journal.jsonl", "checkpoint"
+JOURNAL, DIRECTORY, RESULTS = "journal.jsonl", "checkpoint", "gptq"
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ def check_output(out: Path, source: Path, needed_bytes: int, resume: bool = Fals
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: expected a new or empty output directory, got a file: choose another name")
     partial = _partial(out)
+    if _is_left_over(partial, out):
+        shutil.rmtree(partial)
     if not (resume and partial.is_dir()):
-        _check_empty(out)
+        _check_empty(out, resume)
     if out.is_mount():
         raise ValueError(f"{out}: a mount point cannot be replaced: choose a new directory inside it")
     existing = next(parent for parent in out.parents if parent.is_dir())
@@ -112,7 +115,9 @@ def open_output(out: Path, depends_on: Mapping[str, Any], resume: bool = False) 
         sync(directory)
         directory.rename(out)
         sync(out.parent)
-        shutil.rmtree(partial)
+        # First, so that a run killed from here on is known to be complete. The next one removes what that leaves.
+        journal.path.unlink()
+        shutil.rmtree(partial, ignore_errors=True)
     except ValueError:
         if not resumed:
             shutil.rmtree(partial, ignore_errors=True)
@@ -130,9 +135,18 @@ def _partial(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def _check_empty(out: Path) -> None:
+def _check_empty(out: Path, resume: bool = False) -> None:
     if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out}: expected a new or empty output directory, got one with files: choose another one")
+        nothing = f" (there is nothing to resume: an interrupted run leaves {_partial(out)})" if resume else ""
+        raise ValueError(
+            f"{out}: expected a new or empty output directory, got one with files{nothing}: choose another one"
+        )
+
+
+def _is_left_over(partial: Path, out: Path) -> bool:
+    """Whether a run was killed after ``out`` was complete, while it removed what was no longer needed."""
+    complete = out.is_dir() and any(out.iterdir())
+    return complete and partial.is_dir() and {path.name for path in partial.iterdir()} <= {RESULTS}
 
 
 def _begin(partial: Path, out: Path, journal: Journal, depends_on: Mapping[str, Any]) -> Path:

@@ -117,12 +117,13 @@ def processes_of(session):
     return found
 
 
-def test_convert_killed_at_20_random_moments_resumes_to_the_same_bytes(source, expected, tmp_path):
+@pytest.mark.parametrize("wanted", [20, pytest.param(200, marks=pytest.mark.long)])
+def test_convert_killed_at_random_moments_resumes_to_the_same_bytes(source, expected, tmp_path, wanted):
     files, seconds = expected
-    moments, stages, kills, runs = random.Random(20), set(), 0, 0
+    moments, stages, kills, runs = random.Random(wanted), set(), 0, 0
 
     def enough():
-        return kills >= 20 and stages >= {"stats", "plan", "written"}
+        return kills >= wanted and stages >= {"stats", "plan", "written"}
 
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(source), str(SHARD)],
@@ -142,7 +143,8 @@ def test_convert_killed_at_20_random_moments_resumes_to_the_same_bytes(source, e
             status = int(server.stdout.readline().removeprefix("ended "))
             killed = os.WIFSIGNALED(status)
             kills += killed
-            assert killed or status == 0
+            # A run killed when all was in place has left nothing to resume.
+            assert killed or status == 0 or out.exists()
             assert killed or not (tmp_path / f"{runs}.partial").exists()
             if (tmp_path / f"{runs}.partial" / "journal.jsonl").exists():
                 stages |= entries(out)
@@ -152,6 +154,7 @@ def test_convert_killed_at_20_random_moments_resumes_to_the_same_bytes(source, e
     finally:
         server.stdin.close()
         server.wait()
+    print(f"{kills} kills, {runs} checkpoints")
     assert runs
 
 

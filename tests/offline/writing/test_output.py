@@ -126,21 +126,44 @@ def test_open_output_does_not_trust_files_without_their_journal(tmp_path):
         open_output(tmp_path / "out", {}, resume=True).__enter__()
 
 
-@pytest.mark.parametrize("step", ["rename", "rmtree"])
-def test_open_output_resumes_what_was_killed_at_the_end(tmp_path, monkeypatch, step):
-    def killed(*arguments):
-        raise SystemExit
+def killed(*arguments, **options):
+    raise SystemExit
 
+
+@pytest.mark.parametrize("step", ["rename", "unlink"])
+def test_open_output_resumes_what_was_killed_at_the_end(tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
-        patch.setattr(*((type(tmp_path), "rename") if step == "rename" else (shutil, "rmtree")), killed)
+        patch.setattr(type(tmp_path), step, killed)
         with pytest.raises(SystemExit), open_output(tmp_path / "out", {"a": 1}) as output:
             (output.directory / "file").write_text("x")
-    assert (tmp_path / "out").exists() == (step == "rmtree")
+    assert (tmp_path / "out").exists() == (step == "unlink")
     check_output(tmp_path / "out", tmp_path / "source", 0, resume=True)
     with open_output(tmp_path / "out", {"a": 1}, resume=True) as output:
         assert (output.directory / "file").exists()
         assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_check_output_removes_what_a_run_leaves_that_was_killed_when_it_was_complete(tmp_path, monkeypatch, resume):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(SystemExit), open_output(tmp_path / "out", {}) as output:
+            (output.directory / "file").write_text("x")
+            output.directory.with_name("gptq").mkdir()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.partial"}
+    with pytest.raises(ValueError, match="got one with files" + resume * r" \(there is nothing to resume: "):
+        check_output(tmp_path / "out", tmp_path / "source", 0, resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "x"
+
+
+def test_check_output_leaves_alone_what_no_run_of_its_own_left(tmp_path):
+    for name in ("out", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("x")
+    check_output(tmp_path / "out", tmp_path / "source", 0, resume=True)
+    assert (tmp_path / "out.partial" / "precious").exists()
 
 
 def test_open_output_does_not_replace_files_that_came_in_the_meantime(tmp_path):
