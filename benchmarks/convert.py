@@ -16,19 +16,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.machine import machine
 from offline.allocation.spectra import hill_alpha
 from offline.threads import available_cores, one_thread
 
@@ -154,24 +152,6 @@ def _best_time(function: Any) -> float:
         function()
         times.append(time.process_time() - start)
     return min(times)
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what a result came about."""
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": available_cores(),
-        "load": os.getloadavg()[0],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "alphaq_vllm": version("alphaq-vllm"),
-    }
 
 
 def main() -> None:

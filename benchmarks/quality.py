@@ -1,0 +1,219 @@
+"""What quantization costs a model: perplexity, KL divergence and agreement with the model before, at each size.
+
+    python -m benchmarks.quality MODEL --text FILE... [--bits 2,2.5,3,3.5,4] [--preset headline] [--calibration FILE]
+    python -m benchmarks.quality MODEL --text FILE... --checkpoint NAME=DIRECTORY
+
+Converts MODEL with every variant of a preset at every budget, dequantizes the result and runs it in transformers on the
+text, beside MODEL itself. ``--checkpoint`` measures a checkpoint that another tool made of MODEL, in any format that
+transformers loads. Each result is a line of JSON in ``benchmarks/results/quality.jsonl``; what is there already, of the
+same model, text and settings, is not measured again.
+
+Presets (``--preset``, several with commas): see ``PRESETS``. Choose defaults on one text and report on another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.machine import machine
+from benchmarks.scoring import Reference, Score, load_model, windows
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import find_experts
+from offline.source.fingerprint import fingerprint
+
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+# Arguments of offline.convert by name, for each preset.
+PRESETS = {
+    # What a user chooses between.
+    "headline": {
+        "uniform, rtn": "--mode uniform --quantizer rtn",
+        "uniform, hqq": "--mode uniform --quantizer hqq",
+        "uniform, mse": "--mode uniform",
+        "alphaq": "",
+    },
+    # With the calibration text.
+    "calibrated": {
+        "uniform, gptq": "--mode uniform --quantizer gptq",
+        "alphaq, gptq": "--quantizer gptq",
+    },
+    # How widths are chosen.
+    "allocation": {
+        "random": "--mode random",
+        **{f"gamma {gamma}": f"--gamma {gamma}" for gamma in (0, 1, 2, 4, 8, 12, 20)},
+        "gamma auto": "--gamma auto",
+        "gamma 0, analytic noise": "--gamma 0 --noise analytic",
+        "gamma auto, analytic noise": "--gamma auto --noise analytic",
+        "gamma 0, per expert": "--gamma 0 --granularity expert",
+        "gamma auto, per expert": "--gamma auto --granularity expert",
+        **{
+            f"gamma {gamma}, widths {widths}": f"--gamma {gamma} --candidate-bits {widths}"
+            for gamma in (0, "auto")
+            for widths in ("1,2,3,4", "2,3,4,5", "2,3,4,5,6,7,8")
+        },
+    },
+    # What a bit is best spent on.
+    "groups": {f"group size {size}": f"--group-size {size}" for size in (32, 64, 128)},
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to quantize; arguments: of offline.convert, or checkpoint: a finished one."""
+
+    name: str
+    arguments: str = ""
+    checkpoint: Path | None = None
+
+
+def variants(presets: list[str], budgets: list[float], calibration: Path | None) -> Iterator[Variant]:
+    """Every variant of the presets at every average of bits."""
+    for preset in presets:
+        for name, arguments in PRESETS[preset].items():
+            for bits in budgets:
+                gptq = f" --calibration {shlex.quote(str(calibration))}" if "gptq" in arguments else ""
+                yield Variant(name, f"--bits {bits:g} {arguments}".rstrip() + gptq)
+
+
+class Bench:
+    """One model on one text."""
+
+    def __init__(
+        self, model: str, texts: list[Path], tokens: int, context: int, dtype: torch.dtype, work: Path
+    ) -> None:
+        self.source = open_checkpoint(model)
+        self.experts = find_experts(self.source)
+        self.dtype = dtype
+        self.work = work
+        contents = [path.read_text() for path in texts]
+        self.tokens = windows(self.source.path, contents, tokens, context)
+        self.identity = {
+            "model": Path(model).name,
+            "architecture": self.source.config["architectures"][0],
+            "fingerprint": fingerprint(self.source),
+            "text": [path.name for path in texts],
+            "text_sha256": hashlib.sha256("\0".join(contents).encode()).hexdigest(),
+            "context": context,
+            "tokens": self.tokens[:, 1:].numel(),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+    @cached_property
+    def reference(self) -> Reference:
+        """Predictions of the model itself."""
+        return Reference(load_model(self.source.path, self.dtype), self.tokens, self.work / "reference")
+
+    def measure(self, variant: Variant) -> dict[str, Any]:
+        """Quantize and score."""
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            if variant.checkpoint:
+                size = _other_size(variant.checkpoint, self.experts.numel)
+                score = self.reference.score(load_model(variant.checkpoint, self.dtype))
+            else:
+                size, score = self._convert(variant, Path(folder))
+        return {**size, **_row(score, self.reference)}
+
+    def _convert(self, variant: Variant, folder: Path) -> tuple[dict[str, Any], Score]:
+        made, plain = folder / "alphaq", folder / "plain"
+        summary = _run("convert", str(self.source.path), str(made), *shlex.split(variant.arguments))
+        _run("dequantize", str(made), str(plain), "--dtype", "float32")
+        size = {key: summary[key] for key in ("bits", "stored_bits", "total_size", "gamma", "widths", "starved")}
+        return size, self.reference.score(load_model(plain, self.dtype))
+
+
+def _run(command: str, *arguments: str) -> dict[str, Any]:
+    finished = subprocess.run(
+        [sys.executable, "-m", f"offline.{command}", *arguments, "--json"], capture_output=True, text=True, check=False
+    )
+    if finished.returncode:
+        raise SystemExit(f"offline.{command} {shlex.join(arguments)}: {finished.stderr.strip().splitlines()[-1]}")
+    return json.loads(finished.stdout)
+
+
+def _other_size(checkpoint: Path, numel: int) -> dict[str, Any]:
+    """Bytes of another tool's checkpoint, and its bits per weight of a routed expert."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    experts = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                if ".experts." in name:
+                    experts += tensors.get_tensor(name).nbytes
+    return {"stored_bits": 8 * experts / numel, "total_size": sum(file.stat().st_size for file in files)}
+
+
+def _row(score: Score, reference: Reference) -> dict[str, Any]:
+    return {
+        "perplexity": score.perplexity,
+        "reference_perplexity": float(torch.tensor(reference.loss).exp()),
+        **{f"{name}{part}": value for name in ("loss_increase", "kl", "top1") for part, value in
+           zip(("", "_error"), asdict(getattr(score, name)).values(), strict=True)},
+    }  # fmt: skip
+
+
+def known(results: Path, identity: dict[str, Any]) -> set[tuple[str, str]]:
+    """Name and arguments of what was measured already of this model on this text."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(row["variant"], row["arguments"]) for row in rows if identity.items() <= row.items()}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="directory of a Hugging Face checkpoint, or name of a model on the Hub")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--bits", default="2,2.5,3,3.5,4", help="averages of code bits (default 2,2.5,3,3.5,4)")
+    parser.add_argument("--preset", default="headline", help=f"out of {', '.join(PRESETS)} (default headline)")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="text for gptq")
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIRECTORY", help="measure this too")
+    parser.add_argument("--tokens", type=int, default=20480, help="predictions, about (default 20480)")
+    parser.add_argument("--context", type=int, default=512, help="tokens in a window (default 512)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of computation")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="where lines are appended")
+    parser.add_argument("--work", type=Path, help="where temporary checkpoints go (default: the system's place)")
+    args = parser.parse_args()
+    presets = [name for name in args.preset.split(",") if name]
+    if unknown := set(presets) - set(PRESETS):
+        parser.error(f"--preset: expected names out of {', '.join(PRESETS)}, got {', '.join(unknown)}")
+    if "calibrated" in presets and not args.calibration:
+        parser.error("--preset calibrated: expected a text for gptq: add --calibration FILE")
+    wanted = list(variants(presets, [float(bits) for bits in args.bits.split(",")], args.calibration))
+    for checkpoint in args.checkpoint:
+        name, _, path = checkpoint.partition("=")
+        wanted.append(Variant(name, checkpoint=Path(path)))
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=args.work) as work:
+        bench = Bench(args.model, args.text, args.tokens, args.context, getattr(torch, args.dtype), Path(work))
+        done = known(args.results, bench.identity)
+        for variant in wanted:
+            if (variant.name, variant.arguments) in done:
+                continue
+            result = bench.measure(variant)
+            row = {**bench.identity, "variant": variant.name, "arguments": variant.arguments, **result, **machine()}
+            with args.results.open("a") as file:
+                print(json.dumps(row), file=file)
+            print(
+                f"{variant.name:28} {row['stored_bits']:.3f} bits  perplexity {row['perplexity']:.3f} "
+                f"(before {row['reference_perplexity']:.3f})  KL {row['kl']:.5f} +- {row['kl_error']:.5f}  "
+                f"top-1 {row['top1']:.4f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
