@@ -1,4 +1,10 @@
-"""AlphaQ for vLLM: Mixture-of-Experts checkpoints in which every expert matrix has a width of its own."""
+"""AlphaQ for vLLM: Mixture-of-Experts checkpoints in which every expert matrix has a width of its own.
+
+Importing this also lets ``from_pretrained`` of transformers load such checkpoints, whichever of the two is imported
+first, without importing transformers.
+"""
+
+from alphaq_vllm.transformers_registry import register_when_imported
 
 
 def register() -> None:
@@ -11,3 +17,6 @@ def register() -> None:
     check_version()
     check_interface()
     from alphaq_vllm.plugin.config import AlphaQConfig  # noqa: F401
+
+
+register_when_imported()

@@ -24,10 +24,10 @@ def test_room_imports_without(blocked, room):
     subprocess.run([sys.executable, "-c", BLOCK_AND_IMPORT, blocked, room], check=True)
 
 
-def test_one_module_imports_offline_and_only_when_it_is_needed():
+def test_two_modules_import_offline_and_only_when_it_is_needed():
     root = Path(alphaq_vllm.__file__).parent
     importing = {path.relative_to(root).as_posix() for path in root.rglob("*.py") if "offline" in imported_rooms(path)}
-    assert importing == {"plugin/online.py"}
+    assert importing == {"plugin/online.py", "transformers_quantizer.py"}
     code = (
         "import sys, alphaq_vllm; alphaq_vllm.register(); sys.exit(any(m.startswith('offline') for m in sys.modules))"
     )
