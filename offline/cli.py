@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import torch
+
 from alphaq_vllm.format import SUPPORTED_GROUP_SIZES
 from offline.progress import parse_bytes
 from offline.writing.writer import DEFAULT_SHARD_BYTES
@@ -68,7 +70,21 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"error: memory ran out: {' '.join(str(error).split()):.200}: set --workers lower or end other programs, "
+            "and continue with --resume where the command has that",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except KeyboardInterrupt as error:
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    # For a CPU, torch raises a plain RuntimeError.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

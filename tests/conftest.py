@@ -5,8 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.bad_inputs import numbers_by_test
+
 MODEL = Path(__file__).parent / "models" / "docs-moe"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def pytest_collection_modifyitems(items):
+    """Give tests their numbers in the table of bad inputs."""
+    numbers = numbers_by_test()
+    for item in items:
+        for name in dict.fromkeys((item.nodeid, item.nodeid.split("[")[0])):
+            for number in numbers.get(name, ()):
+                item.add_marker(pytest.mark.bad_input(number=number))
 
 
 @pytest.fixture(scope="session")

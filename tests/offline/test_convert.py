@@ -196,6 +196,7 @@ BAD_ARGUMENTS = {
     "bits below the candidates": (["--bits", "3", "--candidate-bits", "4,8"], "from 4 to 8"),
     "bits nan": (["--bits", "nan"], "got nan"),
     "bits negative": (["--bits=-1"], "got -1"),
+    "bits zero": (["--bits", "0"], "--bits: expected an average from 2 to 4, .* got 0"),
     "bits a word": (["--bits", "few"], "argument --bits: invalid float value: 'few'"),
     "candidate 9": (["--candidate-bits", "2,9"], "--candidate-bits: expected ascending widths out of"),
     "candidates empty": (["--candidate-bits", ""], "expected widths such as 2,3,4, got ''"),
@@ -214,7 +215,9 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 def test_command_refuses_bad_arguments(tiny_model, tmp_path, monkeypatch, capsys, name):
     arguments, message = BAD_ARGUMENTS[name]
-    assert call(tiny_model("qwen2_moe"), tmp_path / "out", *arguments, monkeypatch=monkeypatch) == 2
+    source = tiny_model("qwen2_moe")
+    capsys.readouterr()
+    assert call(source, tmp_path / "out", *arguments, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -322,6 +325,27 @@ def test_command_reports_a_file_size_limit_and_leaves_no_checkpoint(tiny_model, 
     assert re.search("error: .*File too large: .* with --resume", result.stderr)
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+def test_command_reports_that_memory_ran_out_and_resumes(tmp_path):
+    prefix, size = "model.layers.0.mlp.experts.0", 4096
+    names = [f"{prefix}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    save_file({name: torch.ones(size, size, dtype=torch.bfloat16) for name in names}, source / "model.safetensors")
+    config = {"model_type": "olmoe", "num_experts": 1, "hidden_size": size, "num_hidden_layers": 1}
+    (source / "config.json").write_text(json.dumps(config))
+    arguments = [str(source), str(out), "--mode", "uniform", "--bits", "2", "--workers", "1"]
+    # A matrix takes 67 MB in float32.
+    script = "import resource; from offline.cli import run; from offline.convert import main; "
+    script += "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 50 * 2**20; "
+    script += "resource.setrlimit(resource.RLIMIT_AS, (used, used)); run(main)"
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: memory ran out: .*--workers.*--resume.*\n", result.stderr.splitlines(True)[-1])
+    assert "Traceback" not in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out.partial"}
+    convert(str(source), out, Budget(2.0, mode="uniform"), resume=True, workers=1)
 
 
 def test_command_runs_as_a_module():

@@ -309,3 +309,35 @@ def test_command_reports_a_target_that_cannot_be_written(source, tmp_path, mount
         assert process.returncode == 2
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_convert_reads_a_source_that_cannot_be_written(source, expected, tmp_path, mount):
+    disk = mount("size=64m")
+    shutil.copytree(source, disk / "source")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    convert(str(disk / "source"), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, workers=1)
+    found = digests(tmp_path / "out")
+    assert {name for name in expected[0] if found[name] != expected[0][name]} <= {"README.md", "SHA256SUMS"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_convert_reports_a_source_that_vanishes_and_resumes(source, expected, tmp_path, monkeypatch, workers):
+    (tmp_path / "a").mkdir()
+    copy = shutil.copytree(source, tmp_path / "a" / "source")
+    (weights,) = copy.glob("*.safetensors")
+    write = writer.run_all
+
+    def vanishing(*arguments, **options):
+        tasks = write(*arguments, **options)
+        yield next(tasks)
+        weights.rename(tmp_path / "elsewhere")
+        yield from tasks
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "run_all", vanishing)
+        with pytest.raises(FileNotFoundError, match=r"No such file or directory: .*--resume .*model\.safetensors"):
+            convert(str(copy), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, workers=workers)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "elsewhere").rename(weights)
+    convert(str(copy), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, resume=True, workers=workers)
+    assert digests(tmp_path / "out").keys() == expected[0].keys()

@@ -1,0 +1,58 @@
+"""vLLM's own loading of a checkpoint, in this process and without a server."""
+
+import gc
+from contextlib import contextmanager
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model
+
+
+@contextmanager
+def one_rank(folder):
+    """What vLLM wants before it loads a model; folder: for a file by which ranks would meet."""
+    empty_cache = torch.accelerator.empty_cache
+    if not torch.accelerator.is_available():
+        # As vLLM's worker for CPUs does.
+        torch.accelerator.empty_cache = lambda: None
+    try:
+        with set_current_vllm_config(VllmConfig()):
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend)
+            ensure_model_parallel_initialized(1, 1)
+            # vLLM collects garbage around each loading; what was imported need not be searched every time.
+            gc.freeze()
+            yield
+    finally:
+        gc.unfreeze()
+        cleanup_dist_env_and_memory()
+        torch.accelerator.empty_cache = empty_cache
+
+
+def load(checkpoint, **arguments):
+    """The model that ``vllm serve`` would make of a checkpoint; raises what it would die of."""
+    arguments = {"enforce_eager": True, "max_model_len": 128, "use_tqdm_on_load": False, **arguments}
+    config = EngineArgs(str(checkpoint), quantization="alphaq", **arguments).create_engine_config()
+    with set_current_vllm_config(config):
+        return get_model(vllm_config=config)
+
+
+def state(model):
+    """All that the model computes with, by name: copies of its parameters and buffers."""
+    return {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def same(one, other):
+    """Whether two states are equal bit for bit."""
+    return one.keys() == other.keys() and all(
+        one[name].shape == other[name].shape
+        and one[name].dtype == other[name].dtype
+        and torch.equal(one[name].flatten().view(torch.uint8), other[name].flatten().view(torch.uint8))
+        for name in one
+    )

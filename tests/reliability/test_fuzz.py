@@ -1,0 +1,45 @@
+"""The corpus, and some seconds of mutations of it, through every target."""
+
+import pytest
+
+from tests.reliability import fuzz
+from tests.reliability.targets import TARGETS, accepts
+
+INPUTS = 3000
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target_accepts_or_refuses_every_input(target):
+    counts = fuzz.fuzz(target, seconds=60, number=INPUTS)
+    # Mutations that are all refused, or all accepted, would try nothing.
+    assert counts[False] > INPUTS / 10
+    assert counts[True] > INPUTS / 1000
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target_accepts_what_is_whole(target):
+    assert accepts(target, (fuzz.CORPUS / target / "whole").read_bytes())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+def test_target_accepts_or_refuses_150000_inputs(target):
+    assert fuzz.fuzz(target, seconds=600, number=150_000, seed=1).total() == 150_000
+
+
+def test_fuzz_finds_a_bug(monkeypatch):
+    """A target that fails on a byte that the corpus lacks."""
+
+    def fail(data):
+        if b"\0\0\0" in data:
+            raise KeyError("bug")
+
+    monkeypatch.setitem(TARGETS, "spec", fail)
+    with pytest.raises(AssertionError, match=r"spec: KeyError\('bug'\) for the input"):
+        fuzz.fuzz("spec", seconds=60, number=100_000)
+
+
+def test_fuzz_repeats_with_the_same_seed():
+    first, again, other = (fuzz.inputs("spec", seed) for seed in (1, 1, 2))
+    first, again, other = ([next(stream) for _ in range(100)] for stream in (first, again, other))
+    assert first == again != other
