@@ -52,10 +52,12 @@ def mse_grid(groups: Groups, top: int) -> tuple[Tensor, Tensor]:
     grid the best codes are the nearest ones. Alternating the two only finds the optimum nearby: each round here takes
     such a step from several disturbed copies of the best grid so far.
     """
-    shrink = 1 - torch.tensor(STARTS, device=groups.x.device).view(-1, 1, 1) / math.sqrt(top + 1)
+    # Nothing is left to the default dtype, which vLLM changes while it loads a model.
+    dtype, device = torch.float32, groups.x.device
+    shrink = 1 - torch.tensor(STARTS, dtype=dtype, device=device).view(-1, 1, 1) / math.sqrt(top + 1)
     inverse_step = (top / 2 / shrink).expand(-1, len(groups.x), 1)
     inverse_step, zero = _refit(groups, inverse_step, torch.full_like(inverse_step, top / 2), top)
-    angles = torch.arange(DIRECTIONS, device=groups.x.device).view(-1, 1, 1) * (2 * math.pi / DIRECTIONS)
+    angles = torch.arange(DIRECTIONS, dtype=dtype, device=device).view(-1, 1, 1) * (2 * math.pi / DIRECTIONS)
     # The undisturbed grid competes too, so that no round can make matters worse.
     ring = torch.stack((angles.cos() * STRETCH, angles.sin() * SHIFT))
     ring = torch.cat((torch.zeros_like(ring[:, :1]), ring), 1)

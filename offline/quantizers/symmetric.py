@@ -79,12 +79,12 @@ def _quantize_groups(weight: Tensor, num_bits: int) -> tuple[Tensor, Tensor, flo
 
 def _search(x: Tensor, half: int) -> Tensor:
     """The best number of codes per unit of x, ``[groups, 1]``, for x with a largest magnitude of -1."""
-    reach = torch.linspace((half - 1) / half, 1 / (1 - CLIP / (2 * half)), STARTS, device=x.device)
+    reach = torch.linspace((half - 1) / half, 1 / (1 - CLIP / (2 * half)), STARTS, dtype=torch.float32, device=x.device)
     step = float(reach[1] - reach[0])
     # Of equal errors the first counts: for one value and zeros the scale that is a power of two of it, hence exact.
     starts = half * torch.cat((torch.ones_like(reach[:1]), reach))
     error, inverse_step = _fit(x, starts.view(-1, 1, 1).expand(-1, len(x), 1), half)
-    around = torch.linspace(-1, 1, NEIGHBOURS + 1, device=x.device).view(-1, 1, 1)
+    around = torch.linspace(-1, 1, NEIGHBOURS + 1, dtype=torch.float32, device=x.device).view(-1, 1, 1)
     for halvings in range(ROUNDS):
         candidates = inverse_step * (1 + around * step / 2**halvings)
         new_error, new_inverse_step = _fit(x, candidates, half)

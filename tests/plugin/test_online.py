@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from alphaq_vllm.format import AlphaQSpec
 from alphaq_vllm.plugin import online
@@ -96,14 +97,14 @@ def build(config, tp=(1, 0), ep=(1, 0)):
 
 
 def load(layer, checkpoint, change=None):
-    """Load the layer as vLLM does from a checkpoint's tensors, changed by ``change(tensors)``."""
+    """Load the layer as vLLM's loader does, from a checkpoint's tensors, changed by ``change(tensors)``."""
     tensors = {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
     if change:
         change(tensors)
     own = [(name.removeprefix(f"{MODULE}."), tensor) for name, tensor in tensors.items() if name.startswith(MODULE)]
-    loaded = list(layer.load_weights(own))
+    with set_default_torch_dtype(torch.bfloat16):
+        list(layer.load_weights(own))
     layer.quant_method.process_weights_after_loading(layer)
-    return loaded
 
 
 @pytest.mark.parametrize(
