@@ -12,6 +12,8 @@ from vllm.distributed import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 
 @contextmanager
@@ -41,6 +43,13 @@ def load(checkpoint, **arguments):
     config = EngineArgs(str(checkpoint), quantization="alphaq", **arguments).create_engine_config()
     with set_current_vllm_config(config):
         return get_model(vllm_config=config)
+
+
+def empty_model(checkpoint):
+    """The model that a config asks for, before any weight is loaded into it."""
+    config = EngineArgs(str(checkpoint), quantization="alphaq", max_model_len=128).create_engine_config()
+    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
+        return initialize_model(vllm_config=config)
 
 
 def state(model):

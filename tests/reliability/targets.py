@@ -7,9 +7,15 @@ a bug, and so is what is accepted but wrong, which the targets assert.
 import json
 import os
 import tempfile
+import traceback
+from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
+from typing import Any, NoReturn
 
-from alphaq_vllm.format import AlphaQSpec, matrix_tensors
+import torch
+
+from alphaq_vllm.format import AlphaQSpec, TensorSpec, matrix_tensors
 from offline.allocation.stats import read_statistics
 from offline.allocation.widths import read_bit_map
 from offline.source.checkpoint import CONFIG, INDEX, SINGLE, open_checkpoint
@@ -27,6 +33,7 @@ SPEC = {
 SHAPES = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}
 MODEL_CONFIG = {"model_type": "olmoe", "num_experts": 1, "hidden_size": 64, "num_hidden_layers": 1}
 
+_KEPT = ExitStack()
 _FOLDER = Path(tempfile.mkdtemp(prefix="alphaq-fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
 
 
@@ -79,6 +86,56 @@ def fuzz_stats(data: bytes) -> None:
     assert read_statistics(path) == statistics
 
 
+def fuzz_load(data: bytes) -> None:
+    """Names, shapes and dtypes of the experts' tensors, as vLLM's loader hands them to the plugin."""
+    path = _write("load", "x.safetensors", data)
+    specs = {name: stored.spec for name, stored in read_header(path).items()}
+    if any(not name.startswith(f"{MODULE}.") for name in specs):
+        return
+    model = _loading_model()
+    experts = next(module for name, module in model.named_modules() if name.endswith(".experts.routed_experts"))
+    try:
+        model.load_weights((name, torch.ones(spec.shape, dtype=spec.dtype)) for name, spec in specs.items())
+        experts.quant_method.process_weights_after_loading(experts)
+    except Exception as error:
+        # What an earlier tensor left must not count for the next input.
+        with suppress(ValueError):
+            experts.quant_method.process_weights_after_loading(experts)
+        _refuse_as_vllm_would(error)
+    wanted = _stored()
+    assert {name: specs.get(name) for name in wanted} == wanted
+
+
+def _refuse_as_vllm_would(error: Exception) -> NoReturn:
+    """Raise a ValueError for what vLLM itself refuses with another error, and the error if it is the plugin's."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, ValueError) or "alphaq_vllm" in frames[-1]:
+        raise error
+    raise ValueError(f"vLLM: {error!r}") from error
+
+
+@cache
+def _loading_model() -> Any:
+    """A model whose experts are to be loaded. Only this target needs vLLM."""
+    from tests.reliability.loading import empty_model, one_rank
+
+    folder = _FOLDER / "model"
+    folder.mkdir(exist_ok=True)
+    config = {
+        **{"architectures": ["OlmoeForCausalLM"], **MODEL_CONFIG, "intermediate_size": 32, "num_experts_per_tok": 1},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "dtype": "bfloat16"},
+    }
+    (folder / CONFIG).write_text(json.dumps({**config, "quantization_config": SPEC}))
+    _KEPT.enter_context(one_rank(folder))
+    return empty_model(folder)
+
+
+def close() -> None:
+    """Leave vLLM as it was found."""
+    _loading_model.cache_clear()
+    _KEPT.close()
+
+
 TARGETS = {
     "header": fuzz_header,
     "index": fuzz_index,
@@ -87,6 +144,7 @@ TARGETS = {
     "alphaq": fuzz_alphaq,
     "bit_map": fuzz_bit_map,
     "stats": fuzz_stats,
+    "load": fuzz_load,
 }
 
 
@@ -128,10 +186,6 @@ def _shard(specs: dict) -> bytes:
 
 
 def _plain() -> dict:
-    import torch
-
-    from alphaq_vllm.format import TensorSpec
-
     return {f"{MODULE}.0.{name}.weight": TensorSpec(shape, torch.bfloat16) for name, shape in SHAPES.items()}
 
 

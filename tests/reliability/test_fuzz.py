@@ -2,10 +2,16 @@
 
 import pytest
 
-from tests.reliability import fuzz
+from tests.reliability import fuzz, targets
 from tests.reliability.targets import TARGETS, accepts
 
 INPUTS = 3000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed():
+    yield
+    targets.close()
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,0 +1,61 @@
+"""A real server under 200 clients that stream, hang up and send nonsense: right to the last token, and no leak."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.load import BAD_REQUESTS, Load, Step, compare, serve_and_run
+
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
+# On a CPU, unquantized vLLM gives the same bits whatever the batch.
+BOUND = 0.05
+ARGUMENTS = ["--quantization", "alphaq", "--dtype", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "growth"), [(45, 256), pytest.param(600, 128, marks=pytest.mark.long)], ids=["short", "long"]
+)
+def test_server_under_load_answers_like_a_quiet_one(mixed_checkpoint, tmp_path, seconds, growth):
+    load = serve_and_run(mixed_checkpoint, TEXT, 200, seconds, ARGUMENTS, tmp_path / "log")
+    print(load.figures())
+    load.check(BOUND)
+    assert min(load.requests.values()) > seconds
+    assert load.requests["bad"] > 3 * len(BAD_REQUESTS)
+    assert load.compared_tokens > 100 * seconds
+    assert load.memory_growth()[2] < growth
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert "ERROR" not in log
+
+
+QUIET = [Step("a", -0.5, 1.0), Step("b", -0.7, 0.01), Step("c", -0.2, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (QUIET, None),
+        ([QUIET[0], Step("x", -0.7, 0.01), Step("y", -5.0, 1.0)], None),
+        ([Step("a", -0.6, 1.0), *QUIET[1:]], "expected log-probabilities within 0.05"),
+        ([Step("x", -0.5, 1.0), *QUIET[1:]], "other tokens at margins up to 1.0"),
+    ],
+    ids=["same", "other token where two were close", "other probability", "other token"],
+)
+def test_check_tells_rounding_from_faults(found, message):
+    load = Load()
+    compare(load, QUIET, found)
+    if message is None:
+        load.check(BOUND)
+        return
+    with pytest.raises(ValueError, match=message):
+        load.check(BOUND)
+
+
+def test_check_reports_requests_that_failed():
+    with pytest.raises(ValueError, match="1 requests failed, the first: sample: reset"):
+        Load(failures=["sample: reset"]).check(BOUND)
+
+
+def test_compare_wants_whole_completions():
+    with pytest.raises(ValueError, match="shorter"):
+        compare(Load(), QUIET, QUIET[:2])
