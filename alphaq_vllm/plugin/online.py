@@ -76,10 +76,11 @@ def choose_online(model: str, revision: str | None, settings: Mapping[str, Any])
     _check_source(source)
     every_expert = find_experts(source)
     experts = Selection(exclude=tuple(args.exclude)).quantized(every_expert)
-    if fused := [matrix for matrix in experts.matrices if matrix.fused]:
+    # vLLM hands out the experts of other fused tensors one by one.
+    if transposed := [matrix for matrix in experts.matrices if matrix.fused and matrix.fused.layout.transposed]:
         raise ValueError(
-            f"{fused[0].tensor}: expected each expert matrix in a tensor of its own to quantize while loading, got one "
-            f"tensor for all experts of a layer: run python -m offline.convert {model} OUT, and serve OUT"
+            f"{transposed[0].tensor}: expected matrices [out_features, in_features] to quantize while loading, got "
+            f"transposed ones: run python -m offline.convert {model} OUT, and serve OUT"
         )
     check_group_size(args.group_size, experts.matrices)
     job = Job(model, source, experts, args.group_size, quantizer=args.quantizer)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -278,18 +279,39 @@ def test_vllm_refuses_another_method_with_a_way_out(model):
         ModelConfig(str(model), quantization="alphaq")
 
 
-def test_fused_sources_are_refused(model):
+@pytest.fixture
+def fused_model(model):
+    """The embedded model with one tensor for all gate and up projections of a layer, and one for all down."""
     tensors = load_file(model / "model.safetensors")
     for module in [f"model.layers.{layer}.mlp.experts" for layer in range(3)]:
-        parts = {
-            name: torch.stack([tensors.pop(f"{module}.{expert}.{name}_proj.weight") for expert in range(8)])
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{module}.{expert}.{name}_proj.weight") for expert in range(8)])
             for name in ("gate", "up", "down")
-        }
-        tensors[f"{module}.gate_up_proj"] = torch.cat((parts["gate"], parts["up"]), 1)
-        tensors[f"{module}.down_proj"] = parts["down"]
+        )
+        tensors |= {f"{module}.gate_up_proj": torch.cat((gate, up), 1), f"{module}.down_proj": down}
     save_file(tensors, model / "model.safetensors")
-    with pytest.raises(ValueError, match=r"experts.gate_up_proj: expected each expert matrix in a tensor of its own"):
-        chosen(model)
+    return model
+
+
+def test_fused_experts_are_loaded_one_by_one(fused_model):
+    expected, layer = build(chosen()), build(chosen(fused_model))
+    load(expected, MODEL)
+    load(layer, fused_model)
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(parameter, layer.get_parameter(name)), name
+
+
+def test_transposed_experts_are_refused(tmp_path):
+    config = Llama4TextConfig(
+        hidden_size=128, intermediate_size=128, intermediate_size_mlp=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=32, vocab_size=64, num_local_experts=2, interleave_moe_layer_step=1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama4")
+    with pytest.raises(
+        ValueError, match=r"experts\.gate_up_proj: expected matrices .* got transposed ones: run python"
+    ):
+        chosen(tmp_path / "llama4")
 
 
 def test_the_choice_reaches_workers_by_pickle():
