@@ -1,0 +1,71 @@
+"""Each family that vLLM reads in full precision: what it quantizes while loading is what conversion writes."""
+
+import pytest
+import torch
+import transformers
+from vllm.config import set_current_vllm_config
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    ensure_model_parallel_initialized,
+    init_distributed_environment,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model
+
+import alphaq_vllm
+from offline.allocation.widths import Budget
+from offline.convert import convert
+from tests.offline.conftest import COMMON, CONFIGS
+
+# What vLLM's kernels for latent attention ask for, and a key that only its config has.
+MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+OPTIONS = {"deepseek_v2": MLA, "deepseek_v3": {**MLA, "topk_method": "noaux_tc"}}
+FAMILIES = (
+    "qwen2_moe", "qwen3_moe", "qwen3_next", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "phimoe",
+    "granitemoe", "granitemoeshared",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm(tmp_path_factory):
+    """vLLM's process groups for a single rank."""
+    alphaq_vllm.register()
+    folder = tmp_path_factory.mktemp("vllm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALPHAQ_CACHE", str(folder / "cache"))
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        if not torch.cuda.is_available():
+            # As vLLM's worker for CPUs has it.
+            patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+        yield folder
+        cleanup_dist_env_and_memory()
+
+
+def load(folder, **options):
+    """vLLM's model, without an engine around it."""
+    arguments = EngineArgs(
+        str(folder), skip_tokenizer_init=True, quantization="alphaq", enforce_eager=True, max_model_len=64, **options
+    )
+    config = arguments.create_engine_config()
+    with set_current_vllm_config(config):
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend)
+        ensure_model_parallel_initialized(1, 1)
+        return get_model(vllm_config=config)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_loading_quantizes_to_what_conversion_writes(model_type, tmp_path):
+    torch.manual_seed(0)
+    options = {**COMMON, **CONFIGS[model_type], **OPTIONS.get(model_type, {})}
+    config = transformers.AutoConfig.for_model(model_type, **options)
+    source = tmp_path / "model"
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
+    convert(str(source), tmp_path / "out", Budget(average_bits=3))
+    expected = dict(load(tmp_path / "out").named_parameters())
+    overrides = {"quantization_config": {"quant_method": "alphaq", "bits": 3}}
+    loaded = dict(load(source, hf_overrides=overrides).named_parameters())
+    assert all(name.endswith((".w13_weight", ".w2_weight")) for name in loaded.keys() ^ expected.keys())
+    assert sum(name.endswith("_packed") for name in expected) >= 2
+    for name, parameter in expected.items():
+        assert torch.equal(parameter, loaded[name]), name

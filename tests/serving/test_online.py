@@ -1,0 +1,149 @@
+"""Real servers on models that are not quantized: vLLM quantizes them while it loads them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from benchmarks.fidelity import served_logprobs, windows
+from benchmarks.server import vllm_server
+
+MODEL = Path(__file__).parents[1] / "models" / "docs-moe"
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
+SETTINGS = {"bits": 3, "group_size": 64}
+ARGUMENTS = ["--quantization", "alphaq", "--max-model-len", "1024", "--no-enable-prefix-caching"]
+DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def overrides(**settings):
+    return ["--hf-overrides", json.dumps({"quantization_config": {"quant_method": "alphaq", **settings}})]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache") / "alphaq"
+
+
+@pytest.fixture(scope="module")
+def logprobs(cache, tmp_path_factory):
+    """``logprobs(model, *arguments)``: of the text, as a server gives them, and the server's log."""
+
+    def serve(model, *arguments):
+        log = tmp_path_factory.mktemp("server") / "log"
+        environment = {"ALPHAQ_CACHE": str(cache)}
+        if "2" in arguments:
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+        with vllm_server(model, [*ARGUMENTS, *arguments], log=log, environment=environment) as url:
+            return served_logprobs(url, windows(MODEL, TEXT, 1024)), log.read_text()
+
+    return serve
+
+
+@pytest.fixture(scope="module")
+def converted(logprobs, tmp_path_factory):
+    """The log-probabilities of the converted checkpoint."""
+    out = tmp_path_factory.mktemp("converted") / "checkpoint"
+    command = [sys.executable, "-m", "offline.convert", str(MODEL), str(out), "--bits", "3", "--group-size", "64"]
+    subprocess.run(command, check=True)
+    return logprobs(out, "--dtype", DTYPE)[0]
+
+
+def test_server_answers_like_the_converted_checkpoint(logprobs, converted, cache):
+    assert len(converted) > 1000
+    served, log = logprobs(MODEL, "--dtype", DTYPE, *overrides(**SETTINGS))
+    assert (served - converted).abs().max() <= 1e-5
+    (statistics,) = cache.glob("*.csv")
+    assert f"and saved in {statistics}" in log
+    assert "72 expert matrices at 3.0000 bits on average (3.5000 as stored)" in log
+    if torch.cuda.device_count() == 1:
+        pytest.skip("needs 2 GPUs")
+    served, log = logprobs(MODEL, "--dtype", DTYPE, "--tensor-parallel-size", "2", *overrides(**SETTINGS))
+    assert (served - converted).abs().max() <= 1e-3
+    assert f"statistics reused from {statistics}" in log
+    assert "and saved in" not in log
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param({"bits": 9}, "--bits: expected an average from 2 to 4", id="bits"),
+        pytest.param({"bit": 3}, "expected settings out of bits, ", id="unknown"),
+    ],
+)
+def test_server_refuses_wrong_settings_before_weights_load(tmp_path, settings, message):
+    log = tmp_path / "log"
+    with (
+        pytest.raises(RuntimeError, match="vllm serve ended with status"),
+        vllm_server(MODEL, [*ARGUMENTS, *overrides(**settings)], log=log),
+    ):
+        pass
+    assert message in log.read_text()
+    assert "EngineCore" not in log.read_text()
+
+
+LOAD = """
+import json, os, sys, threading
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+from vllm import LLM
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+def allocated():
+    # Files that are mapped into memory do not count: they can be dropped at any moment.
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+def watched(self, *args, **kwargs):
+    before, peak, done = allocated(), [0], threading.Event()
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], allocated())
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = load_model(self, *args, **kwargs)
+    done.set()
+    thread.join()
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    print("RESULT", json.dumps([peak[0] - before, sum(held.values())]))
+    return model
+
+load_model, DefaultModelLoader.load_model = DefaultModelLoader.load_model, watched
+overrides = {"quantization_config": {"quant_method": "alphaq", "bit_map": sys.argv[2]}}
+LLM(sys.argv[1], quantization="alphaq", hf_overrides=overrides, enforce_eager=True, max_model_len=64, max_num_seqs=2)
+"""
+
+
+def test_loading_takes_the_quantized_bytes_and_less_than_a_layer(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("measures the memory of a CPU")
+    layers, experts, size = 4, 16, 1024
+    config = transformers.AutoConfig.from_pretrained(
+        MODEL,
+        num_hidden_layers=layers,
+        num_experts=experts,
+        hidden_size=size,
+        moe_intermediate_size=size,
+        layer_types=["full_attention"] * layers,
+    )
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    for file in MODEL.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj"
+        for layer in range(layers)
+        for expert in range(experts)
+        for projection in ("gate", "up", "down")
+    ]
+    (tmp_path / "bit_map.json").write_text(json.dumps({name: 2 + i % 3 for i, name in enumerate(names)}))
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "model"), str(tmp_path / "bit_map.json")]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    peak, held = json.loads(output.split("RESULT")[1].splitlines()[0])
+    layer = 2 * experts * 3 * size * size
+    assert held < 1.5 * layer
+    assert peak <= held + layer
