@@ -83,17 +83,20 @@ class Load:
     max_margin_of_other_token: float = 0.0
     memory: list[tuple[float, float]] = field(default_factory=list)
 
-    def memory_growth(self) -> tuple[float, float, float]:
-        """Greatest memory in the second fifth of the run, in the last fifth, and their difference."""
-        parts = [[m for t, m in self.memory if i <= 5 * t / self.seconds < i + 1] for i in range(5)]
-        return max(parts[1]), max(parts[4]), max(parts[4]) - max(parts[1])
+    def memory_by_tenths(self) -> list[float]:
+        """The greatest memory in each tenth of the run: what takes its place at the start does not count as growth."""
+        return [max(m for t, m in self.memory if i <= 10 * t / self.seconds < i + 1) for i in range(10)]
+
+    def memory_growth(self) -> float:
+        """From the fifth tenth of the run to the last."""
+        tenths = self.memory_by_tenths()
+        return tenths[9] - tenths[4]
 
     def figures(self) -> dict[str, Any]:
         """All of it as JSON, with sums in the place of lists."""
-        before, after, growth = self.memory_growth()
-        memory = {"second fifth": round(before), "last fifth": round(after), "growth": round(growth, 1)}
-        counted = {"requests": dict(self.requests), "failures": len(self.failures), "memory": memory}
-        return {**{f.name: getattr(self, f.name) for f in fields(self)}, **counted}
+        counted = {"requests": dict(self.requests), "failures": len(self.failures)}
+        memory = {"memory": [round(m) for m in self.memory_by_tenths()], "memory_growth": round(self.memory_growth())}
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, **counted, **memory}
 
     def check(self, bound: float) -> None:
         """Raise ValueError unless every request ended as it should, and every probe as on the quiet server."""
@@ -174,7 +177,9 @@ async def run(base_url: str, model: str, ids: Sequence[int], clients: int, secon
         start = dice.randrange(len(ids) - length)
         return list(ids[start : start + length])
 
-    timeout, connector = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=600)
+    # A connection for each request: the server closes those that are idle, which may be when the next one is sent.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         client = Client(session, base_url, model)
         probes = [(prompt(), dice.randint(1, 64)) for _ in range(PROBES)]

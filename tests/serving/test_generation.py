@@ -4,6 +4,7 @@ Mixed widths within a layer have passed perplexity and failed generation elsewhe
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ DTYPE, BOUND = ("float16", 0.1) if torch.cuda.is_available() else ("float32", 0.
 
 @pytest.fixture(scope="module")
 def served(mixed_checkpoint, tmp_path_factory):
-    """By prompt: its ids, the generated ids, and their log-probabilities from the server."""
+    """By temperature, for each prompt: its ids, the generated ids, and their log-probabilities from the server."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--quantization", "alphaq", "--dtype", DTYPE, "--max-model-len", "512"]
@@ -39,22 +40,27 @@ def served(mixed_checkpoint, tmp_path_factory):
     with vllm_server(mixed_checkpoint, arguments, log=log) as base_url:
         client = OpenAI(base_url=base_url, api_key="none")
 
-        def generate(prompt):
+        def generate(prompt, temperature):
             ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
             options = {"return_tokens_as_token_ids": True, "ignore_eos": True}
-            choice = client.completions.create(
+            response = client.completions.create(
                 model=str(mixed_checkpoint),
                 prompt=ids,
                 max_tokens=TOKENS,
-                temperature=0,
+                temperature=temperature,
+                seed=0,
                 logprobs=1,
                 extra_body=options,
-            ).choices[0]
-            generated = [int(token.removeprefix("token_id:")) for token in choice.logprobs.tokens]
-            return ids, generated, torch.tensor(choice.logprobs.token_logprobs)
+            )
+            logprobs = response.choices[0].logprobs
+            generated = [int(token.removeprefix("token_id:")) for token in logprobs.tokens]
+            return ids, generated, torch.tensor(logprobs.token_logprobs)
 
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
-            return list(pool.map(generate, PROMPTS))
+            return {
+                temperature: list(pool.map(partial(generate, temperature=temperature), PROMPTS))
+                for temperature in (0, 1)
+            }
 
 
 @torch.inference_mode()
@@ -70,18 +76,24 @@ def disagreements(path, served):
     return difference, worse
 
 
-def test_generated_text_is_that_of_the_dequantized_model(served, dequantized_checkpoint):
-    assert all(len(generated) == TOKENS for _, generated, _ in served)
-    # Not one token again and again.
-    assert all(len(set(generated)) > 10 for _, generated, _ in served)
-    difference, worse = disagreements(dequantized_checkpoint, served)
+def test_greedy_text_is_that_of_the_dequantized_model(served, dequantized_checkpoint):
+    assert all(len(generated) == TOKENS for _, generated, _ in served[0])
+    difference, worse = disagreements(dequantized_checkpoint, served[0])
     assert difference <= BOUND
     # Where two tokens are closer than that, either is right.
     assert worse <= 2 * BOUND
 
 
+def test_sampled_text_has_the_probabilities_of_the_dequantized_model(served, dequantized_checkpoint):
+    """Greedy text of a small model goes round in circles; this goes everywhere."""
+    assert all(len(set(generated)) > TOKENS / 3 for _, generated, _ in served[1])
+    difference, worse = disagreements(dequantized_checkpoint, served[1])
+    assert difference <= BOUND
+    assert worse > 1
+
+
 def test_generated_text_is_not_that_of_the_original_model(served):
-    """The test above tells models apart."""
-    difference, worse = disagreements(MODEL, served)
-    assert difference > 100 * BOUND
-    assert worse > 100 * BOUND
+    """The tests above tell models apart."""
+    for generated in served.values():
+        assert disagreements(MODEL, generated)[0] > 100 * BOUND
+    assert disagreements(MODEL, served[0])[1] > 100 * BOUND
