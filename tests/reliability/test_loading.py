@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.platforms import current_platform
 
-from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 from offline.source.checkpoint import CONFIG, INDEX
 from tests.reliability.loading import load, one_rank
 
@@ -124,16 +123,6 @@ def test_loading_refuses_a_checkpoint_that_lies(rank, copy, name):
 def test_loading_accepts_what_was_not_damaged(rank, copy):
     edit_tensors(copy, lambda tensors: None)
     load(copy)
-
-
-def test_loading_refuses_groups_that_tensor_parallelism_would_break():
-    moe = SimpleNamespace(intermediate_size=192, moe_parallel_config=SimpleNamespace(tp_size=2, tp_rank=0))
-    message = (
-        r"experts: intermediate_size=192 over --tensor-parallel-size 2 is 96 per rank, .* group_size=64: "
-        r"use a tensor parallel size out of \[1, 3\], add --enable-expert-parallel, or convert with a smaller"
-    )
-    with pytest.raises(ValueError, match=message):
-        AlphaQMoEMethod(moe, MODULE, 64, all_projections((3, 3)), {})
 
 
 def test_loading_refuses_a_gpu_that_is_too_old(rank, copy, monkeypatch):
