@@ -19,8 +19,8 @@ RANGE = f"vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
 try:
     from vllm.config import get_current_vllm_config
     from vllm.logger import init_logger
-    from vllm.lora.utils import is_in_target_modules
     from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
     from vllm.model_executor.layers.linear import (
         LinearBase,
@@ -54,7 +54,6 @@ __all__ = [
     "check_version",
     "current_platform",
     "get_current_vllm_config",
-    "is_in_target_modules",
     "local_expert_ids",
     "logger",
     "register_quantization_config",
@@ -82,9 +81,11 @@ INTERFACE: dict[Any, tuple[str, ...]] = {
     ),
     LinearMethodBase.apply: ("layer", "x", "bias"),
     QuantizationConfig.get_quant_method: ("layer", "prefix"),
+    FusedMoEParallelConfig: (
+        "all2all_backend", "dp_size", "enable_eplb", "is_sequence_parallel", "pcp_size", "tp_rank", "tp_size", "use_ep"
+    ),
     RoutedExperts: ("expert_map",),
     WeightsMapper: ("apply_dict",),
-    is_in_target_modules: ("module_name", "target_modules"),
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from alphaq_vllm.plugin._compat import (
 )
 from alphaq_vllm.plugin.linear import AlphaQLinearMethod
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
+from alphaq_vllm.plugin.report import LoadReport
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -35,6 +36,7 @@ class AlphaQConfig(QuantizationConfig):
         self.settings = settings or {}
         self.quantizer: str | None = None
         self.decided = spec is not None
+        self.report = LoadReport()
         self._adopt(spec or AlphaQSpec(128, {}))
 
     def _adopt(self, spec: AlphaQSpec) -> None:
@@ -107,33 +109,51 @@ class AlphaQConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """AlphaQ for the experts and linear layers that the config names; the rest stays as it is in the checkpoint."""
+        method: AlphaQMoEMethod | AlphaQLinearMethod | None = None
         if isinstance(layer, RoutedExperts):
-            projections = self.num_bits.get(prefix)
-            if projections is None:
-                self._check_unquantized(prefix)
-                return None
-            bits = {SHARD_IDS[name]: widths for name, widths in projections.items()}
-            names = {SHARD_IDS[name]: name for name in projections}
-            if self.quantizer:
-                from alphaq_vllm.plugin.online import OnlineMoEMethod
+            method = self._experts_method(layer, prefix)
+        elif isinstance(layer, LinearBase):
+            method = self._linear_method(prefix)
+            if method is None:
+                return UnquantizedLinearMethod()
+        if method:
+            method.report = self.report
+            self.report.expect(method.prefix)
+        return method
 
-                return OnlineMoEMethod(layer.moe_config, prefix, self.group_size, bits, names, quantizer=self.quantizer)
-            return AlphaQMoEMethod(layer.moe_config, prefix, self.group_size, bits, names)
-        if isinstance(layer, LinearBase):
-            return self._linear_method(prefix)
-        return None
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> AlphaQMoEMethod | None:
+        module = self._experts_module(prefix)
+        if module is None:
+            return None
+        projections = self.num_bits[module]
+        bits = {SHARD_IDS[name]: widths for name, widths in projections.items()}
+        names = {SHARD_IDS[name]: name for name in projections}
+        if self.quantizer:
+            from alphaq_vllm.plugin.online import OnlineMoEMethod
 
-    def _check_unquantized(self, prefix: str) -> None:
-        """Raise if the bit map has experts in this layer under a name that vLLM does not use."""
+            return OnlineMoEMethod(layer.moe_config, module, self.group_size, bits, names, quantizer=self.quantizer)
+        return AlphaQMoEMethod(layer.moe_config, module, self.group_size, bits, names)
+
+    def _experts_module(self, prefix: str) -> str | None:
+        """The bit map's name for the experts that vLLM calls ``prefix``; None if they are not quantized.
+
+        Some of vLLM's models name a layer's block otherwise than they load it: MiniMax-M2 has ``mlp`` for
+        ``block_sparse_moe``. Raises ValueError if the bit map has something else in the same layer.
+        """
         layer = re.match(r".*\blayers\.\d+\.", prefix)
-        others = [module for module in self.num_bits if layer and module.startswith(layer.group())]
-        if others:
-            raise ValueError(
-                f"{others[0]}: vLLM calls these experts {prefix}, which the bit map does not have: this model "
-                "cannot be served with --quantization alphaq yet"
-            )
+        if prefix in self.num_bits or not layer:
+            return prefix if prefix in self.num_bits else None
+        others = [module for module in self.num_bits if module.startswith(layer.group())]
+        if not others:
+            return None
+        if len(others) == 1 and re.fullmatch(r"\w+\.experts", others[0].removeprefix(layer.group())):
+            return others[0]
+        raise ValueError(
+            f"{others[0]}: vLLM calls these experts {prefix}, which the bit map does not have: this model "
+            "cannot be served with --quantization alphaq yet"
+        )
 
-    def _linear_method(self, prefix: str) -> QuantizeMethodBase:
+    def _linear_method(self, prefix: str) -> AlphaQLinearMethod | None:
         parent, _, name = prefix.rpartition(".")
         fused = [] if prefix in self.linear else self.packed_modules_mapping.get(name, [])
         parts = [f"{parent}.{part}" for part in fused] or [prefix]
@@ -142,4 +162,4 @@ class AlphaQConfig(QuantizationConfig):
             raise ValueError(
                 f"{prefix}: vLLM fuses {', '.join(parts)}, so they must be stored alike, got {formats}: convert again"
             )
-        return AlphaQLinearMethod(prefix, formats[0], parts) if formats[0] else UnquantizedLinearMethod()
+        return AlphaQLinearMethod(prefix, formats[0], parts) if formats[0] else None

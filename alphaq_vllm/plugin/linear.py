@@ -19,6 +19,7 @@ from alphaq_vllm.plugin._compat import (
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
 )
+from alphaq_vllm.plugin.report import LoadReport
 
 DTYPES = {PACKED: PACKED_DTYPE, SCALE: SCALE_DTYPE}
 QKV: dict[Any, Any] = {"q": 0, "k": 1, "v": 2}
@@ -37,6 +38,7 @@ class AlphaQLinearMethod(LinearMethodBase):
         self.parts = parts
         self.output_sizes: list[int] = []
         self.loaded: set[tuple[int, str]] = set()
+        self.report: LoadReport | None = None
         self.scheme = CompressedTensorsWNA16(
             strategy="group", num_bits=self.num_bits, group_size=self.group_size, symmetric=True, layer_name=prefix
         )
@@ -144,6 +146,10 @@ class AlphaQLinearMethod(LinearMethodBase):
                 "the checkpoint is damaged, convert again"
             )
         self.scheme.process_weights_after_loading(layer)
+        if self.report:
+            kernel = self.scheme.kernel
+            # vLLM 0.33 has none in its batch-invariant mode.
+            self.report.linear_loaded(self.prefix, type(kernel).__name__ if kernel else "batch-invariant matmul")
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The layer's output for ``x [..., in_features]``."""

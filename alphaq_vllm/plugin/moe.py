@@ -6,6 +6,7 @@ zero points do not depend on the width and are ordinary tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -13,15 +14,16 @@ from typing import Any
 import torch
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, matrix_tensors
-from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS, Gate, PackedExperts, expert_offsets, fused_moe, repack_
+from alphaq_vllm.kernels import Gate, PackedExperts, expert_offsets, fused_moe, repack_
 from alphaq_vllm.plugin._compat import (
     FusedMoEConfig,
     FusedMoEMethodBase,
     RoutedExperts,
-    current_platform,
     local_expert_ids,
     set_weight_attrs,
 )
+from alphaq_vllm.plugin.report import LoadReport
+from alphaq_vllm.plugin.support import check_experts
 
 SUFFIXES = (PACKED, SCALE, ZERO)
 # Where a shard lies: the stem of its parameters, its place among the stem's projections, the dimension of the
@@ -47,6 +49,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         num_bits: Mapping[str, tuple[int, ...]],
         projection_names: Mapping[str, str],
     ) -> None:
+        check_experts(moe, prefix, group_size, len(num_bits["w1"]))
         super().__init__(moe)
         self.prefix = prefix
         self.group_size = group_size
@@ -59,36 +62,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         self.offsets: dict[str, list[list[int]]] = {}
         self.widths: dict[str, tuple[int, ...]] = {}
         self.loaded: set[tuple[str, int, str]] = set()
-        self._check_supported()
-
-    def _check_supported(self) -> None:
-        size, tp_size = self.moe.intermediate_size, self.tp_size
-        if (size // tp_size) % self.group_size:
-            groups = size // self.group_size
-            raise ValueError(
-                f"{self.prefix}: intermediate_size={size} over --tensor-parallel-size {tp_size} is {size / tp_size:g} "
-                f"per rank, which is not divisible by group_size={self.group_size}: use a tensor parallel size out of "
-                f"{[n for n in range(1, groups + 1) if groups % n == 0]}, add --enable-expert-parallel, or convert "
-                "with a smaller --group-size"
-            )
-        if self.moe.in_dtype == torch.float32 and not current_platform.is_cpu():
-            raise ValueError(
-                f"{self.prefix}: expected --dtype bfloat16 or float16, got float32, which is served on CPUs only"
-            )
-        widths = len(self.num_bits["w1"])
-        if widths != self.moe.num_experts:
-            raise ValueError(
-                f"{self.prefix}: the model has {self.moe.num_experts} experts, the bit map {widths}: "
-                "config.json does not belong to these weights, convert again"
-            )
-        activation = self.moe.activation.value
-        clamped = self.moe.swiglu_limit is not None and activation != "silu"
-        if activation not in SUPPORTED_ACTIVATIONS or self.moe.has_bias or clamped:
-            raise ValueError(
-                f"{self.prefix}: expected experts without bias, an activation out of {SUPPORTED_ACTIVATIONS}, and a "
-                f"clamp with silu only, got {activation} with has_bias={self.moe.has_bias} and "
-                f"swiglu_limit={self.moe.swiglu_limit}: this model cannot be served with --quantization alphaq yet"
-            )
+        self.report: LoadReport | None = None
 
     def create_weights(
         self,
@@ -194,6 +168,18 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             for stem in self.shapes:
                 repack_(self._experts(layer, stem, tiled=False))
             self._warm_up(layer)
+        if self.report:
+            self._log(layer, self.report)
+
+    def _log(self, layer: RoutedExperts, report: LoadReport) -> None:
+        tensors = [getattr(layer, f"{stem}_{suffix}") for stem in self.shapes for suffix in SUFFIXES]
+        report.experts_loaded(
+            self.prefix,
+            math.prod(self.shapes["w2"]),
+            {shard: [bits[e] for e in self.global_ids] for shard, bits in self.num_bits.items()},
+            sum(tensor.nbytes for tensor in tensors),
+            "Triton kernels" if layer.w13_weight_packed.is_cuda else "torch on the CPU",
+        )
 
     def _warm_up(self, layer: RoutedExperts) -> None:
         # Triton may be absent where there is no GPU.

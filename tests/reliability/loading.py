@@ -45,9 +45,9 @@ def load(checkpoint, **arguments):
         return get_model(vllm_config=config)
 
 
-def empty_model(checkpoint):
+def empty_model(checkpoint, **arguments):
     """The model that a config asks for, before any weight is loaded into it."""
-    config = EngineArgs(str(checkpoint), quantization="alphaq", max_model_len=128).create_engine_config()
+    config = EngineArgs(str(checkpoint), quantization="alphaq", max_model_len=128, **arguments).create_engine_config()
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
         return initialize_model(vllm_config=config)
 

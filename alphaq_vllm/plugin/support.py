@@ -1,0 +1,85 @@
+"""What cannot be served, said before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS
+from alphaq_vllm.plugin._compat import FusedMoEConfig, current_platform, get_current_vllm_config
+
+# vLLM itself gathers tokens for this backend and scatters results; the others do it inside kernels that take experts
+# of one size.
+ALL2ALL_BACKEND = "allgather_reducescatter"
+
+
+def check_experts(moe: FusedMoEConfig, prefix: str, group_size: int, num_experts: int) -> None:
+    """Raise ValueError if a layer of routed experts cannot be served as vLLM was asked to.
+
+    prefix: the layer's name, for messages; num_experts: how many the bit map has.
+    """
+    _check_groups(moe, prefix, group_size)
+    _check_model(moe, prefix, num_experts)
+    _check_parallel(moe, prefix)
+    if moe.is_lora_enabled:
+        _check_lora(prefix, get_current_vllm_config().lora_config.target_modules)
+
+
+def _check_groups(moe: FusedMoEConfig, prefix: str, group_size: int) -> None:
+    size, tp_size = moe.intermediate_size, moe.moe_parallel_config.tp_size
+    if (size // tp_size) % group_size:
+        groups = size // group_size
+        raise ValueError(
+            f"{prefix}: intermediate_size={size} over --tensor-parallel-size {tp_size} is {size / tp_size:g} "
+            f"per rank, which is not divisible by group_size={group_size}: use a tensor parallel size out of "
+            f"{[n for n in range(1, groups + 1) if groups % n == 0]}, add --enable-expert-parallel, or convert "
+            "with a smaller --group-size"
+        )
+
+
+def _check_model(moe: FusedMoEConfig, prefix: str, num_experts: int) -> None:
+    if moe.in_dtype == torch.float32 and not current_platform.is_cpu():
+        raise ValueError(f"{prefix}: expected --dtype bfloat16 or float16, got float32, which is served on CPUs only")
+    if num_experts != moe.num_experts and not moe.moe_parallel_config.enable_eplb:
+        raise ValueError(
+            f"{prefix}: the model has {moe.num_experts} experts, the bit map {num_experts}: "
+            "config.json does not belong to these weights, convert again"
+        )
+    activation = moe.activation.value
+    clamped = moe.swiglu_limit is not None and activation != "silu"
+    if activation not in SUPPORTED_ACTIVATIONS or moe.has_bias or clamped:
+        raise ValueError(
+            f"{prefix}: expected experts without bias, an activation out of {SUPPORTED_ACTIVATIONS}, and a "
+            f"clamp with silu only, got {activation} with has_bias={moe.has_bias} and "
+            f"swiglu_limit={moe.swiglu_limit}: this model cannot be served with --quantization alphaq yet"
+        )
+
+
+def _check_parallel(moe: FusedMoEConfig, prefix: str) -> None:
+    parallel = moe.moe_parallel_config
+    if parallel.enable_eplb:
+        raise ValueError(
+            f"{prefix}: --enable-eplb moves experts from rank to rank, which takes experts of one size, and these "
+            "differ in width: serve without --enable-eplb"
+        )
+    exchanged = parallel.dp_size > 1 or parallel.is_sequence_parallel
+    backend = parallel.all2all_backend
+    if backend == "passthrough" or (exchanged and backend != ALL2ALL_BACKEND):
+        raise ValueError(
+            f"{prefix}: --all2all-backend {backend} comes with kernels that take experts of one size, and these "
+            f"differ in width: use --all2all-backend {ALL2ALL_BACKEND}"
+        )
+    if parallel.use_ep and parallel.pcp_size > 1:
+        raise ValueError(
+            f"{prefix}: --prefill-context-parallel-size {parallel.pcp_size} with --enable-expert-parallel is not "
+            "supported with --quantization alphaq: leave out one of them"
+        )
+
+
+def _check_lora(prefix: str, target_modules: Sequence[str] | None) -> None:
+    if target_modules is None or any("experts" in target.split(".") for target in target_modules):
+        raise ValueError(
+            f"{prefix}: LoRA on routed experts is not supported with --quantization alphaq: name the other layers that "
+            "adapters may change, as in --lora-target-modules q_proj k_proj v_proj o_proj"
+        )

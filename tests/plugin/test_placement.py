@@ -1,0 +1,91 @@
+"""Experts on several ranks: which rank holds what, and that the ranks together compute what one would."""
+
+import pytest
+import torch
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from alphaq_vllm.format import matrix_tensors
+from tests.plugin.layers import HIDDEN, TOP_K, build, load, run, stored_tensors
+from tests.reliability.loading import empty_model, one_rank
+
+NUM_EXPERTS = 10
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return stored_tensors(NUM_EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def routed():
+    """Tokens and their routes, some of them padding."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.rand(33, NUM_EXPERTS, generator=generator).argsort(1)[:, :TOP_K].int()
+    ids[5:8] = -1
+    return torch.randn(33, HIDDEN, generator=generator), torch.rand(33, TOP_K, generator=generator), ids
+
+
+def expert_parallel(size, rank, **options):
+    return {"use_ep": True, "ep_size": size, "ep_rank": rank, **options}
+
+
+def held_ids(placement, size, rank):
+    """Global ids of a rank's experts: in blocks whose sizes differ by one at most, or dealt out one by one."""
+    ids = list(range(NUM_EXPERTS))
+    if placement == "round_robin":
+        return ids[rank::size]
+    return torch.tensor(ids).tensor_split(size)[rank].tolist()
+
+
+@pytest.mark.parametrize("placement", ["linear", "round_robin"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_hold_their_experts_alone_and_compute_the_layer_together(placement, size, tensors, routed):
+    total = torch.zeros_like(routed[0])
+    for rank in range(size):
+        layer = load(build(NUM_EXPERTS, expert_parallel(size, rank), placement), tensors)
+        ids = held_ids(placement, size, rank)
+        assert layer.quant_method.global_ids == ids
+        assert [layer.expert_map[e] for e in ids] == list(range(len(ids)))
+        stored = sum(t.nbytes for name, t in tensors.items() if int(name.partition(".")[0]) in ids)
+        assert sum(parameter.nbytes for parameter in layer.parameters()) == stored
+        total += run(layer, *routed)
+    expected = run(load(build(NUM_EXPERTS), tensors), *routed)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_tensor_parallel_ranks_compute_the_layer_together(size, tensors, routed):
+    ranks = [load(build(NUM_EXPERTS, {"tp_size": size, "tp_rank": r}), tensors) for r in range(size)]
+    stored = sum(t.nbytes for t in tensors.values())
+    assert sum(parameter.nbytes for layer in ranks for parameter in layer.parameters()) == stored
+    expected = run(load(build(NUM_EXPERTS), tensors), *routed)
+    torch.testing.assert_close(sum(run(layer, *routed) for layer in ranks), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sp_size", [1, 2])
+def test_data_parallel_ranks_compute_the_tokens_that_vllm_gathers(sp_size, tensors, routed):
+    """vLLM gathers the tokens of all ranks, has them routed, and scatters the sum: each rank adds its experts' part."""
+    parallel = {"dp_size": 2, "sp_size": sp_size}
+    ranks = [load(build(NUM_EXPERTS, expert_parallel(4, r, **parallel)), tensors) for r in range(4)]
+    # What makes vLLM's runner gather and scatter around a method: that it has no modular kernel.
+    assert not any(layer.quant_method.supports_internal_mk for layer in ranks)
+    expected = run(load(build(NUM_EXPERTS), tensors), *routed)
+    torch.testing.assert_close(sum(run(layer, *routed) for layer in ranks), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pipeline_stage_allocates_its_own_layers_alone(mixed_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm.distributed.utils.get_pp_indices", lambda layers, rank, size: (1, 2))
+    with one_rank(tmp_path):
+        layers = empty_model(mixed_checkpoint, dtype="float32").model.layers
+    assert [isinstance(layer, PPMissingLayer) for layer in layers] == [True, False, True]
+    assert not list(layers[0].parameters()) and not list(layers[2].parameters())
+    experts = layers[1].mlp.experts.routed_experts
+    method, stems = experts.quant_method, {"w1": "w13", "w3": "w13", "w2": "w2"}
+    stored = sum(
+        spec.nbytes
+        for shard, bits in method.num_bits.items()
+        for width in bits
+        for spec in matrix_tensors(*method.shapes[stems[shard]], width, method.group_size).values()
+    )
+    assert sum(parameter.nbytes for parameter in experts.parameters()) == stored
