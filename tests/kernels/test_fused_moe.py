@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from alphaq_vllm.kernels import Gate, PackedExperts, fused_moe, repack_
+from alphaq_vllm.kernels.cpu import padded_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -35,6 +36,24 @@ def test_fused_moe_cpu_dequantizes_only_experts_with_tokens(default_case, make_p
     fused_moe(*problem.inputs, **problem.options)
     assert set(used) == set(problem.inputs[-1].flatten().tolist())
     assert 0 not in used
+
+
+def test_fused_moe_cpu_multiplies_few_shapes(default_case, make_problem, monkeypatch):
+    """oneDNN keeps memory for each."""
+    sizes = set()
+    pad = torch.nn.functional.pad
+    monkeypatch.setattr(torch.nn.functional, "pad", lambda *args: (padded := pad(*args), sizes.add(len(padded)))[0])
+    for num_tokens in range(100, 200):
+        case = dataclasses.replace(default_case, num_tokens=num_tokens, routing="one expert", top_k=1)
+        problem = make_problem(case, torch.bfloat16)
+        assert len(fused_moe(*problem.inputs, **problem.options)) == num_tokens
+    assert len(sizes) < 15
+
+
+def test_padded_rows_are_few_and_hardly_more():
+    padded = {n: padded_rows(n) for n in range(1, 2**15)}
+    assert all(n <= rows <= n * 9 / 8 for n, rows in padded.items())
+    assert len(set(padded.values())) < 120
 
 
 def test_fused_moe_takes_x_that_is_not_contiguous(default_case, make_problem, assert_close):
