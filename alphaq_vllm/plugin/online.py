@@ -273,7 +273,9 @@ def _quantize_rows(rows: torch.Tensor, num_bits: int, group_size: int, quantizer
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    # A thread starts on the cores of the one that starts it, which vLLM may have bound to a single core.
+    # vLLM binds each of OpenMP's threads to a core, this one too, on which any thread that it starts would stay. They
+    # exist from the first large operation on.
+    torch.zeros(2**20).add_(1)
     cores: set[int] = set()
     for thread in Path("/proc/self/task").glob("*"):
         cores |= os.sched_getaffinity(int(thread.name))

@@ -172,6 +172,22 @@ def test_quantize_in_parts_gives_the_same_bytes(monkeypatch, threads):
         assert torch.equal(tensor, expected[f"name.{suffix}"])
 
 
+POOL = """
+import os, torch
+from alphaq_vllm.plugin import online
+threads = torch.get_num_threads()
+assert len(os.sched_getaffinity(0)) == 1 < threads
+cores = list(online._pool(threads).map(lambda _: len(os.sched_getaffinity(0)), range(threads)))
+assert cores == [threads] * threads, cores
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_threads_leave_the_core_that_the_loading_one_is_bound_to():
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    subprocess.run([sys.executable, "-c", POOL], env=environment, check=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
