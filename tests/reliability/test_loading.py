@@ -142,3 +142,14 @@ def test_loading_refuses_expert_load_balancing_where_vllm_has_none(rank, copy):
         pytest.skip("vLLM balances experts on GPUs")
     with pytest.raises(ValueError, match="load balancing is only supported on CUDA"):
         load(copy, enable_eplb=True, enable_expert_parallel=True)
+
+
+def test_loading_runs_no_code_from_a_checkpoint(rank, copy, tmp_path):
+    mark = tmp_path / "executed"
+    config = json.loads((copy / CONFIG).read_bytes())
+    config["auto_map"] = {name: f"hostile.{name}" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
+    (copy / CONFIG).write_text(json.dumps(config))
+    (copy / "hostile.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
+    # vLLM has classes of its own for the model, so there is nothing to refuse.
+    load(copy)
+    assert not mark.exists()

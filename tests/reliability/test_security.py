@@ -85,6 +85,8 @@ def test_no_command_runs_code_from_a_checkpoint(hostile, tmp_path):
     result = subprocess.run([sys.executable, "-c", script], input=lines, capture_output=True, text=True, check=True)
     ended = [line for line in result.stdout.splitlines() if line.split(" ")[0] in {name for name, *_ in commands}]
     # GPTQ needs a tokenizer, which here is code, and so it ends with an error.
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "tokenizer" in error
     assert [line.split(" ")[1] for line in ended] == ["0", "0", "0", "2", "0", "0", "0"], result.stderr
     assert not mark.exists()
     assert not list(tmp_path.rglob("*/modeling_hostile.py"))[1:], "code was copied into an output"
