@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import vllm
@@ -59,6 +61,7 @@ __all__ = [
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
     "set_weight_attrs",
+    "weight_loader",
 ]
 
 # vLLM shows messages of loggers below its own only.
@@ -80,6 +83,7 @@ INTERFACE: dict[Any, tuple[str, ...]] = {
         "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype"
     ),
     LinearMethodBase.apply: ("layer", "x", "bias"),
+    QuantizationConfig: ("maybe_update_config",),
     QuantizationConfig.get_quant_method: ("layer", "prefix"),
     FusedMoEParallelConfig: (
         "all2all_backend", "dp_size", "enable_eplb", "is_sequence_parallel", "pcp_size", "tp_rank", "tp_size", "use_ep"
@@ -130,3 +134,13 @@ def local_expert_ids(manager: ExpertMapManager, num_experts: int) -> list[int]:
         return list(range(num_experts))
     expert_map = manager.expert_map.tolist()
     return sorted((e for e in range(num_experts) if expert_map[e] >= 0), key=expert_map.__getitem__)
+
+
+def weight_loader(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """What vLLM calls to load a parameter: ``function``, with these arguments before vLLM's.
+
+    It has a name, because vLLM asks for that when it loads weights again.
+    """
+    loader = partial(function, *arguments)
+    loader.__name__ = function.__name__  # type: ignore[attr-defined]
+    return loader

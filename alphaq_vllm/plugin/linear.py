@@ -7,7 +7,6 @@ kernel: Machete or Marlin on NVIDIA GPUs, its counterpart on CPUs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +17,7 @@ from alphaq_vllm.plugin._compat import (
     CompressedTensorsWNA16,
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
+    weight_loader,
 )
 from alphaq_vllm.plugin.report import LoadReport
 
@@ -79,7 +79,7 @@ class AlphaQLinearMethod(LinearMethodBase):
         # vLLM's name for the shape before packing, which the format does not repeat.
         del layer.weight_shape
         for suffix in DTYPES:
-            loader = partial(self._load, suffix, columns[suffix], extra_weight_attrs["weight_loader"])
+            loader = weight_loader(self._load, suffix, columns[suffix], extra_weight_attrs["weight_loader"])
             getattr(layer, suffix).weight_loader = loader
 
     def _check_supported(self, input_size: int, input_size_per_partition: int, dtype: torch.dtype) -> None:

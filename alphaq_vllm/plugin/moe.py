@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from alphaq_vllm.plugin._compat import (
     RoutedExperts,
     local_expert_ids,
     set_weight_attrs,
+    weight_loader,
 )
 from alphaq_vllm.plugin.report import LoadReport
 from alphaq_vllm.plugin.support import check_experts
@@ -94,7 +94,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             for suffix, data in tensors.items():
                 param = torch.nn.Parameter(data, requires_grad=False)
                 layer.register_parameter(f"{stem}_{suffix}", param)
-                set_weight_attrs(param, {"weight_loader": partial(self._load, layer, suffix)})
+                set_weight_attrs(param, {"weight_loader": weight_loader(self._load, layer, suffix)})
             layer.register_buffer(f"{stem}_num_bits", torch.tensor(bits, dtype=torch.int32), persistent=False)
             layer.register_buffer(f"{stem}_offsets", torch.tensor(self.offsets[stem]), persistent=False)
 
