@@ -1,38 +1,31 @@
 """Models in full precision, quantized while vLLM loads them, to the bytes that ``offline.convert`` would write.
 
 The one module of the plugin that imports ``offline``; the config imports it when a checkpoint that is not quantized is
-served. Before vLLM starts its workers, ``choose_online`` has the checkpoint measured, in a process of its own that
-returns the memory it took, and chooses the widths. Each worker then quantizes every expert matrix, or its rank's slice
-of it, the moment that it is read: beside the quantized weights there is never more than one matrix in memory.
+served. Before vLLM starts its workers, ``choose_online`` chooses the widths, by statistics that are kept for the next
+start. Each worker then quantizes every expert matrix, or its rank's slice of it, the moment that it is read: beside the
+quantized weights there is never more than one matrix in memory.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import torch
-from filelock import FileLock
 
-from alphaq_vllm.format import PACKED, QUANT_METHOD, SCALE, ZERO, AlphaQSpec
-from alphaq_vllm.plugin._compat import RoutedExperts, logger, set_weight_attrs
+from alphaq_vllm.format import PACKED, QUANT_METHOD, SCALE, ZERO, AlphaQSpec, matrix_tensors
+from alphaq_vllm.plugin._compat import RoutedExperts, logger, set_weight_attrs, weight_loader
 from alphaq_vllm.plugin.moe import SHARDS, AlphaQMoEMethod
-from offline import VERSION
 from offline.allocation.selection import Selection
 from offline.allocation.splitting import check_group_size
-from offline.allocation.stats import Statistics, read_statistics
 from offline.allocation.widths import Budget, check_bit_map, to_spec
+from offline.cache import cached_statistics
 from offline.choosing import choose_widths
 from offline.cli import Parser, add_group_size
 from offline.options import add_choice_options, room_from, widths_from
@@ -41,11 +34,9 @@ from offline.quantizers.grids import GRIDS
 from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import find_experts
-from offline.source.fingerprint import fingerprint
 from offline.threads import one_thread
 from offline.writing.plan import Job
 
-STATISTICS = "statistics.csv"
 # Options of offline.convert, with underscores, that quantization_config of --hf-overrides may have.
 SETTINGS = (
     "bits", "fit_memory", "reserve", "bit_map", "mode", "candidate_bits", "gamma", "noise", "granularity", "shares",
@@ -88,7 +79,7 @@ def choose_online(model: str, revision: str | None, settings: Mapping[str, Any])
     if isinstance(widths, Budget):
         how = f"mode {widths.mode}"
         if widths.needs_alpha:
-            statistics, how = _statistics(job, widths)
+            statistics, how = cached_statistics(job, widths)
     else:
         check_bit_map(widths, experts.matrices)
     plan = choose_widths(job, widths, {}, room, statistics)
@@ -151,48 +142,6 @@ def _check_source(source: Checkpoint) -> None:
     refuse_quantized(quantization.get("quant_method"))
 
 
-def cache_directory() -> Path:
-    """Where statistics are kept: ``ALPHAQ_CACHE``, by default ``alphaq`` in the user's cache directory."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("ALPHAQ_CACHE") or user / "alphaq").expanduser()
-
-
-def _statistics(job: Job, budget: Budget) -> tuple[Statistics, str]:
-    """The statistics to choose by, measured unless they are in the cache, and what was done, for the log."""
-    sampled, widths, directory = fingerprint(job.source), budget.measured_widths, cache_directory()
-    key = json.dumps([sampled, job.group_size, widths, job.quantizer, VERSION])
-    path = directory / f"{job.source.path.resolve().name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.csv"
-    directory.mkdir(parents=True, exist_ok=True)
-    # A server that starts meanwhile waits for these statistics rather than measuring too.
-    with FileLock(path.with_suffix(".lock")):
-        if path.exists():
-            try:
-                statistics = read_statistics(path)
-                statistics.check(sampled, job.group_size, widths, job.quantizer)
-                return statistics, f"statistics reused from {path}"
-            except ValueError as error:
-                logger.warning("%s: measured again", error)
-        start = time.monotonic()
-        with TemporaryDirectory(dir=directory) as folder:
-            _measure(job, widths, Path(folder, STATISTICS))
-            Path(folder, STATISTICS).replace(path)
-        return read_statistics(path), f"statistics measured in {time.monotonic() - start:.1f} s and saved in {path}"
-
-
-def _measure(job: Job, widths: tuple[int, ...], output: Path) -> None:
-    """Run ``offline.measure``, whose progress and errors go where the server's do."""
-    options = ["--group-size", str(job.group_size), "--quantizer", job.quantizer]
-    options += ["--candidate-bits", ",".join(map(str, widths))] if widths else ["--noise", "analytic"]
-    command = [sys.executable, "-m", "offline.measure", str(job.source.path), "-o", str(output), *options]
-    logger.info("AlphaQ measures %s: %s", job.model, " ".join(command))
-    status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-    if status:
-        raise ValueError(
-            f"{job.model}: measuring it for --quantization alphaq ended with exit status {status}, for the reason "
-            "printed above"
-        )
-
-
 class OnlineMoEMethod(AlphaQMoEMethod):
     """One layer of routed experts that is stored in full precision, and quantized matrix by matrix as it is read.
 
@@ -209,9 +158,10 @@ class OnlineMoEMethod(AlphaQMoEMethod):
         """Allocate what this rank's quantized experts take, and the names by which vLLM loads what is stored."""
         super().create_weights(layer, *args, **kwargs)
         for stem in self.shapes:
-            param = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+            # Not empty: where weights are loaded again, vLLM leaves out a layer into which it counts no element.
+            param = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
             layer.register_parameter(f"{stem}_{WEIGHT}", param)
-            set_weight_attrs(param, {"weight_loader": partial(self._load_weight, layer)})
+            set_weight_attrs(param, {"weight_loader": weight_loader(self._load_weight, layer)})
 
     def _load_weight(
         self,
@@ -253,6 +203,10 @@ class OnlineMoEMethod(AlphaQMoEMethod):
 
 def _quantize(weight: torch.Tensor, num_bits: int, group_size: int, quantizer: str) -> dict[str, torch.Tensor]:
     """The stored tensors of a matrix by suffix, computed on all cores of this process; rows do not depend on others."""
+    if weight.is_meta:
+        # Where vLLM loads weights again, it counts first what will be copied.
+        specs = matrix_tensors(weight.shape[0], weight.shape[1], num_bits, group_size)
+        return {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in specs.items()}
     if weight.device.type != "cpu":
         parts = [quantize(weight, num_bits, group_size, quantizer)]
     else:

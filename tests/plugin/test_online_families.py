@@ -1,8 +1,11 @@
 """Each family that vLLM reads in full precision: what it quantizes while loading is what conversion writes."""
 
+import os
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
 from vllm.distributed import (
     cleanup_dist_env_and_memory,
@@ -11,10 +14,12 @@ from vllm.distributed import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 import alphaq_vllm
 from offline.allocation.widths import Budget
 from offline.convert import convert
+from tests.conftest import MODEL
 from tests.offline.conftest import COMMON, CONFIGS
 
 # What vLLM's kernels for latent attention ask for, and a key that only its config has.
@@ -42,16 +47,17 @@ def vllm(tmp_path_factory):
 
 
 def load(folder, **options):
-    """vLLM's model, without an engine around it."""
+    """vLLM's model, without an engine around it, and its config."""
     arguments = EngineArgs(
         str(folder), skip_tokenizer_init=True, quantization="alphaq", enforce_eager=True, max_model_len=64, **options
     )
     config = arguments.create_engine_config()
     with set_current_vllm_config(config):
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        init_distributed_environment(1, 0, f"file://{folder}/store", 0, backend)
+        store = f"{os.environ['ALPHAQ_CACHE']}-store"
+        init_distributed_environment(1, 0, f"file://{store}", 0, backend)
         ensure_model_parallel_initialized(1, 1)
-        return get_model(vllm_config=config)
+        return get_model(vllm_config=config), config
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -62,10 +68,26 @@ def test_loading_quantizes_to_what_conversion_writes(model_type, tmp_path):
     source = tmp_path / "model"
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
     convert(str(source), tmp_path / "out", Budget(average_bits=3))
-    expected = dict(load(tmp_path / "out").named_parameters())
+    expected = dict(load(tmp_path / "out")[0].named_parameters())
     overrides = {"quantization_config": {"quant_method": "alphaq", "bits": 3}}
-    loaded = dict(load(source, hf_overrides=overrides).named_parameters())
+    loaded = dict(load(source, hf_overrides=overrides)[0].named_parameters())
     assert all(name.endswith((".w13_weight", ".w2_weight")) for name in loaded.keys() ^ expected.keys())
     assert sum(name.endswith("_packed") for name in expected) >= 2
     for name, parameter in expected.items():
         assert torch.equal(parameter, loaded[name]), name
+
+
+def test_reloading_quantizes_again_in_place():
+    model, config = load(MODEL)
+    parameters = {name: p for name, p in model.named_parameters() if ".experts." in name and "_weight_" in name}
+    before = {name: (p.data_ptr(), p.clone()) for name, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.data.zero_()
+    with set_current_vllm_config(config):
+        initialize_layerwise_reload(model)
+        model.load_weights(load_file(MODEL / "model.safetensors").items())
+        finalize_layerwise_reload(model, config.model_config)
+    for name, (place, values) in before.items():
+        parameter = model.get_parameter(name)
+        assert parameter.data_ptr() == place
+        assert torch.equal(parameter, values), name
