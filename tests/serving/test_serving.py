@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from openai import OpenAI
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -45,18 +44,6 @@ def test_server_gives_the_log_probabilities_of_the_dequantized_model(
     assert result.tokens > 2000
     assert result.mean_abs_difference <= bound
     assert result.perplexity_served == pytest.approx(result.perplexity_reference, rel=0.005)
-
-
-def test_server_answers_the_openai_client(mixed_checkpoint, tmp_path):
-    with vllm_server(mixed_checkpoint, [*QUANTIZATION, "--enforce-eager"], log=tmp_path / "log") as base_url:
-        client = OpenAI(base_url=base_url, api_key="none")
-        model = client.models.list().data[0].id
-        request = {"model": model, "prompt": "The Python standard library", "max_tokens": 24, "temperature": 0.0}
-        whole = client.completions.create(**request)
-        pieces = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
-    assert whole.usage.completion_tokens == 24
-    assert whole.choices[0].text.strip()
-    assert "".join(pieces) == whole.choices[0].text
 
 
 def damaged(checkpoint, folder, change):
