@@ -125,6 +125,15 @@ def test_loading_accepts_what_was_not_damaged(rank, copy):
     load(copy)
 
 
+def test_loading_misses_any_tensor_when_vllm_tracks_weights(rank, copy):
+    """What is not quantized is vLLM's to check, which it does for quantized models only when it is told to."""
+    track = {"model_loader_extra_config": {"enable_weights_track": True}}
+    load(copy, **track)
+    edit_tensors(copy, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"not initialized from checkpoint: .*model\.norm\.weight"):
+        load(copy, **track)
+
+
 def test_loading_refuses_a_gpu_that_is_too_old(rank, copy, monkeypatch):
     turing = SimpleNamespace(to_int=lambda: 75)
     monkeypatch.setattr(type(current_platform), "get_device_capability", lambda *arguments: turing)

@@ -9,20 +9,20 @@ from benchmarks.load import BAD_REQUESTS, Load, Step, compare, serve_and_run
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 # On a CPU, unquantized vLLM gives the same bits whatever the batch.
 BOUND = 0.05
+# In MiB. Before oneDNN was given few shapes to keep, a server grew by 160 in a minute.
+MAX_GROWTH = 64
 ARGUMENTS = ["--quantization", "alphaq", "--dtype", "bfloat16"]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "growth"), [(45, 256), pytest.param(600, 128, marks=pytest.mark.long)], ids=["short", "long"]
-)
-def test_server_under_load_answers_like_a_quiet_one(mixed_checkpoint, tmp_path, seconds, growth):
+@pytest.mark.parametrize("seconds", [45, pytest.param(600, marks=pytest.mark.long)])
+def test_server_under_load_answers_like_a_quiet_one(mixed_checkpoint, tmp_path, seconds):
     load = serve_and_run(mixed_checkpoint, TEXT, 200, seconds, ARGUMENTS, tmp_path / "log")
     print(load.figures())
     load.check(BOUND)
     assert min(load.requests.values()) > seconds
     assert load.requests["bad"] > 3 * len(BAD_REQUESTS)
     assert load.compared_tokens > 100 * seconds
-    assert load.memory_growth() < growth
+    assert load.memory_growth() < MAX_GROWTH
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log
     assert "ERROR" not in log
