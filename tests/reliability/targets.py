@@ -1,11 +1,13 @@
 """What the fuzzer feeds: each target takes any bytes, and must accept them or refuse them with a sentence.
 
-A refusal is a ValueError (or an OSError for a file that is not there) whose message is one line. Any other exception is
-a bug, and so is what is accepted but wrong, which the targets assert.
+A refusal is a ValueError, or an OSError for a file that is not there, with a message. Any other exception is a bug, and
+so is what is accepted but wrong, which the targets assert.
 """
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 import traceback
 from contextlib import ExitStack, suppress
@@ -35,6 +37,7 @@ MODEL_CONFIG = {"model_type": "olmoe", "num_experts": 1, "hidden_size": 64, "num
 
 _KEPT = ExitStack()
 _FOLDER = Path(tempfile.mkdtemp(prefix="alphaq-fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 
 
 def fuzz_header(data: bytes) -> None:
@@ -167,7 +170,6 @@ def _write(target: str, name: str, data: bytes) -> Path:
         for file, content in _WHOLE.get(target, dict)().items():
             (folder / file).write_bytes(content)
     path = folder / name
-    # Not rewriting the file's name keeps a million inputs from making a million files.
     with path.open("wb", buffering=0) as file:
         file.write(data)
     return path
