@@ -51,7 +51,9 @@ def allocate(statistics: Statistics, budget: Budget, room: Room | None) -> Choic
     Raises ValueError if the statistics lack the errors at a candidate width, and for a room that is too small.
     """
     origin, matrices = statistics.origin, statistics.matrices
-    statistics.check(origin.fingerprint, origin.group_size, budget.measured_widths, origin.quantizer)
+    statistics.check(
+        origin.fingerprint, origin.group_size, budget.measured_widths, origin.quantizer, budget.needs_gains
+    )
     if room:
         others = origin.other_tensors if room.in_memory else origin.other_files
         numel = sum(matrix.numel for matrix in matrices)

@@ -36,7 +36,7 @@ def choose_widths(
         room.average_bits(others, job.experts.numel, job.group_size, budget.widths[0], budget.widths[-1])
     statistics = None
     if stats or (budget and budget.needs_alpha):
-        statistics = _statistics(job, budget.measured_widths if budget else (), stats, journal)
+        statistics = _statistics(job, budget, stats, journal)
     extra = {STATS: str(statistics)} if statistics else {}
     if not isinstance(widths, Budget):
         return plan(job, Choice(widths), extra)
@@ -46,11 +46,12 @@ def choose_widths(
     return plan(job, choose(matrices, widths, fixed), extra)
 
 
-def _statistics(job: Job, widths: Sequence[int], given: Statistics | None, journal: Journal | None) -> Statistics:
-    """Statistics of the matrices of this job alone, measured unless they are given; widths: to know the errors at."""
+def _statistics(job: Job, budget: Budget | None, given: Statistics | None, journal: Journal | None) -> Statistics:
+    """Statistics of the matrices of this job alone, measured unless they are given; budget: what must be known for."""
+    widths, gains = (budget.measured_widths, budget.needs_gains) if budget else ((), False)
     if given is None:
-        return take_statistics(job, widths, journal)
-    given.check(fingerprint(job.source), job.group_size, widths, job.data_free_quantizer)
+        return take_statistics(job, widths, journal, gains)
+    given.check(fingerprint(job.source), job.group_size, widths, job.data_free_quantizer, gains)
     matrices = given.of(matrix.name for matrix in job.experts.matrices)
     return Statistics(replace(given.origin, matrices=len(matrices)), matrices)
 

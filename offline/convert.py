@@ -75,9 +75,9 @@ def convert(
     and a zero point; max_shard_bytes: of data in one file; selection: experts that are left alone or have a width given
     by hand; room: takes the place of the budget's average; tp_size: ranks that the result must split among;
     linear_bits: of linear layers outside the experts, 16 to leave them alone; quantizer: of the experts, one of
-    ``QUANTIZERS``; calibration: the text that gptq needs; stats: a file of ``measure`` to choose by; dry_run: decide
-    everything, estimate the time and write nothing; resume: take up what an interrupted run has left; workers:
-    processes to use, None for as many as help.
+    ``QUANTIZERS``; calibration: of gptq, None for text of the model's own; stats: a file of ``measure`` to choose by;
+    dry_run: decide everything, estimate the time and write nothing; resume: take up what an interrupted run has left;
+    workers: processes to use, None for as many as help.
     Raises ValueError or OSError for anything that is wrong, and then leaves no output.
     """
     start = time.monotonic()
@@ -91,8 +91,10 @@ def convert(
     layers = find_linear_layers(source, experts) if linear_bits < 16 else []
     linear = choose_formats(layers, linear_bits, group_size, tp_size)
     job = Job(model, source, experts, group_size, max_shard_bytes, workers, linear)
-    gptq = SequentialGptq(source, every_expert, calibration) if calibration else None
-    job = replace(job, quantizer=quantizer, calibration_tokens=gptq.tokens if gptq else 0)
+    gptq = SequentialGptq(source, every_expert, calibration or Calibration()) if quantizer == "gptq" else None
+    job = replace(job, quantizer=quantizer)
+    if gptq:
+        job = replace(job, calibration_tokens=gptq.tokens, own_text=gptq.own_text)
     out = out.resolve()
     # The results of gptq lie beside the checkpoint until that is complete.
     needed_bytes = _least_bytes(job, widths, room) * (2 if gptq else 1)

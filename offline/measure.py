@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from offline.allocation.measure import measure
+from offline.allocation.propagation import error_gains
 from offline.allocation.splitting import check_group_size
 from offline.allocation.stats import STATS, Origin, Statistics, read_statistics
 from offline.allocation.widths import NOISE_KINDS, Budget, Choice
@@ -33,10 +34,15 @@ _EXAMPLES = """\
   python -m offline.measure ./model -o stats.csv --noise analytic --json"""
 
 
-def take_statistics(job: Job, widths: Sequence[int], journal: Journal | None = None) -> Statistics:
-    """Measure all matrices of a job, and their errors at ``widths``; journal: see ``measure``."""
+def take_statistics(job: Job, widths: Sequence[int], journal: Journal | None = None, gains: bool = False) -> Statistics:
+    """Measure all matrices of a job, and their errors at ``widths``; journal: see ``measure``; gains: also how errors
+    propagate.
+    """
     quantizer = job.data_free_quantizer
     matrices = measure(job.source, job.experts.matrices, widths, job.group_size, job.workers, journal, quantizer)
+    if gains:
+        gain = error_gains(job.source, find_experts(job.source), job.group_size)
+        matrices = [replace(matrix, gain=gain[matrix.name]) for matrix in matrices]
     origin = Origin(job.name, fingerprint(job.source), job.group_size, len(matrices), 0, 0, quantizer)
     # 8 bits, because the numbers in headers have the most digits then.
     eight = {matrix.name: 8 for matrix in matrices}
@@ -61,7 +67,10 @@ def main(arguments: Sequence[str]) -> None:
         help="widths to measure the error of (default 2,3,4)",
     )
     parser.add_argument(
-        "--noise", choices=NOISE_KINDS, default="measured", help="analytic: leave the errors out, which is quicker"
+        "--noise",
+        choices=NOISE_KINDS,
+        default="measured",
+        help="propagated: run the model too, to see what its errors cause; analytic: leave the errors out",
     )
     parser.add_argument("--quantizer", choices=GRIDS, default="mse", help="whose error is measured (default mse)")
     add_group_size(parser)
@@ -75,14 +84,15 @@ def main(arguments: Sequence[str]) -> None:
     reused = args.output.exists()
     if reused:
         statistics = read_statistics(args.output)
-        statistics.check(fingerprint(source), args.group_size, budget.measured_widths, args.quantizer)
+        expected = (fingerprint(source), args.group_size, budget.measured_widths, args.quantizer, budget.needs_gains)
+        statistics.check(*expected)
     else:
         # Fails before the work rather than after it.
         args.output.touch()
         args.output.unlink()
         workers = choose_workers(args.workers, experts.numel)
         job = Job(args.model, source, experts, args.group_size, workers=workers, quantizer=args.quantizer)
-        statistics = take_statistics(job, budget.measured_widths)
+        statistics = take_statistics(job, budget.measured_widths, gains=budget.needs_gains)
         args.output.write_text(str(statistics))
     _report(args.output, statistics, reused, args.json)
 

@@ -29,6 +29,11 @@ _USED = {
     "random": {"average_bits", "widths", "granularity", "seed"},
 }
 
+_GAMMA = "exponent of importance (default auto: by the spread of alpha, 0 with propagated noise)"
+_NOISE = (
+    "error to minimise: measured (default), of the weights; propagated, of the layers' outputs, on text that the model "
+    "writes itself; analytic, of the paper"
+)
 _RESERVE = "with --fit-memory, for KV cache, activations and vLLM itself (default a fifth of it)"
 _SHARES = "of experts with the greatest and the least width in mode ratio (default 0.25,0.25)"
 
@@ -49,8 +54,8 @@ def add_choice_options(parser: argparse.ArgumentParser, bit_map: bool) -> None:
     group.add_argument("--reserve", type=parse_bytes, metavar="SIZE", help=_RESERVE)
     group.add_argument("--mode", choices=modes, help="how widths are chosen (default alphaq, or manual with a bit map)")
     group.add_argument("--candidate-bits", dest="widths", type=parse_widths, metavar="LIST", help="default 2,3,4")
-    group.add_argument("--gamma", type=_gamma, metavar="auto|NUMBER", help="exponent of importance (default auto)")
-    group.add_argument("--noise", choices=NOISE_KINDS, help="error to minimise (default measured)")
+    group.add_argument("--gamma", type=_gamma, metavar="auto|NUMBER", help=_GAMMA)
+    group.add_argument("--noise", choices=NOISE_KINDS, help=_NOISE)
     group.add_argument("--granularity", choices=GRANULARITIES, help="what shares a width (default projection)")
     group.add_argument("--shares", type=_shares, metavar="TOP,BOTTOM", help=_SHARES)
     group.add_argument("--seed", type=int, help="of mode random (default 0)")

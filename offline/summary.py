@@ -18,11 +18,12 @@ class Summary:
     """Result of a conversion, or what it will be; sizes in bytes.
 
     layers: with quantized experts; experts: in each of them; bits: average width of a code; stored_bits: average bits
-    of a weight on disk, scale and zero point included; calibration_tokens: for gptq, and starved, the experts that none
-    of them reached, None before they are counted; size_before and size_after: of the weights' files; total_size:
-    of all files; loaded_size: of all tensors; widths: number of matrices by width; mode, alpha, gamma and gap: see
-    ``Choice``; linear_layers: how many outside the experts are quantized, to linear_bits; room: the limit that the
-    sizes keep to; seconds: that it took, or will take about if it is a dry run.
+    of a weight on disk, scale and zero point included; calibration_tokens: for gptq, own_text, whether the model wrote
+    them itself, and starved, the experts that none of them reached, None before they are counted; size_before and
+    size_after: of the weights' files; total_size: of all files; loaded_size: of all tensors; widths: number of matrices
+    by width; mode, noise, alpha, gamma and gap: see ``Choice``; linear_layers: how many outside the experts are
+    quantized, to linear_bits; room: the limit that the sizes keep to; seconds: that it took, or will take about if it
+    is a dry run.
     """
 
     source: str
@@ -46,6 +47,8 @@ class Summary:
     linear_bits: int = 16
     quantizer: str = "mse"
     calibration_tokens: int = 0
+    own_text: bool = False
+    noise: str | None = None
     starved: int | None = None
     output: str = ""
     total_size: int = 0
@@ -58,6 +61,11 @@ class Summary:
     def serve(self) -> str:
         """The command that serves the result."""
         return f"vllm serve {shlex.quote(self.output)} --quantization alphaq"
+
+    @property
+    def how(self) -> str:
+        """How widths were chosen: the mode, and the noise where it is not the measured one."""
+        return f"{self.mode}, {self.noise} noise" if self.noise not in (None, "measured") else self.mode
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -75,7 +83,7 @@ class Summary:
         ]  # fmt: skip
         sizes = f"{self.total_size} bytes, {format_bytes(self.loaded_size)} when loaded"
         rest = [("all files", sizes), *([("room", self.room)] if self.room else [])]
-        rest += [("quantizer", self._quantizer()), ("widths", self.mode)]
+        rest += [("quantizer", self._quantizer()), ("widths", self.how)]
         if self.alpha is not None:
             least, median, greatest = self.alpha
             rest.append(("alpha", f"{least:.3f} to {greatest:.3f}, median {median:.3f}"))
@@ -87,10 +95,16 @@ class Summary:
             rest += [("seconds", f"{self.seconds:.1f}"), ("written", self.output), ("serve with", self.serve)]
         return "\n".join([*_lines(rows), *histogram(self.widths), *_lines(rest)])
 
-    def _quantizer(self) -> str:
+    @property
+    def quantizer_and_text(self) -> str:
+        """The quantizer, and what it was calibrated on."""
         if not self.calibration_tokens:
             return self.quantizer
-        text = f"{self.quantizer}, calibrated on {self.calibration_tokens} tokens"
+        author = " that the model wrote itself" if self.own_text else ""
+        return f"{self.quantizer}, calibrated on {self.calibration_tokens} tokens{author}"
+
+    def _quantizer(self) -> str:
+        text = self.quantizer_and_text
         if self.starved is None:
             return text
         return f"{text}; {self.starved} of {self.layers * self.experts} experts saw none of them: quantized by mse"

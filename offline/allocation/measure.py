@@ -25,7 +25,7 @@ class MatrixStats:
     """What is known of one matrix.
 
     alpha: Hill exponent of its spectrum; variance: of its weights; mse: mean squared quantization error by width,
-    for the widths that were measured.
+    for the widths that were measured; gain: see ``error_gains``, None if it was not measured.
     """
 
     name: str
@@ -33,6 +33,7 @@ class MatrixStats:
     variance: float
     numel: int
     mse: Mapping[int, float]
+    gain: float | None = None
 
 
 def measure(
@@ -112,9 +113,11 @@ def load_weight(source: Checkpoint, matrix: ExpertMatrix) -> torch.Tensor:
 def noise(stats: Sequence[MatrixStats], widths: Sequence[int], kind: str) -> np.ndarray:
     """Expected squared error per weight, ``[matrices, widths]`` float64.
 
-    kind: ``measured``, the error of the quantizer itself; or ``analytic``, ``variance * 4 ** -width`` (AlphaQ, arXiv
-    2606.04980).
+    kind: ``measured``, the error of the quantizer itself; ``propagated``, as much of it as arrives at the output of the
+    layer; or ``analytic``, ``variance * 4 ** -width`` (AlphaQ, arXiv 2606.04980).
     """
-    if kind == "measured":
-        return np.array([[matrix.mse[width] for width in widths] for matrix in stats])
+    if kind in ("measured", "propagated"):
+        mse = np.array([[matrix.mse[width] for width in widths] for matrix in stats])
+        # Gains are of whole matrices.
+        return mse if kind == "measured" else mse * [[(m.gain or 0.0) / m.numel] for m in stats]
     return np.outer([matrix.variance for matrix in stats], 4.0 ** -np.array(widths))

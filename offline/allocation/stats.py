@@ -23,6 +23,7 @@ from offline.source.checkpoint import some
 STATS = "alphaq_stats.csv"
 
 _COLUMNS = ("name", "alpha", "variance", "numel")
+_GAIN = "gain"
 _START = "# alphaq statistics "
 
 
@@ -59,6 +60,11 @@ class Statistics:
         return tuple(self.matrices[0].mse)
 
     @property
+    def has_gains(self) -> bool:
+        """Whether it was measured how errors propagate."""
+        return self.matrices[0].gain is not None
+
+    @property
     def digest(self) -> str:
         """A digest of all of it."""
         return hashlib.sha256(str(self).encode()).hexdigest()
@@ -67,13 +73,19 @@ class Statistics:
         text = io.StringIO()
         print(_START + json.dumps(asdict(self.origin)), file=text)
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*_COLUMNS, *(f"mse_{width}" for width in self.widths)])
+        gain = (_GAIN,) if self.has_gains else ()
+        writer.writerow([*_COLUMNS, *gain, *(f"mse_{width}" for width in self.widths)])
         # repr of a float is read back as the same float.
-        writer.writerows([m.name, m.alpha, m.variance, m.numel, *m.mse.values()] for m in self.matrices)
+        for m in self.matrices:
+            writer.writerow([m.name, m.alpha, m.variance, m.numel, *([m.gain] if gain else []), *m.mse.values()])
         return text.getvalue()
 
-    def check(self, fingerprint: str, group_size: int, widths: Sequence[int], quantizer: str = "mse") -> None:
-        """Raise ValueError unless they are of this source and these settings, and the errors of this quantizer."""
+    def check(
+        self, fingerprint: str, group_size: int, widths: Sequence[int], quantizer: str = "mse", gains: bool = False
+    ) -> None:
+        """Raise ValueError unless they are of this source and these settings, and the errors of this quantizer; gains:
+        whether it must be known how errors propagate.
+        """
         expected = {"fingerprint": fingerprint, "group_size": group_size, "version": VERSION}
         if widths:
             expected["quantizer"] = quantizer
@@ -87,6 +99,12 @@ class Statistics:
             raise ValueError(
                 f"{self.path}: expected the errors at {', '.join(map(str, widths))} bits, got none at "
                 f"{', '.join(map(str, missing))}: measure again with --candidate-bits, or use --noise analytic"
+            )
+
+        if gains and not self.has_gains:
+            raise ValueError(
+                f"{self.path}: expected the column {_GAIN} for --noise propagated, got none: measure again with "
+                "--noise propagated"
             )
 
     def of(self, names: Iterable[str]) -> list[MatrixStats]:
@@ -109,9 +127,10 @@ def read_statistics(path: Path) -> Statistics:
     reader = csv.reader(lines)
     header = next(reader, [])
     widths = [int(column[4]) for column in header[len(_COLUMNS) :] if re.fullmatch("mse_[1-8]", column)]
-    if header != [*_COLUMNS, *(f"mse_{width}" for width in widths)]:
+    gain = [_GAIN] if _GAIN in header else []
+    if header != [*_COLUMNS, *gain, *(f"mse_{width}" for width in widths)]:
         raise ValueError(f"{path}: expected the columns {','.join(_COLUMNS)} and mse_<bits>, got {','.join(header)}")
-    matrices = [_read_row(path, number, row, widths) for number, row in enumerate(reader, 3)]
+    matrices = [_read_row(path, number, row, widths, bool(gain)) for number, row in enumerate(reader, 3)]
     if len({matrix.name for matrix in matrices}) != len(matrices) or len(matrices) != origin.matrices:
         raise ValueError(
             f"{path}: expected one line for each of {origin.matrices} matrices, got {len(matrices)}: measure again"
@@ -134,15 +153,15 @@ def _read_origin(path: Path, line: str) -> Origin:
         ) from error
 
 
-def _read_row(path: Path, number: int, row: Sequence[str], widths: Sequence[int]) -> MatrixStats:
+def _read_row(path: Path, number: int, row: Sequence[str], widths: Sequence[int], has_gain: bool) -> MatrixStats:
     try:
-        name, alpha, variance, numel, *mse = row
-        stats = MatrixStats(
-            name, float(alpha), float(variance), int(numel), dict(zip(widths, map(float, mse), strict=True))
-        )
+        name, alpha, variance, numel, *rest = row
+        gain = float(rest.pop(0)) if has_gain else None
+        mse = dict(zip(widths, map(float, rest), strict=True))
+        stats = MatrixStats(name, float(alpha), float(variance), int(numel), mse, gain)
     except ValueError as error:
         raise ValueError(f"{path}: line {number}: expected a name and numbers, got {error}: measure again") from error
-    numbers = (stats.alpha, stats.variance, *stats.mse.values())
+    numbers = (stats.alpha, stats.variance, stats.gain or 0.0, *stats.mse.values())
     if not (all(0 <= value < math.inf for value in numbers) and stats.alpha > 0 and stats.numel > 0):
         raise ValueError(f"{path}: line {number}: expected positive finite numbers, got {','.join(row)}: measure again")
     return stats

@@ -21,7 +21,7 @@ from offline.source.checkpoint import some
 from offline.source.families import ExpertMatrix, Experts
 from offline.source.header import unique
 
-NOISE_KINDS = ("measured", "analytic")
+NOISE_KINDS = ("measured", "propagated", "analytic")
 MODES = ("alphaq", "uniform", "ratio", "random")
 
 
@@ -31,8 +31,9 @@ class Budget:
 
     average_bits: greatest average width, weighted by numel (mode ``ratio`` follows ``shares`` instead); widths: the
     candidates; gamma: exponent of the importance ``(alpha_median / alpha) ** gamma``, None to derive it from the spread
-    of alpha; noise: one of ``NOISE_KINDS``; granularity: what shares a width, one of ``GRANULARITIES``; mode: one of
-    ``MODES``; shares: of experts with the greatest and the least width, for mode ``ratio``; seed: for ``random``.
+    of alpha, or for 0 where propagated noise tells what alpha stands for; noise: one of ``NOISE_KINDS``; granularity:
+    what shares a width, one of ``GRANULARITIES``; mode: one of ``MODES``; shares: of experts with the greatest and the
+    least width, for mode ``ratio``; seed: for ``random``.
     """
 
     average_bits: float = 3.5
@@ -78,20 +79,26 @@ class Budget:
     @property
     def measured_widths(self) -> tuple[int, ...]:
         """The widths whose quantization error has to be measured."""
-        return self.widths if self.mode == "alphaq" and self.noise == "measured" else ()
+        return self.widths if self.mode == "alphaq" and self.noise != "analytic" else ()
+
+    @property
+    def needs_gains(self) -> bool:
+        """Whether it has to be measured how errors propagate."""
+        return self.mode == "alphaq" and self.noise == "propagated"
 
 
 @dataclass(frozen=True)
 class Choice:
     """Bits by matrix name, and how they came about.
 
-    mode: one of ``MODES``, or ``manual``; alpha: the least, median and greatest, where they decided; gamma, cost and
-    gap (to the proven least cost, relative), where widths were allocated.
+    mode: one of ``MODES``, or ``manual``; alpha: the least, median and greatest, where they decided; noise, gamma, cost
+    and gap (to the proven least cost, relative), where widths were allocated.
     """
 
     bits: Mapping[str, int]
     mode: str = "manual"
     alpha: tuple[float, float, float] | None = None
+    noise: str | None = None
     gamma: float | None = None
     cost: float | None = None
     gap: float | None = None
@@ -131,12 +138,14 @@ def _allocate(
 ) -> tuple[np.ndarray, Choice]:
     """The widths of ``free`` whose sum of importance times noise times numel is least."""
     alphas = np.array([matrix.alpha for matrix in matrices])
-    gamma = auto_gamma(alphas) if budget.gamma is None else budget.gamma
+    gamma = budget.gamma
+    if gamma is None:
+        gamma = 0.0 if budget.needs_gains else auto_gamma(alphas)
     weights = dict(zip((matrix.name for matrix in matrices), importance(alphas, gamma), strict=True))
     weighted = np.array([weights[matrix.name] * matrix.numel for matrix in free])
     costs = weighted[:, None] * noise(free, budget.widths, budget.noise)
     chosen, allocation = modes.least_cost(free, costs, budget.widths, average_bits, budget.granularity)
-    return chosen, replace(result, gamma=gamma, cost=allocation.cost, gap=allocation.gap)
+    return chosen, replace(result, noise=budget.noise, gamma=gamma, cost=allocation.cost, gap=allocation.gap)
 
 
 def _measured(matrices: Sequence[Sized]) -> list[MatrixStats]:

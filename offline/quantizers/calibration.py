@@ -18,17 +18,15 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken"
 class Calibration:
     """What to calibrate on.
 
-    files: of UTF-8 text; tokens: at most so many of it, for each of which memory holds three vectors of the hidden size
-    in float32; length: of a window, the tokens that the model sees together.
+    files: of UTF-8 text, none for text of the model's own; tokens: at most so many of it, for each of which memory
+    holds three vectors of the hidden size in float32; length: of a window, the tokens that the model sees together.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = ()
     tokens: int = 65536
     length: int = 512
 
     def __post_init__(self) -> None:
-        if not self.files:
-            raise ValueError("--calibration: expected files of text, got none")
         if self.length < 1:
             raise ValueError(f"--calibration-length: expected a number of tokens from 1 up, got {self.length}")
         if self.tokens < self.length:
@@ -44,9 +42,17 @@ def add_quantizer_options(parser: argparse.ArgumentParser) -> None:
         "--quantizer",
         choices=QUANTIZERS,
         default="mse",
-        help="mse (default): least squared error; rtn: round to nearest; hqq: half-quadratic; gptq: on --calibration",
+        help="mse (default): least squared error; rtn: round to nearest; hqq: half-quadratic; gptq: least error "
+        "of what the model computes",
     )
-    group.add_argument("--calibration", dest="files", nargs="+", type=Path, metavar="FILE", help="text for gptq")
+    group.add_argument(
+        "--calibration",
+        dest="files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="text for gptq (default: what the model writes itself)",
+    )
     group.add_argument(
         "--calibration-tokens",
         dest="tokens",
@@ -70,11 +76,9 @@ def calibration_from(args: argparse.Namespace) -> Calibration | None:
 
 
 def check_quantizer(quantizer: str, calibration: Calibration | None) -> None:
-    """Raise ValueError for an unknown quantizer, and unless there is a calibration for the one that needs it alone."""
+    """Raise ValueError for an unknown quantizer, and for a calibration of one that makes no use of it."""
     if quantizer not in QUANTIZERS:
         raise ValueError(f"--quantizer: expected one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
-    if quantizer == "gptq" and calibration is None:
-        raise ValueError("--quantizer gptq: expected text to calibrate on, got none: add --calibration FILE")
     if quantizer != "gptq" and calibration is not None:
         raise ValueError(f"--calibration: expected --quantizer gptq, got {quantizer}, which works without text")
 

@@ -26,6 +26,9 @@ CALIBRATED = {
     "phimoe": "gate.weight",
 }
 
+# Predictions held at a time.
+MAX_LOGITS = 2**24
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -89,15 +92,24 @@ class Decoder:
     def __init__(self, source: Checkpoint, experts: Experts) -> None:
         if experts.model_type not in CALIBRATED:
             raise ValueError(
-                f"{source.path}: --quantizer gptq: calibration can run {', '.join(CALIBRATED)}, "
-                f"got {experts.model_type}: use --quantizer mse"
+                f"{source.path}: --quantizer gptq and --noise propagated can run {', '.join(CALIBRATED)}, "
+                f"got {experts.model_type}: use --quantizer mse and --noise measured"
             )
         model = _skeleton(source)
         self._decoder = model.get_decoder()
         names = {module: name for name, module in model.named_modules()}
         self._embedding = f"{names[self._decoder.get_input_embeddings()]}.weight"
+        norm, head = self._decoder.norm, model.get_output_embeddings()
+        self._norm, self._norm_tensors = norm, {key: f"{names[norm]}.{key}" for key in norm.state_dict()}
+        self._head = f"{names[head]}.weight" if f"{names[head]}.weight" in source.tensors else self._embedding
+        self._head_bias = f"{names[head]}.bias" if f"{names[head]}.bias" in source.tensors else None
+        # What Granite divides its predictions by.
+        self._logits_scaling = getattr(self._decoder.config, "logits_scaling", 1.0)
+        self.vocab_size: int = self._decoder.config.vocab_size
+        self.context: int = self._decoder.config.max_position_embeddings
         self.layers = [_layer(module, f"{names[module]}.", experts) for module in self._decoder.layers]
-        _check(source, [self._embedding, *(name for layer in self.layers for name in layer.tensors.values())])
+        layer_tensors = [name for layer in self.layers for name in layer.tensors.values()]
+        _check(source, [self._embedding, self._head, *self._norm_tensors.values(), *layer_tensors])
 
     @torch.no_grad()
     def embed(self, source: Checkpoint, windows: Tensor, device: torch.device) -> Tensor:
@@ -116,6 +128,21 @@ class Decoder:
         for layer in self.layers:
             del layer.module.forward
         return hidden
+
+    @torch.no_grad()
+    def sample(self, source: Checkpoint, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """A token that the model predicts after every place, ``[windows, length]``, from the last layer's output."""
+        device = hidden.device
+        norm = {key: source.load(name).to(device, torch.float32) for key, name in self._norm_tensors.items()}
+        self._norm.load_state_dict(norm, assign=True)
+        head = source.load(self._head).to(device, torch.float32)
+        bias = source.load(self._head_bias).to(device, torch.float32) if self._head_bias else None
+        rows = []
+        for places in hidden.flatten(0, 1).split(max(1, MAX_LOGITS // len(head))):
+            logits = nn.functional.linear(self._norm(places), head, bias) / self._logits_scaling
+            # On the CPU, whose generator gives the same numbers everywhere.
+            rows.append(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0])
+        return torch.cat(rows).view(hidden.shape[:2])
 
 
 @torch.no_grad()
@@ -166,7 +193,7 @@ def _skeleton(source: Checkpoint) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source.path}: --quantizer gptq: transformers cannot build this model: {error}") from error
+        raise ValueError(f"{source.path}: transformers cannot build this model, to run it: {error}") from error
     decoder = model.get_decoder()
     # Its frequencies are computed, not loaded.
     decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
@@ -195,6 +222,6 @@ def _check(source: Checkpoint, names: Sequence[str]) -> None:
     missing = [name for name in names if name not in source.tensors]
     if missing:
         raise ValueError(
-            f"{source.path}: --quantizer gptq: expected the tensors that transformers names, got none of "
-            f"{some(missing)}: use --quantizer mse"
+            f"{source.path}: expected the tensors that transformers names, to run the model, got none of "
+            f"{some(missing)}: use --quantizer mse and --noise measured"
         )

@@ -25,6 +25,7 @@ from offline.parallel import run_all
 from offline.progress import Progress
 from offline.quantizers.calibration import Calibration, read_windows
 from offline.quantizers.decoder import Decoder, Routes, advance, route
+from offline.quantizers.forward import by_expert, expert_outputs, write_text
 from offline.quantizers.gptq import gptq, inverse_factor
 from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import Checkpoint
@@ -55,18 +56,28 @@ class SequentialGptq:
 
     def __init__(self, source: Checkpoint, experts: Experts, calibration: Calibration) -> None:
         self._source, self._experts = source, experts
+        self._calibration = calibration
         self._decoder = Decoder(source, experts)
-        self._windows = read_windows(source, calibration)
+        self._text = read_windows(source, calibration) if calibration.files else None
+
+    @property
+    def own_text(self) -> bool:
+        """Whether the model writes the calibration text itself."""
+        return self._text is None
 
     @property
     def tokens(self) -> int:
         """Number of tokens of calibration text."""
-        return self._windows.numel()
+        if self._text is not None:
+            return self._text.numel()
+        length = min(self._calibration.length, self._decoder.context)
+        return self._calibration.tokens // length * length
 
     @property
     def digest(self) -> str:
         """What tells one calibration from another."""
-        return hashlib.sha256(repr(self._windows.tolist()).encode()).hexdigest()
+        text = self._calibration if self._text is None else self._text.tolist()
+        return hashlib.sha256(repr(text).encode()).hexdigest()
 
     @one_thread()
     def run(self, widths: Mapping[str, int], group_size: int, directory: Path, workers: int = 1) -> int:
@@ -78,7 +89,11 @@ class SequentialGptq:
         """
         directory.mkdir(exist_ok=True)
         device = compute_device()
-        hidden = self._decoder.embed(self._source, self._windows, device)
+        windows = self._text
+        if windows is None:
+            tokens, length = self._calibration.tokens, self._calibration.length
+            windows = write_text(self._decoder, self._source, self._experts, tokens, length)
+        hidden = self._decoder.embed(self._source, windows, device)
         starved = 0
         with Progress("gptq", self._nbytes(self._experts.matrices)) as progress:
             for layer in self._decoder.layers:
@@ -86,7 +101,7 @@ class SequentialGptq:
                     if layer.source_experts is None:
                         advance(layer, hidden, None)
                         continue
-                    routes, experts = route(layer, hidden), self._of_module(layer.source_experts)
+                    routes, experts = route(layer, hidden), by_expert(self._experts, layer.source_experts)
                     load: Callable[[ExpertMatrix], Tensor] = partial(load_weight, self._source)
                     if experts[0][0].name in widths:
                         tasks = self._tasks(experts, widths, group_size, layer.activation, routes)
@@ -95,7 +110,7 @@ class SequentialGptq:
                             _save(path, run_all(_quantize, tasks, workers, shared=self._source))
                         load = partial(_restore, directory, widths)
                         starved += sum(not len(routes.of(expert)[0]) for expert in range(len(experts)))
-                    advance(layer, hidden, _outputs(experts, load, routes, layer.activation))
+                    advance(layer, hidden, expert_outputs(experts, load, routes, layer.activation))
                 progress.advance(self._nbytes(matrix for expert in experts for matrix in expert))
         return starved
 
@@ -112,14 +127,6 @@ class SequentialGptq:
 
     def _nbytes(self, matrices: Iterable[ExpertMatrix]) -> int:
         return sum(matrix_nbytes(self._source, matrix) for matrix in matrices)
-
-    def _of_module(self, module: str) -> list[list[ExpertMatrix]]:
-        """Gate, up and down of each expert, in order."""
-        experts: dict[int, list[ExpertMatrix]] = {}
-        for matrix in self._experts.matrices:
-            if matrix.module == module:
-                experts.setdefault(matrix.expert, []).append(matrix)
-        return list(experts.values())
 
     def _tasks(
         self,
@@ -159,23 +166,6 @@ def _data_free(task: _Task, matrix: ExpertMatrix) -> dict[str, Tensor]:
 
 def _gptq(task: _Task, matrix: ExpertMatrix, factor: Tensor) -> dict[str, Tensor]:
     return gptq(load_weight(task.source, matrix), factor, task.bits[matrix], task.group_size).tensors(matrix.name)
-
-
-def _outputs(
-    experts: Sequence[Sequence[ExpertMatrix]],
-    load: Callable[[ExpertMatrix], Tensor],
-    routes: Routes,
-    activation: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """What comes out of the experts, ``[tokens, hidden_size]``, added in the same order on every run."""
-    outputs = torch.zeros_like(routes.inputs)
-    for number, expert in enumerate(experts):
-        tokens, topk_weights = routes.of(number)
-        inputs = routes.inputs[tokens]
-        gate, up, down = (load(matrix) for matrix in expert)
-        inner = activation(inputs @ gate.T) * (inputs @ up.T)
-        outputs.index_add_(0, tokens, inner @ down.T * topk_weights[:, None])
-    return outputs
 
 
 def _restore(directory: Path, widths: Mapping[str, int], matrix: ExpertMatrix) -> Tensor:

@@ -22,6 +22,10 @@ _HOW = {
     "manual": "given by hand",
 }
 
+_PROPAGATED = (
+    "allocated without calibration data, from the errors that quantization causes on text that the model wrote itself"
+)
+
 
 def render_card(summary: Summary, name: str, source: Path) -> str:
     """The text of the card.
@@ -46,9 +50,8 @@ def render_card(summary: Summary, name: str, source: Path) -> str:
         f"scales and zero points of groups of {summary.group_size}",
         f"- size of the weights: {format_bytes(summary.size_before)} before, {format_bytes(summary.size_after)} now; "
         f"experts: {format_bytes(summary.experts_before)} before, {format_bytes(summary.experts_after)} now",
-        f"- widths: {_HOW[summary.mode]}",
-        f"- quantizer: {summary.quantizer}"
-        + (f", calibrated on {summary.calibration_tokens} tokens" if summary.calibration_tokens else ""),
+        f"- widths: {_PROPAGATED if summary.noise == 'propagated' else _HOW[summary.mode]}",
+        f"- quantizer: {summary.quantizer_and_text}",
         f"- everything but the experts of {summary.layers} layers{_linear(summary)} is unchanged",
         "",
         "```",

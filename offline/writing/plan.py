@@ -33,7 +33,8 @@ class Job:
 
     model: the source as the user named it; experts: those to quantize; max_shard_bytes: of data in one file; workers:
     processes to use, on which the result does not depend; linear: the linear layers to quantize; quantizer: one of
-    ``QUANTIZERS``; calibration_tokens, calibrated: of gptq, how many it uses, and the directory of its results.
+    ``QUANTIZERS``; calibration_tokens, own_text, calibrated: of gptq, how many it uses, whether the model writes them
+    itself, and the directory of its results.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Job:
     linear: Mapping[LinearLayer, LinearFormat] = field(default_factory=dict)
     quantizer: str = "mse"
     calibration_tokens: int = 0
+    own_text: bool = False
     calibrated: Path | None = None
 
     @property
@@ -170,6 +172,8 @@ def _summary(job: Job, choice: Choice, shards: Sequence[Shard]) -> Summary:
         group_size=job.group_size,
         quantizer=job.quantizer,
         calibration_tokens=job.calibration_tokens,
+        own_text=job.own_text,
+        noise=choice.noise,
         mode=choice.mode,
         bits=average_bits(choice.bits, experts.matrices),
         stored_bits=8 * experts_after / experts.numel,

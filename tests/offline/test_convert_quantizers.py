@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from offline.validate import validate
 from offline.writing import plan
 
 TEXT = "The quick brown fox jumps over the lazy dog, 0123456789 times. " * 30
+DOCS_MOE = Path(__file__).parents[1] / "models" / "docs-moe"
 UNIFORM = Budget(2.0, mode="uniform")
 
 
@@ -106,6 +108,44 @@ def test_convert_with_gptq_stores_its_results(speaking_model, tmp_path, calibrat
     assert validate(str(out), str(path))["matrices"] == 24
 
 
+def test_convert_with_gptq_calibrates_on_the_models_own_text_without_any(tmp_path):
+    results = []
+    for name, settings in (("a", Calibration(tokens=512, length=64)), ("b", Calibration(tokens=64, length=32))):
+        summary = convert(str(DOCS_MOE), tmp_path / name, Budget(3.0), quantizer="gptq", calibration=settings)
+        assert (summary.own_text, summary.calibration_tokens) == (True, settings.tokens)
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"- quantizer: gptq, calibrated on {settings.tokens} tokens that the model wrote itself\n" in card
+        results.append(stored(tmp_path / name))
+    assert any(not torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_convert_by_propagated_noise_keeps_the_gains(tmp_path, alphaq):
+    stats, out, again, bit_map = (tmp_path / name for name in ("stats.csv", "out", "again", "map.json"))
+    assert alphaq("measure", DOCS_MOE, "-o", stats, "--noise", "propagated")[0] == 0
+    options = ["--bits", "2.5", "--noise", "propagated"]
+    status, printed, _ = alphaq("convert", DOCS_MOE, out, *options)
+    assert status == 0
+    assert "alphaq, propagated noise" in printed
+    assert "the errors that quantization causes on text that the model wrote itself" in (out / "README.md").read_text()
+    assert (out / "alphaq_stats.csv").read_text() == stats.read_text()
+    assert alphaq("convert", DOCS_MOE, again, *options, "--stats", stats)[0] == 0
+    assert alphaq("allocate", stats, *options, "-o", bit_map)[0] == 0
+    config, same = (json.loads((path / "config.json").read_bytes()) for path in (out, again))
+    assert config == same
+    digits = config["quantization_config"]["num_bits"]["model.layers.0.mlp.experts"]["gate_proj"]
+    assert int(digits[5]) == json.loads(bit_map.read_bytes())["model.layers.0.mlp.experts.5.gate_proj"]
+    # A third of all tokens go to this expert, few to the one after.
+    assert int(digits[5]) > int(digits[6])
+
+
+def test_propagated_noise_needs_statistics_that_have_it(tmp_path, alphaq):
+    stats = tmp_path / "stats.csv"
+    assert alphaq("measure", DOCS_MOE, "-o", stats)[0] == 0
+    status, _, error = alphaq("allocate", stats, "--noise", "propagated", "-o", tmp_path / "map.json")
+    assert status == 2
+    assert "expected the column gain for --noise propagated, got none: measure again with --noise propagated" in error
+
+
 def test_convert_with_gptq_leaves_excluded_layers_alone(speaking_model, tmp_path, calibration):
     path, out = speaking_model("qwen2_moe"), tmp_path / "out"
     selection = Selection(exclude=("*.layers.0.*",))
@@ -160,12 +200,8 @@ def test_convert_with_gptq_and_dry_run_writes_nothing(speaking_model, tmp_path, 
 
 REFUSED = {
     "unknown": (["--quantizer", "awq"], "argument --quantizer: invalid choice: 'awq'"),
-    "no text": (
-        ["--quantizer", "gptq"],
-        "--quantizer gptq: expected text to calibrate on, got none: add --calibration",
-    ),
     "text for mse": (["--calibration", "TEXT"], "--calibration: expected --quantizer gptq, got mse"),
-    "no files": (["--calibration-tokens", "9999"], "--calibration: expected files of text, got none"),
+    "tokens for mse": (["--calibration-tokens", "9999"], "--calibration: expected --quantizer gptq, got mse"),
     "long windows": (
         ["--quantizer", "gptq", "--calibration", "TEXT", "--calibration-length", "40000"],
         "--calibration-length",
