@@ -1,0 +1,97 @@
+"""Every family: a checkpoint that transformers wrote, converted and loaded by vLLM, against the dequantized weights."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from offline.convert import convert
+from offline.dequantize import dequantize
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import find_experts
+from tests.offline.conftest import COMMON, CONFIGS
+
+ON_GPU = torch.cuda.is_available()
+PROMPT = list(range(3, 63))
+# What vLLM's kernels for latent attention ask for.
+MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+# What else vLLM reads of a config.
+OPTIONS = {
+    "deepseek_v2": {**MLA, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    "deepseek_v3": {**MLA, "topk_method": "noaux_tc"},
+    "llama4_text": {"attention_chunk_size": 128},
+    "qwen3_next": {"linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
+    # vLLM has no kernel for this family's own scores, sigmoid without groups, on CPUs.
+    "minimax_m2": {"rotary_dim": 16, "use_routing_bias": True, "scoring_func": "sigmoid" if ON_GPU else "softmax"},
+}
+# The name in published checkpoints, where transformers writes another.
+ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}
+# vLLM and transformers differ on these models as they are, or in dtype or scores: vLLM is compared with itself.
+VLLM_ALONE = ("deepseek_v2", "deepseek_v3", "minimax_m2", "qwen3_next")
+# vLLM's kernels for linear attention on CPUs take nothing else.
+BFLOAT16 = ("qwen3_next",)
+ALWAYS = ("mixtral", "qwen2_moe", "deepseek_v2", "olmoe")
+FAMILIES = (
+    *ALWAYS, "deepseek_v3", "glm4_moe", "granitemoe", "granitemoeshared", "llama4_text", "minimax_m2", "phimoe",
+    "qwen3_moe", "qwen3_next",
+)  # fmt: skip
+SCORE = """
+import gc, json, os, sys
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+from vllm import LLM, SamplingParams
+prompt = json.loads(sys.argv[2])
+sizes = {"max_model_len": 128, "max_num_seqs": 2}
+llm = LLM(sys.argv[1], dtype=sys.argv[3], enforce_eager=True, skip_tokenizer_init=True, **sizes)
+options = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+(output,) = llm.generate({"prompt_token_ids": prompt}, options)
+print("SCORES", json.dumps([e[t].logprob for e, t in zip(output.prompt_logprobs[1:], prompt[1:])]))
+"""
+
+
+def scored_by_vllm(model, dtype):
+    command = [sys.executable, "-c", SCORE, str(model), json.dumps(PROMPT), dtype]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.tensor(json.loads(result.stdout.split("SCORES")[1]))
+
+
+@torch.inference_mode()
+def scored_by_transformers(model):
+    net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokens = torch.tensor([PROMPT])
+    return net(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+
+
+def save_model(model_type, folder):
+    """A model whose weights are large enough for its experts to matter."""
+    torch.manual_seed(0)
+    options = {**COMMON, **CONFIGS[model_type], **OPTIONS.get(model_type, {}), "initializer_range": 0.1}
+    config = transformers.AutoConfig.for_model(model_type, **options)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    if model_type in ARCHITECTURES:
+        settings = json.loads((folder / "config.json").read_bytes())
+        (folder / "config.json").write_text(json.dumps({**settings, "architectures": [ARCHITECTURES[model_type]]}))
+
+
+@pytest.mark.parametrize(
+    "model_type", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
+)
+def test_vllm_gives_the_log_probabilities_of_the_dequantized_model(model_type, tmp_path):
+    source, checkpoint, dequantized = (tmp_path / name for name in ("source", "checkpoint", "dequantized"))
+    save_model(model_type, source)
+    matrices = find_experts(open_checkpoint(str(source))).matrices
+    convert(str(source), checkpoint, {matrix.name: 2 + i % 7 for i, matrix in enumerate(matrices)}, 64)
+    dequantize(str(checkpoint), dequantized, "float32")
+    dtype = "float16" if ON_GPU else "bfloat16" if model_type in BFLOAT16 else "float32"
+    score = (lambda model: scored_by_vllm(model, dtype)) if model_type in VLLM_ALONE else scored_by_transformers
+    served, expected, original = scored_by_vllm(checkpoint, dtype), score(dequantized), score(source)
+    assert (expected - original).abs().mean() > 0.02
+    difference = (served - expected).abs()
+    assert difference.mean() < 0.02
+    if dtype == "float32":
+        assert difference.max() < 0.002
