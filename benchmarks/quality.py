@@ -3,10 +3,10 @@
     python -m benchmarks.quality MODEL --text FILE... [--bits 2,2.5,3,3.5,4] [--preset headline] [--calibration FILE]
     python -m benchmarks.quality MODEL --text FILE... --checkpoint NAME=DIRECTORY
 
-Converts MODEL with every variant of a preset at every budget, dequantizes the result and runs it in transformers on the
-text, beside MODEL itself. ``--checkpoint`` measures a checkpoint that another tool made of MODEL, in any format that
-transformers loads. Each result is a line of JSON in ``benchmarks/results/quality.jsonl``; what is there already, of the
-same model, text and settings, is not measured again.
+Converts MODEL with every variant of a preset at every budget and runs the result in transformers on the text, beside
+MODEL itself. ``--checkpoint`` measures a checkpoint that llm-compressor made of MODEL (see
+``benchmarks.peer_checkpoint``). Each result is a line of JSON in ``benchmarks/results/quality.jsonl``; what is there
+already, of the same model, text and settings, is not measured again.
 
 Presets (``--preset``, several with commas): see ``PRESETS``. Choose defaults on one text and report on another.
 """
@@ -30,6 +30,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.compressed import write_plain
 from benchmarks.machine import machine
 from benchmarks.scoring import Reference, Score, load_model, windows
 from offline.source.checkpoint import open_checkpoint
@@ -39,18 +40,21 @@ from offline.source.fingerprint import fingerprint
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 # Arguments of offline.convert by name, for each preset.
 PRESETS = {
-    # What a user chooses between.
+    # What a user chooses between, all without data.
     "headline": {
         "uniform, rtn": "--mode uniform --quantizer rtn",
-        "uniform, hqq": "--mode uniform --quantizer hqq",
         "uniform, mse": "--mode uniform",
+        "uniform, gptq on its own text": "--mode uniform --quantizer gptq",
         "alphaq": "",
+        "propagated": "--noise propagated",
+        "propagated, gptq on its own text": "--noise propagated --quantizer gptq",
     },
-    # With the calibration text.
+    # What a calibration text adds.
     "calibrated": {
-        "uniform, gptq": "--mode uniform --quantizer gptq",
-        "alphaq, gptq": "--quantizer gptq",
+        "uniform, gptq on a text": "--mode uniform --quantizer gptq",
+        "propagated, gptq on a text": "--noise propagated --quantizer gptq",
     },
+    "quantizers": {f"uniform, {name}": f"--mode uniform --quantizer {name}" for name in ("rtn", "hqq", "mse", "gptq")},
     # How widths are chosen.
     "allocation": {
         "random": "--mode random",
@@ -73,7 +77,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to quantize; arguments: of offline.convert, or checkpoint: a finished one."""
+    """A way to quantize; arguments: of offline.convert, or checkpoint: one of llm-compressor's."""
 
     name: str
     arguments: str = ""
@@ -85,8 +89,8 @@ def variants(presets: list[str], budgets: list[float], calibration: Path | None)
     for preset in presets:
         for name, arguments in PRESETS[preset].items():
             for bits in budgets:
-                gptq = f" --calibration {shlex.quote(str(calibration))}" if "gptq" in arguments else ""
-                yield Variant(name, f"--bits {bits:g} {arguments}".rstrip() + gptq)
+                text = f" --calibration {shlex.quote(str(calibration))}" if preset == "calibrated" else ""
+                yield Variant(name, f"--bits {bits:g} {arguments}".rstrip() + text)
 
 
 class Bench:
@@ -122,25 +126,23 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             if variant.checkpoint:
                 size = _other_size(variant.checkpoint, self.experts.numel)
-                score = self.reference.score(load_model(variant.checkpoint, self.dtype))
+                write_plain(variant.checkpoint, Path(folder, "plain"))
+                score = self.reference.score(load_model(Path(folder, "plain"), self.dtype))
             else:
                 size, score = self._convert(variant, Path(folder))
         return {**size, **_row(score, self.reference)}
 
     def _convert(self, variant: Variant, folder: Path) -> tuple[dict[str, Any], Score]:
-        made, plain = folder / "alphaq", folder / "plain"
-        summary = _run("convert", str(self.source.path), str(made), *shlex.split(variant.arguments))
-        _run("dequantize", str(made), str(plain), "--dtype", "float32")
+        summary = _convert(str(self.source.path), str(folder / "alphaq"), *shlex.split(variant.arguments))
         size = {key: summary[key] for key in ("bits", "stored_bits", "total_size", "gamma", "widths", "starved")}
-        return size, self.reference.score(load_model(plain, self.dtype))
+        return size, self.reference.score(load_model(folder / "alphaq", self.dtype))
 
 
-def _run(command: str, *arguments: str) -> dict[str, Any]:
-    finished = subprocess.run(
-        [sys.executable, "-m", f"offline.{command}", *arguments, "--json"], capture_output=True, text=True, check=False
-    )
+def _convert(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "offline.convert", *arguments, "--json"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
-        raise SystemExit(f"offline.{command} {shlex.join(arguments)}: {finished.stderr.strip().splitlines()[-1]}")
+        raise SystemExit(f"{shlex.join(command)}: {finished.stderr.strip().splitlines()[-1]}")
     return json.loads(finished.stdout)
 
 
@@ -179,7 +181,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--bits", default="2,2.5,3,3.5,4", help="averages of code bits (default 2,2.5,3,3.5,4)")
     parser.add_argument("--preset", default="headline", help=f"out of {', '.join(PRESETS)} (default headline)")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="text for gptq")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="text for the preset calibrated")
     parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIRECTORY", help="measure this too")
     parser.add_argument("--tokens", type=int, default=20480, help="predictions, about (default 20480)")
     parser.add_argument("--context", type=int, default=512, help="tokens in a window (default 512)")
@@ -191,7 +193,7 @@ def main() -> None:
     if unknown := set(presets) - set(PRESETS):
         parser.error(f"--preset: expected names out of {', '.join(PRESETS)}, got {', '.join(unknown)}")
     if "calibrated" in presets and not args.calibration:
-        parser.error("--preset calibrated: expected a text for gptq: add --calibration FILE")
+        parser.error("--preset calibrated: expected a text: add --calibration FILE")
     wanted = list(variants(presets, [float(bits) for bits in args.bits.split(",")], args.calibration))
     for checkpoint in args.checkpoint:
         name, _, path = checkpoint.partition("=")

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import alphaq_vllm  # noqa: F401 - has transformers load its checkpoints
+
 # Logits held at a time.
 MAX_LOGITS = 2**27
 
