@@ -14,12 +14,19 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from offline.source.architectures import family_of
+from offline.source.checkpoint import Checkpoint, some
 
-def write_plain(checkpoint: Path, out: Path) -> None:
-    """Write the same model with float32 weights; both are directories.
+# What llm-compressor calls the matrices of an expert in every model.
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
-    Raises ValueError for anything but pack-quantized weights in groups.
+
+def write_plain(checkpoint: Path, out: Path, source: Checkpoint) -> None:
+    """Write the same model with float32 weights, under the names of ``source``, from which it was made.
+
+    Raises ValueError for anything but pack-quantized weights in groups, and unless all tensors of the source are there.
     """
+    own_names = dict(zip(PROJECTIONS, family_of(source).projections, strict=True))
     config = json.loads((checkpoint / "config.json").read_text())
     quantization = config.pop("quantization_config")
     weights = quantization["config_groups"]["group_0"]["weights"]
@@ -34,9 +41,12 @@ def write_plain(checkpoint: Path, out: Path) -> None:
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
         if suffix == "weight_packed":
-            plain[f"{module}.weight"] = _dequantize(tensors, module, weights["num_bits"])
+            parent, _, projection = module.rpartition(".")
+            plain[f"{parent}.{own_names[projection]}.weight"] = _dequantize(tensors, module, weights["num_bits"])
         elif not suffix.startswith("weight_"):
             plain[name] = tensor
+    if different := plain.keys() ^ source.tensors.keys():
+        raise ValueError(f"{checkpoint}: expected the tensors of {source.path}, got a difference in {some(different)}")
     save_file(plain, out / "model.safetensors", {"format": "pt"})
 
 

@@ -126,7 +126,7 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             if variant.checkpoint:
                 size = _other_size(variant.checkpoint, self.experts.numel)
-                write_plain(variant.checkpoint, Path(folder, "plain"))
+                write_plain(variant.checkpoint, Path(folder, "plain"), self.source)
                 score = self.reference.score(load_model(Path(folder, "plain"), self.dtype))
             else:
                 size, score = self._convert(variant, Path(folder))
