@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from alphaq_vllm.checksums import check_sums
 from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec, TensorSpec, matrix_tensors
 from offline.cli import Parser, add_json_option, run
 from offline.compare import compare
@@ -17,7 +18,6 @@ from offline.quantizers.linear import stored_linear_layers
 from offline.source.architectures import Family, family_of, num_experts, text_config
 from offline.source.checkpoint import Checkpoint, open_checkpoint, some
 from offline.source.families import ExpertMatrix
-from offline.writing.checksums import check_sums
 
 _DESCRIPTION = """Read an AlphaQ checkpoint completely, and check it.
 

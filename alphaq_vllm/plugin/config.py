@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from alphaq_vllm.plugin._compat import (
     WeightsMapper,
     register_quantization_config,
 )
+from alphaq_vllm.plugin.files import check_files
 from alphaq_vllm.plugin.linear import AlphaQLinearMethod
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 from alphaq_vllm.plugin.report import LoadReport
@@ -67,11 +69,13 @@ class AlphaQConfig(QuantizationConfig):
             refuse_quantized(method)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Choose the widths of a model in full precision; vLLM calls it before it starts its workers.
+        """Check the files of a checkpoint, or choose the widths of a model in full precision.
 
-        Raises ValueError or OSError as ``choose_online`` does.
+        vLLM calls it before it starts its workers.
+        Raises ValueError or OSError as ``check_sums`` and ``choose_online`` do.
         """
         if self.decided:
+            check_files(Path(model_name))
             return
         from alphaq_vllm.plugin.online import choose_online
 

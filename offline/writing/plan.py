@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from alphaq_vllm.checksums import SUMS, render_sums, sums_size
 from alphaq_vllm.format import LinearFormat, TensorSpec, matrix_tensors, stored_bits_per_weight
 from offline.allocation.measure import load_weight
 from offline.allocation.sizes import Room
@@ -21,7 +22,6 @@ from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts
 from offline.summary import Summary, count_widths
 from offline.writing.card import CARD, render_card
-from offline.writing.checksums import SUMS, render_sums, sums_size
 from offline.writing.journal import sync
 from offline.writing.output import Output
 from offline.writing.writer import DEFAULT_SHARD_BYTES, Piece, Shard, copied, plan_shards, small_files, write_checkpoint

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alphaq_vllm.checksums import SUMS, check_sums, render_sums, sums_size
 from alphaq_vllm.format import PACKED, SCALE, ZERO
 from offline.allocation.selection import Selection
 from offline.allocation.widths import Budget
@@ -18,7 +19,6 @@ from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
 from offline.validate import validate
-from offline.writing.checksums import SUMS, check_sums, render_sums, sums_size
 
 SHARD = "model-00001-of-00001.safetensors"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
@@ -156,7 +156,7 @@ def test_validate_finds_what_is_not_finite_anywhere(checkpoint):
 
 
 def test_validate_downloads_all_that_was_written(whole, tmp_path, monkeypatch):
-    def snapshot_download(name, allow_patterns, ignore_patterns):
+    def snapshot_download(name, revision, allow_patterns, ignore_patterns):
         (tmp_path / "hub").mkdir()
         for file in (whole / "checkpoint").iterdir():
             if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):

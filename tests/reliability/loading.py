@@ -1,7 +1,9 @@
 """vLLM's own loading of a checkpoint, in this process and without a server."""
 
 import gc
+import os
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -14,6 +16,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
+
+from alphaq_vllm.plugin.files import VERIFY, check_files
 
 
 @contextmanager
@@ -37,17 +41,27 @@ def one_rank(folder):
         torch.accelerator.empty_cache = empty_cache
 
 
-def load(checkpoint, **arguments):
-    """The model that ``vllm serve`` would make of a checkpoint; raises what it would die of."""
+def engine_config(checkpoint, verify, **arguments):
+    """What ``vllm serve`` decides before it starts its workers; verify: whether it compares checksums."""
     arguments = {"enforce_eager": True, "max_model_len": 128, "use_tqdm_on_load": False, **arguments}
-    config = EngineArgs(str(checkpoint), quantization="alphaq", **arguments).create_engine_config()
+    with patch.dict(os.environ, {VERIFY: str(int(verify))}):
+        check_files.cache_clear()
+        return EngineArgs(str(checkpoint), quantization="alphaq", **arguments).create_engine_config()
+
+
+def load(checkpoint, verify=False, **arguments):
+    """The model that ``vllm serve`` would make of a checkpoint; raises what it would die of.
+
+    Without checksums, unless ``verify``: what loading itself notices.
+    """
+    config = engine_config(checkpoint, verify, **arguments)
     with set_current_vllm_config(config):
         return get_model(vllm_config=config)
 
 
 def empty_model(checkpoint, **arguments):
     """The model that a config asks for, before any weight is loaded into it."""
-    config = EngineArgs(str(checkpoint), quantization="alphaq", max_model_len=128, **arguments).create_engine_config()
+    config = engine_config(checkpoint, verify=False, **arguments)
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
         return initialize_model(vllm_config=config)
 

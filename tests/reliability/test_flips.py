@@ -1,7 +1,8 @@
 """Bytes of a finished checkpoint are flipped: `validate` finds every one, vLLM does not load what they would change.
 
-Loading compares no checksums: a flip in the numbers themselves, or in what config.json says beside the quantization, is
-found by `validate` alone. What a load must notice is any flip in what says which bytes mean what.
+The plugin compares checksums before anything is loaded. Where that is switched off, a flip in the numbers themselves, or
+in what config.json says beside the quantization, is found by `validate` alone; what loading must notice then is any flip
+in what says which bytes mean what.
 """
 
 import shutil
@@ -10,7 +11,7 @@ import pytest
 
 from offline.source.checkpoint import CONFIG, INDEX
 from offline.validate import validate
-from tests.reliability.loading import load, one_rank, same, state
+from tests.reliability.loading import engine_config, load, one_rank, same, state
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -69,6 +70,24 @@ def test_validate_finds_flips_in_every_file(tiny_checkpoint, damaged):
 def test_validate_finds_a_flip_of_every_byte(tiny_checkpoint, damaged):
     size = sum(file.stat().st_size for file in tiny_checkpoint.iterdir())
     assert assert_validate_finds_flips(tiny_checkpoint, damaged, 1) >= size
+
+
+def assert_vllm_finds_flips(checkpoint, damaged, step):
+    engine_config(checkpoint, verify=True)
+    for name, place in places(checkpoint, step):
+        copy = damaged(name, place, (place // step * 5 + 5) % 8)
+        with pytest.raises((ValueError, OSError)):
+            engine_config(copy, verify=True)
+        shutil.copy(checkpoint / name, copy / name)
+
+
+def test_vllm_refuses_flips_in_every_file(rank, tiny_checkpoint, damaged):
+    assert_vllm_finds_flips(tiny_checkpoint, damaged, 301)
+
+
+@pytest.mark.long
+def test_vllm_refuses_flips_in_one_byte_of_seven(rank, tiny_checkpoint, damaged):
+    assert_vllm_finds_flips(tiny_checkpoint, damaged, 7)
 
 
 def quantization_places(checkpoint):

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from alphaq_vllm.checksums import SUMS
 from benchmarks.fidelity import measure
 from benchmarks.server import vllm_server
 
@@ -47,8 +48,9 @@ def test_server_gives_the_log_probabilities_of_the_dequantized_model(
 
 
 def damaged(checkpoint, folder, change):
-    """A copy of the checkpoint with its tensors changed by ``change(tensors)``."""
+    """A copy of the checkpoint with its tensors changed by ``change(tensors)``, and no checksums that would tell."""
     copy = Path(shutil.copytree(checkpoint, folder / "damaged"))
+    (copy / SUMS).unlink()
     (shard,) = copy.glob("*.safetensors")
     with safe_open(shard, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -90,3 +92,18 @@ def test_server_refuses_a_checkpoint_that_lies(mixed_checkpoint, tmp_path, chang
     ):
         pass
     assert message in log.read_text()
+
+
+def test_server_refuses_a_checkpoint_with_a_flipped_bit(mixed_checkpoint, tmp_path):
+    copy = Path(shutil.copytree(mixed_checkpoint, tmp_path / "flipped"))
+    (shard,) = copy.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    log = tmp_path / "log"
+    with (
+        pytest.raises(RuntimeError, match="vllm serve ended with status"),
+        vllm_server(copy, [*QUANTIZATION, "--enforce-eager"], log=log),
+    ):
+        pass
+    assert f"expected the contents that {SUMS} states, got others in {shard.name}: copy it again" in log.read_text()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from offline.source.checkpoint import CONFIG, INDEX, some
-
 SUMS = "SHA256SUMS"
+# Files that no checkpoint has without a sum.
+ESSENTIAL = ("config.json", "model.safetensors.index.json", "*.safetensors")
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n\0]+)\n")
 
@@ -37,14 +39,18 @@ def check_sums(directory: Path) -> int:
             f"{path}: expected the checksums that convert writes, got none: convert the source again"
         )
     sums = _parse(path)
-    essential = {CONFIG, INDEX, *(file.name for file in directory.glob("*.safetensors"))}
+    essential = {file.name for pattern in ESSENTIAL for file in directory.glob(pattern)}
     if missing := sorted(essential - sums.keys()):
-        raise ValueError(f"{path}: expected a sum for every file of the checkpoint, got none for {some(missing)}")
+        raise ValueError(f"{path}: expected a sum for every file of the checkpoint, got none for {_few(missing)}")
     if missing := [name for name in sums if not (directory / name).is_file()]:
-        raise FileNotFoundError(f"{directory}: expected all files of {SUMS}, got no {some(missing)}: copy it again")
-    if damaged := [name for name, digest in sums.items() if sha256(directory / name) != digest]:
+        raise FileNotFoundError(f"{directory}: expected all files of {SUMS}, got no {_few(missing)}: copy it again")
+    # Python lets other threads run while it computes a sum.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(sha256, [directory / name for name in sums])
+        damaged = [name for (name, digest), sha in zip(sums.items(), found, strict=True) if sha != digest]
+    if damaged:
         raise ValueError(
-            f"{directory}: expected the contents that {SUMS} states, got others in {some(damaged)}: copy it again"
+            f"{directory}: expected the contents that {SUMS} states, got others in {_few(damaged)}: copy it again"
         )
     return len(sums)
 
@@ -67,3 +73,8 @@ def _parse(path: Path) -> dict[str, str]:
             f"{path}: expected lines of a SHA-256 sum and a file name, got others: convert the source again"
         )
     return {name: digest for digest, name in entries}
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

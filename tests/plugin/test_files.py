@@ -1,0 +1,81 @@
+"""The files of a checkpoint are compared with their sums before vLLM loads anything of them."""
+
+import shutil
+
+import pytest
+
+from alphaq_vllm.checksums import SUMS
+from alphaq_vllm.format import AlphaQSpec
+from alphaq_vllm.plugin import files
+from alphaq_vllm.plugin.config import AlphaQConfig
+from alphaq_vllm.plugin.files import VERIFY, check_files
+from offline.allocation.widths import Budget
+from offline.convert import convert
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("files") / "out"
+    convert("tests/models/docs-moe", out, Budget(2.0, mode="uniform"), quantizer="rtn")
+    return out
+
+
+@pytest.fixture
+def copy(converted, tmp_path):
+    return shutil.copytree(converted, tmp_path / "copy")
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 4
+    file.write_bytes(content)
+
+
+def serve(path):
+    """What vLLM asks of the config before it starts its workers."""
+    AlphaQConfig(AlphaQSpec(128, {})).maybe_update_config(str(path))
+
+
+def test_a_checkpoint_as_it_was_written_is_served(converted):
+    serve(converted)
+
+
+def test_a_flipped_bit_in_any_file_is_refused(converted, copy):
+    names = sorted(file.name for file in converted.iterdir())
+    assert {"config.json", "tokenizer.json", SUMS} < set(names)
+    for name in names:
+        for place in (0, (copy / name).stat().st_size // 2, -1):
+            flip(copy / name, place)
+            check_files.cache_clear()
+            with pytest.raises(ValueError, match=f"{SUMS}.* or set ALPHAQ_VERIFY=0 if it was changed on purpose"):
+                serve(copy)
+            shutil.copy(converted / name, copy / name)
+
+
+def test_a_file_that_is_gone_or_was_added_is_refused(copy):
+    (shard,) = copy.glob("*.safetensors")
+    shutil.copy(shard, copy / "more.safetensors")
+    with pytest.raises(ValueError, match="expected a sum for every file of the checkpoint, got none for more"):
+        serve(copy)
+    (copy / "more.safetensors").unlink()
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"expected all files of {SUMS}, got no {shard.name}"):
+        serve(copy)
+
+
+def test_what_was_changed_on_purpose_is_served(copy, monkeypatch):
+    flip(copy / "config.json", 5)
+    monkeypatch.setenv(VERIFY, "0")
+    serve(copy)
+
+
+def test_a_checkpoint_without_sums_is_served_with_a_warning(copy, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(files.logger, "warning", lambda text, *values: warnings.append(text % values))
+    (copy / SUMS).unlink()
+    serve(copy)
+    assert warnings == [f"{copy} has no {SUMS}: AlphaQ cannot tell whether its files are damaged"]
+
+
+def test_a_name_on_the_hub_is_left_to_the_hubs_client():
+    serve("someone/some-model")
