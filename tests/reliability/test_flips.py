@@ -1,8 +1,8 @@
 """Bytes of a finished checkpoint are flipped: `validate` finds every one, vLLM does not load what they would change.
 
-The plugin compares checksums before anything is loaded. Where that is switched off, a flip in the numbers themselves, or
-in what config.json says beside the quantization, is found by `validate` alone; what loading must notice then is any flip
-in what says which bytes mean what.
+The plugin compares checksums before anything is loaded. Where that is switched off, a flip in the numbers themselves,
+or in what config.json says beside the quantization, is found by `validate` alone; what loading must notice then is
+any flip in what says which bytes mean what.
 """
 
 import shutil
