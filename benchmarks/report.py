@@ -36,17 +36,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def quality(rows: list[Row], directory: Path) -> list[str]:
     """A table and a plot for each model and text."""
-    latest = {(row["fingerprint"], row["text_sha256"], row["variant"], row["arguments"]): row for row in rows}
+    latest = {(_setting(row), row["variant"], row["arguments"]): row for row in rows}
     page = []
-    for (model, _), group in groupby(latest.values(), lambda row: (row["model"], row["text_sha256"])):
+    for number, (_, group) in enumerate(groupby(sorted(latest.values(), key=_setting), _setting), 1):
         measured = list(group)
         one = measured[-1]
         page += [
-            f"## Quality: {model}",
+            f"## Quality: {one['model']}",
             "",
             _describe(one),
             "",
-            f"![{model}](quality-{model}.png)",
+            f"![KL divergence against stored bits](quality-{number}.png)",
             "",
             *table(
                 ["variant", "stored bits", "perplexity", "over the model", "loss", "KL", "top-1"],
@@ -65,8 +65,13 @@ def quality(rows: list[Row], directory: Path) -> list[str]:
             ),
             "",
         ]
-        plot_quality(measured, directory / f"quality-{model}.png")
+        plot_quality(measured, directory / f"quality-{number}.png")
     return page
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    """What rows must share to be compared."""
+    return tuple(row[key] for key in ("model", "fingerprint", "text_sha256", "tokens", "context", "dtype"))
 
 
 def _describe(row: Row) -> str:
@@ -80,7 +85,7 @@ def _describe(row: Row) -> str:
 
 
 def plot_quality(rows: list[Row], file: Path) -> None:
-    """KL divergence against stored bits, one line for each variant."""
+    """KL divergence against stored bits: a line for what was measured at three sizes or more, stars for other tools."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,7 +94,8 @@ def plot_quality(rows: list[Row], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for variant in dict.fromkeys(row["variant"] for row in rows):
         points = sorted((row["stored_bits"], row["kl"]) for row in rows if row["variant"] == variant)
-        axes.plot(*zip(*points, strict=True), "o-" if len(points) > 1 else "*", label=variant, linewidth=1)
+        if len(points) > 2 or "llm-compressor" in variant:
+            axes.plot(*zip(*points, strict=True), "o-" if len(points) > 2 else "*", label=variant, linewidth=1)
     axes.set(xlabel="stored bits per weight of an expert", ylabel="KL divergence, nats a token", yscale="log")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
