@@ -46,8 +46,7 @@ def quality(rows: list[Row], directory: Path) -> list[str]:
             "",
             _describe(one),
             "",
-            f"![KL divergence against stored bits](quality-{number}.png)",
-            "",
+            *plot_quality(measured, directory / f"quality-{number}.png"),
             *table(
                 ["variant", "stored bits", "perplexity", "over the model", "loss", "KL", "top-1"],
                 [
@@ -65,7 +64,6 @@ def quality(rows: list[Row], directory: Path) -> list[str]:
             ),
             "",
         ]
-        plot_quality(measured, directory / f"quality-{number}.png")
     return page
 
 
@@ -84,8 +82,13 @@ def _describe(row: Row) -> str:
     )
 
 
-def plot_quality(rows: list[Row], file: Path) -> None:
-    """KL divergence against stored bits: a line for what was measured at three sizes or more, stars for other tools."""
+def plot_quality(rows: list[Row], file: Path) -> list[str]:
+    """Plot KL divergence against stored bits, and return the lines that show it; none if there are less than 3 sizes.
+
+    A line is for what was measured at three sizes or more, a star for another tool.
+    """
+    if len({row["stored_bits"] for row in rows if "bits" in row}) < 3:
+        return []
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,6 +104,7 @@ def plot_quality(rows: list[Row], file: Path) -> None:
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)
+    return [f"![KL divergence against stored bits]({file.name})", ""]
 
 
 def conversion(rows: list[Row]) -> list[str]:
