@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,11 @@ def _other_size(checkpoint: Path, numel: int) -> dict[str, Any]:
 
 
 def _row(score: Score, reference: Reference) -> dict[str, Any]:
-    return {
-        "perplexity": score.perplexity,
-        "reference_perplexity": float(torch.tensor(reference.loss).exp()),
-        **{f"{name}{part}": value for name in ("loss_increase", "kl", "top1") for part, value in
-           zip(("", "_error"), asdict(getattr(score, name)).values(), strict=True)},
-    }  # fmt: skip
+    row = {"perplexity": score.perplexity, "reference_perplexity": math.exp(reference.loss)}
+    for name in ("loss_increase", "kl", "top1"):
+        estimate = getattr(score, name)
+        row |= {name: estimate.mean, f"{name}_error": estimate.error}
+    return row
 
 
 def known(results: Path, identity: dict[str, Any]) -> set[tuple[str, str]]:

@@ -3,22 +3,9 @@
 import pytest
 import torch
 
-from alphaq_vllm.packing import dequantize
 from offline.quantizers.grids import GRIDS
 from offline.quantizers.quantize import quantization_mse, quantize
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def student_t5(*shape):
-    squares = sum(gaussian(*shape, seed=seed).square() for seed in range(1, 6))
-    return gaussian(*shape) / (squares / 5).sqrt()
-
-
-def restore(quantized, num_bits):
-    return dequantize(quantized.packed, quantized.scale, quantized.zero_point, num_bits)
+from tests.offline.quantizers.samples import gaussian, restore, student_t5
 
 
 # Normalised errors of independent implementations, rtn with an integer and hqq with a float zero point.

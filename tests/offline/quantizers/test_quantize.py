@@ -6,22 +6,9 @@ import pytest
 import torch
 
 from alphaq_vllm.format import matrix_tensors
-from alphaq_vllm.packing import dequantize
 from offline.quantizers import quantize as module
 from offline.quantizers.quantize import quantization_mse, quantize
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def student_t5(*shape):
-    squares = sum(gaussian(*shape, seed=seed).square() for seed in range(1, 6))
-    return gaussian(*shape) / (squares / 5).sqrt()
-
-
-def restore(quantized, num_bits):
-    return dequantize(quantized.packed, quantized.scale, quantized.zero_point, num_bits)
+from tests.offline.quantizers.samples import gaussian, restore, student_t5
 
 
 def true_mse(weight, quantized, num_bits):
