@@ -172,3 +172,11 @@ def _add_tokenizer(path):
     tokenizer.decoder = decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file to calibrate on, not to be changed."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, 0123456789 times. " * 60)
+    return path

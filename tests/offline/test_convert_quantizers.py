@@ -22,16 +22,8 @@ from offline.threads import one_thread
 from offline.validate import validate
 from offline.writing import plan
 
-TEXT = "The quick brown fox jumps over the lazy dog, 0123456789 times. " * 30
 DOCS_MOE = Path(__file__).parents[1] / "models" / "docs-moe"
 UNIFORM = Budget(2.0, mode="uniform")
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture

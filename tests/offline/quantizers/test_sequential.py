@@ -19,15 +19,6 @@ from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
 from offline.threads import one_thread
 
-TEXT = "The quick brown fox jumps over the lazy dog, 0123456789 times. " * 60
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(TEXT)
-    return path
-
 
 @pytest.fixture
 def calibration(text):
@@ -244,10 +235,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_gptq_refuses_what_it_cannot_calibrate_on(speaker, tmp_path, name):
+def test_gptq_refuses_what_it_cannot_calibrate_on(speaker, text, tmp_path, name):
     damage, message = REFUSED[name]
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
+    text = shutil.copy(text, tmp_path / "text.txt")
     damage(speaker, text)
     source, experts = open_model(speaker)
     with pytest.raises((ValueError, OSError), match=message):
