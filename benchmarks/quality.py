@@ -21,9 +21,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.compressed import write_plain
 from benchmarks.machine import machine
-from benchmarks.scoring import Reference, Score, load_model, windows
+from benchmarks.scoring import Reference, load_model, windows
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
 from offline.source.fingerprint import fingerprint
@@ -128,15 +128,19 @@ class Bench:
             if variant.checkpoint:
                 size = _other_size(variant.checkpoint, self.experts.numel)
                 write_plain(variant.checkpoint, Path(folder, "plain"), self.source)
-                score = self.reference.score(load_model(Path(folder, "plain"), self.dtype))
-            else:
-                size, score = self._convert(variant, Path(folder))
-        return {**size, **_row(score, self.reference)}
+                return {**size, **self.score(Path(folder, "plain"))}
+            summary = _convert(str(self.source.path), f"{folder}/alphaq", *shlex.split(variant.arguments))
+            size = {key: summary[key] for key in ("bits", "stored_bits", "total_size", "gamma", "widths", "starved")}
+            return {**size, **self.score(Path(folder, "alphaq"))}
 
-    def _convert(self, variant: Variant, folder: Path) -> tuple[dict[str, Any], Score]:
-        summary = _convert(str(self.source.path), str(folder / "alphaq"), *shlex.split(variant.arguments))
-        size = {key: summary[key] for key in ("bits", "stored_bits", "total_size", "gamma", "widths", "starved")}
-        return size, self.reference.score(load_model(folder / "alphaq", self.dtype))
+    def score(self, model: Path) -> dict[str, float]:
+        """What a model predicts, beside what this one does."""
+        score = self.reference.score(load_model(model, self.dtype))
+        row = {"perplexity": score.perplexity, "reference_perplexity": math.exp(self.reference.loss)}
+        for name in ("loss_increase", "kl", "top1"):
+            estimate = getattr(score, name)
+            row |= {name: estimate.mean, f"{name}_error": estimate.error}
+        return row
 
 
 def _convert(*arguments: str) -> dict[str, Any]:
@@ -159,19 +163,26 @@ def _other_size(checkpoint: Path, numel: int) -> dict[str, Any]:
     return {"stored_bits": 8 * experts / numel, "total_size": sum(file.stat().st_size for file in files)}
 
 
-def _row(score: Score, reference: Reference) -> dict[str, Any]:
-    row = {"perplexity": score.perplexity, "reference_perplexity": math.exp(reference.loss)}
-    for name in ("loss_increase", "kl", "top1"):
-        estimate = getattr(score, name)
-        row |= {name: estimate.mean, f"{name}_error": estimate.error}
-    return row
-
-
 def known(results: Path, identity: dict[str, Any]) -> set[tuple[str, str]]:
     """Name and arguments of what was measured already of this model on this text."""
     lines = results.read_text().splitlines() if results.exists() else []
     rows = [json.loads(line) for line in lines]
     return {(row["variant"], row["arguments"]) for row in rows if identity.items() <= row.items()}
+
+
+def record(bench: Bench, variant: Variant, measure: Callable[[], dict[str, Any]], results: Path) -> None:
+    """Append a line to the results, unless there is one already."""
+    if (variant.name, variant.arguments) in known(results, bench.identity):
+        return
+    row = {**bench.identity, "variant": variant.name, "arguments": variant.arguments, **measure(), **machine()}
+    with results.open("a") as file:
+        print(json.dumps(row), file=file)
+    print(
+        f"{variant.name:28} {row['stored_bits']:.3f} bits  perplexity {row['perplexity']:.3f} "
+        f"(before {row['reference_perplexity']:.3f})  KL {row['kl']:.5f} +- {row['kl_error']:.5f}  "
+        f"top-1 {row['top1']:.4f}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -201,20 +212,8 @@ def main() -> None:
     disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         bench = Bench(args.model, args.text, args.tokens, args.context, getattr(torch, args.dtype), Path(work))
-        done = known(args.results, bench.identity)
         for variant in wanted:
-            if (variant.name, variant.arguments) in done:
-                continue
-            result = bench.measure(variant)
-            row = {**bench.identity, "variant": variant.name, "arguments": variant.arguments, **result, **machine()}
-            with args.results.open("a") as file:
-                print(json.dumps(row), file=file)
-            print(
-                f"{variant.name:28} {row['stored_bits']:.3f} bits  perplexity {row['perplexity']:.3f} "
-                f"(before {row['reference_perplexity']:.3f})  KL {row['kl']:.5f} +- {row['kl_error']:.5f}  "
-                f"top-1 {row['top1']:.4f}",
-                flush=True,
-            )
+            record(bench, variant, partial(bench.measure, variant), args.results)
 
 
 if __name__ == "__main__":

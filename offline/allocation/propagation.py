@@ -6,7 +6,7 @@ what weight, and what its gate, up and down make of an error: what spectra canno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def error_gains(source: Checkpoint, experts: Experts, group_size: int) -> dict[s
         for number, expert in enumerate(matrices):
             tokens, topk_weights = routes.of(number)
             inputs = routes.inputs[tokens]
-            errors = _error_gains(source, expert, inputs, topk_weights, layer, group_size)
+            errors = expert_gains(source, expert, inputs, topk_weights, layer.activation, group_size)
             found |= {matrix.name: error / energy for matrix, error in zip(expert, errors, strict=True)}
         least = FLOOR * sum(found.values()) / len(found)
         gains.update({name: max(gain, least) for name, gain in found.items()})
@@ -55,21 +55,24 @@ def error_gains(source: Checkpoint, experts: Experts, group_size: int) -> dict[s
 
 
 @torch.no_grad()
-def _error_gains(
+def expert_gains(
     source: Checkpoint,
     expert: Sequence[ExpertMatrix],
     inputs: Tensor,
     topk_weights: Tensor,
-    layer: Layer,
+    activation: Callable[[Tensor], Tensor],
     group_size: int,
 ) -> list[float]:
-    """The squared error of an expert's weighted outputs that a mean squared error of 1 in each matrix causes."""
+    """The squared error of an expert's weighted outputs that a mean squared error of 1 in gate, up or down causes.
+
+    inputs: ``[tokens, hidden_size]`` float32; topk_weights: ``[tokens]``; activation: applied to the output of gate.
+    """
     if not len(inputs):
         return [0.0] * len(expert)
     weights = [load_weight(source, matrix) for matrix in expert]
 
     def outputs(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return (layer.activation(inputs @ gate.T) * (inputs @ up.T)) @ down.T * topk_weights[:, None]
+        return (activation(inputs @ gate.T) * (inputs @ up.T)) @ down.T * topk_weights[:, None]
 
     exact = outputs(*weights)
     gains = []
