@@ -12,11 +12,13 @@ def register() -> None:
 
     Warns of a version of vLLM that was not tested. Raises ImportError for one without the interface that is needed.
     """
-    from alphaq_vllm.plugin._compat import check_interface, check_version
+    from alphaq_vllm.plugin._compat import ModelRegistry, check_interface, check_version
 
     check_version()
     check_interface()
     from alphaq_vllm.plugin.config import AlphaQConfig  # noqa: F401
+
+    ModelRegistry.register_model("GptOssForCausalLM", "alphaq_vllm.plugin.gpt_oss:GptOssForCausalLM")
 
 
 register_when_imported()

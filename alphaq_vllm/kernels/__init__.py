@@ -3,6 +3,6 @@
 from alphaq_vllm.kernels.experts import PackedExperts, expert_offsets
 from alphaq_vllm.kernels.layout import repack_
 from alphaq_vllm.kernels.op import fused_moe
-from alphaq_vllm.kernels.reference import SUPPORTED_ACTIVATIONS, Gate
+from alphaq_vllm.kernels.reference import GPT_OSS, SUPPORTED_ACTIVATIONS, Gate
 
-__all__ = ["SUPPORTED_ACTIVATIONS", "Gate", "PackedExperts", "expert_offsets", "fused_moe", "repack_"]
+__all__ = ["GPT_OSS", "SUPPORTED_ACTIVATIONS", "Gate", "PackedExperts", "expert_offsets", "fused_moe", "repack_"]

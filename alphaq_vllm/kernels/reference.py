@@ -16,7 +16,6 @@ class Gate(NamedTuple):
     """How gate and up become one: ``act(gate) * (up + beta)`` with ``gate <= limit`` and ``-limit <= up <= limit``.
 
     activation: one of SUPPORTED_ACTIVATIONS; silu is ``gate * sigmoid(alpha * gate)``, the others know no alpha.
-    gpt-oss has ``Gate("silu", limit=7.0, alpha=1.702, beta=1.0)``.
     """
 
     activation: str = "silu"
@@ -36,6 +35,7 @@ class Gate(NamedTuple):
 
 
 SILU = Gate()
+GPT_OSS = Gate("silu", limit=7.0, alpha=1.702, beta=1.0)
 
 
 def fused_moe_reference(

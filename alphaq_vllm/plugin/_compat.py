@@ -1,7 +1,7 @@
 """Every name that the plugin takes from vLLM, and what differs between vLLM's versions.
 
 The rest of the plugin imports vLLM through this module alone, so that a version without some interface is one error
-that says so, raised before anything is loaded.
+that says so, raised before anything is loaded; but for the model in ``gpt_oss``, which is imported when it is served.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ try:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
+    from vllm.model_executor.models.registry import ModelRegistry
     from vllm.model_executor.models.utils import WeightsMapper
     from vllm.model_executor.utils import set_weight_attrs
     from vllm.platforms import current_platform
@@ -47,6 +48,7 @@ __all__ = [
     "FusedMoEMethodBase",
     "LinearBase",
     "LinearMethodBase",
+    "ModelRegistry",
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RoutedExperts",
@@ -89,6 +91,7 @@ INTERFACE: dict[Any, tuple[str, ...]] = {
         "all2all_backend", "dp_size", "enable_eplb", "is_sequence_parallel", "pcp_size", "tp_rank", "tp_size", "use_ep"
     ),
     RoutedExperts: ("expert_map",),
+    ModelRegistry.register_model: ("model_arch", "model_cls"),
     WeightsMapper: ("apply_dict",),
 }  # fmt: skip
 

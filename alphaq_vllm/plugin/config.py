@@ -23,6 +23,7 @@ from alphaq_vllm.plugin.files import check_files
 from alphaq_vllm.plugin.linear import AlphaQLinearMethod
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 from alphaq_vllm.plugin.report import LoadReport
+from alphaq_vllm.plugin.support import GPT_OSS_ACTIVATION
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -136,6 +137,10 @@ class AlphaQConfig(QuantizationConfig):
             from alphaq_vllm.plugin.online import OnlineMoEMethod
 
             return OnlineMoEMethod(layer.moe_config, module, self.group_size, bits, names, quantizer=self.quantizer)
+        if layer.moe_config.activation.value == GPT_OSS_ACTIVATION:
+            from alphaq_vllm.plugin.gpt_oss import GptOssMoEMethod
+
+            return GptOssMoEMethod(layer.moe_config, module, self.group_size, bits, names)
         return AlphaQMoEMethod(layer.moe_config, module, self.group_size, bits, names)
 
     def _experts_module(self, prefix: str) -> str | None:

@@ -61,7 +61,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         self.shapes: dict[str, tuple[int, int]] = {}
         self.offsets: dict[str, list[list[int]]] = {}
         self.widths: dict[str, tuple[int, ...]] = {}
-        self.loaded: set[tuple[str, int, str]] = set()
+        self.loaded: set[str] = set()
         self.report: LoadReport | None = None
 
     def create_weights(
@@ -128,7 +128,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         destination = self._place(param.data, suffix, shard_id, expert_id, local_id)
         size = destination.shape[dim]
         destination.copy_(loaded_weight.narrow(dim, self.tp_rank * size, size))
-        self.loaded.add((shard_id, expert_id, suffix))
+        self.loaded.add(name)
         return True if return_success else None
 
     def _place(self, data: torch.Tensor, suffix: str, shard_id: str, expert_id: int, local_id: int) -> torch.Tensor:
@@ -146,14 +146,28 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         vLLM does not check the former for quantized models. The latter happens within the parameters' own memory: they
         stay what weights are loaded into, and loading them again, which is of all of them, starts over.
         """
-        expected = {(shard, e, suffix) for e in self.global_ids for shard in SHARDS for suffix in self.stored}
-        missing = sorted(self._tensor_name(e, shard, suffix) for shard, e, suffix in expected - self.loaded)
+        missing = sorted(self._expected() - self.loaded)
         self.loaded.clear()
         if missing:
             raise ValueError(
                 f"{missing[0]}: expected in the checkpoint, got nothing ({len(missing)} tensors are missing in "
                 f"{self.prefix}): copy the checkpoint again or convert again"
             )
+        self._check_finite(layer)
+        if layer.w13_weight_packed.is_cuda:
+            for stem in self.shapes:
+                repack_(self._experts(layer, stem, tiled=False))
+            self._warm_up(layer)
+        if self.report:
+            self._log(layer, self.report)
+
+    def _expected(self) -> set[str]:
+        """The names of all tensors that this rank loads."""
+        return {
+            self._tensor_name(e, shard, suffix) for e in self.global_ids for shard in SHARDS for suffix in self.stored
+        }
+
+    def _check_finite(self, layer: RoutedExperts) -> None:
         for shard, (stem, projection, _) in SHARDS.items():
             for suffix in (SCALE, ZERO):
                 values = getattr(layer, f"{stem}_{suffix}")[:, projection]
@@ -164,12 +178,6 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
                         f"{self._tensor_name(expert_id, shard, suffix)}: expected finite values, got NaN or Inf: "
                         "the checkpoint is damaged, convert again"
                     )
-        if layer.w13_weight_packed.is_cuda:
-            for stem in self.shapes:
-                repack_(self._experts(layer, stem, tiled=False))
-            self._warm_up(layer)
-        if self.report:
-            self._log(layer, self.report)
 
     def _log(self, layer: RoutedExperts, report: LoadReport) -> None:
         tensors = [getattr(layer, f"{stem}_{suffix}") for stem in self.shapes for suffix in SUFFIXES]
@@ -190,11 +198,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             self._experts(layer, "w2", tiled=True),
             self.moe.experts_per_token,
             self.moe.in_dtype,
-            w13_bias=None,
-            w2_bias=None,
-            expert_map=layer.expert_map,
-            gate=self._gate(),
-            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            **self._options(layer),
         )
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
@@ -217,10 +221,18 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             self._experts(layer, "w2", tiled),
             topk_weights,
             topk_ids,
-            expert_map=layer.expert_map,
-            gate=self._gate(),
-            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            **self._options(layer),
         )
+
+    def _options(self, layer: RoutedExperts) -> dict[str, Any]:
+        """What ``fused_moe`` takes beside tensors of every layer."""
+        return {
+            "w13_bias": getattr(layer, "w13_bias", None),
+            "w2_bias": getattr(layer, "w2_bias", None),
+            "expert_map": layer.expert_map,
+            "gate": self._gate(),
+            "apply_router_weight_on_input": layer.apply_router_weight_on_input,
+        }
 
     def _gate(self) -> Gate:
         moe = self.moe

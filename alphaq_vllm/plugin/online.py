@@ -197,7 +197,7 @@ class OnlineMoEMethod(AlphaQMoEMethod):
         for suffix, tensor in tensors.items():
             data = getattr(layer, f"{stem}_{suffix}").data
             self._place(data, suffix, shard_id, expert_id, local_id).copy_(tensor)
-        self.loaded.add((shard_id, expert_id, WEIGHT))
+        self.loaded.add(name)
         return True if return_success else None
 
 

@@ -9,6 +9,8 @@ import torch
 from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS
 from alphaq_vllm.plugin._compat import FusedMoEConfig, current_platform, get_current_vllm_config
 
+# gpt-oss's: experts with biases, whose rows of gate and up alternate in a checkpoint.
+GPT_OSS_ACTIVATION = "swigluoai"
 # vLLM itself gathers tokens for this backend and scatters results; the others do it inside kernels that take experts
 # of one size.
 ALL2ALL_BACKEND = "allgather_reducescatter"
@@ -48,11 +50,13 @@ def _check_model(moe: FusedMoEConfig, prefix: str, num_experts: int) -> None:
         )
     activation = moe.activation.value
     clamped = moe.swiglu_limit is not None and activation != "silu"
-    if activation not in SUPPORTED_ACTIVATIONS or moe.has_bias or clamped:
+    supported = activation in SUPPORTED_ACTIVATIONS and not moe.has_bias
+    if clamped or not (supported or (activation == GPT_OSS_ACTIVATION and moe.has_bias)):
         raise ValueError(
             f"{prefix}: expected experts without bias, an activation out of {SUPPORTED_ACTIVATIONS}, and a "
-            f"clamp with silu only, got {activation} with has_bias={moe.has_bias} and "
-            f"swiglu_limit={moe.swiglu_limit}: this model cannot be served with --quantization alphaq yet"
+            f"clamp with silu only, or gpt-oss's ({GPT_OSS_ACTIVATION} with bias), got {activation} with "
+            f"has_bias={moe.has_bias} and swiglu_limit={moe.swiglu_limit}: this model cannot be served with "
+            "--quantization alphaq yet"
         )
 
 

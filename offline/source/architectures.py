@@ -78,7 +78,6 @@ FAMILIES = {
     "granitemoeshared": _GRANITE,
     "llama4": replace(_LLAMA4, block=rf"language_model\.{_LLAMA4.block}"),
     "llama4_text": _LLAMA4,
-    # vLLM 0.32 skips the experts of gpt-oss unless they are fused: the plugin has to load them itself.
     "gpt_oss": replace(
         _MLP,
         fused=FusedLayout(transposed=True, interleaved=True),

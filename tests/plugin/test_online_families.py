@@ -14,13 +14,13 @@ from vllm.distributed import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 import alphaq_vllm
 from offline.allocation.widths import Budget
 from offline.convert import convert
 from tests.conftest import MODEL
 from tests.offline.conftest import COMMON, CONFIGS
+from tests.reliability.loading import reload
 
 # What vLLM's kernels for latent attention ask for, and a key that only its config has.
 MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
@@ -84,9 +84,7 @@ def test_reloading_quantizes_again_in_place():
     for parameter in parameters.values():
         parameter.data.zero_()
     with set_current_vllm_config(config):
-        initialize_layerwise_reload(model)
-        model.load_weights(load_file(MODEL / "model.safetensors").items())
-        finalize_layerwise_reload(model, config.model_config)
+        reload(model, config, load_file(MODEL / "model.safetensors"))
     for name, (place, values) in before.items():
         parameter = model.get_parameter(name)
         assert parameter.data_ptr() == place

@@ -5,15 +5,11 @@ from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
 
 from offline.allocation.widths import Budget
 from offline.convert import convert
 from tests.conftest import MODEL
-from tests.reliability.loading import one_rank, same, state
+from tests.reliability.loading import one_rank, reload, same, state
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +18,6 @@ def quantized(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantized") / "checkpoint"
     convert(str(MODEL), folder, Budget(average_bits=3), 64, linear_bits=4)
     return folder
-
-
-def reload(model, config, tensors):
-    initialize_layerwise_reload(model)
-    model.load_weights(tensors.items())
-    finalize_layerwise_reload(model, config.model_config)
 
 
 def test_reloading_restores_every_parameter_in_place(quantized, tmp_path):

@@ -39,7 +39,10 @@ DATA_PARALLEL = {"dp_size": 2, "use_ep": True, "ep_size": 2}
             id="tensor-parallel",
         ),
         pytest.param({}, {"has_bias": True}, "expected experts without bias", id="bias"),
-        pytest.param({}, {"activation": MoEActivation.SWIGLUOAI}, "an activation out of", id="activation"),
+        pytest.param({}, {"activation": MoEActivation.SWIGLUSTEP}, "an activation out of", id="activation"),
+        pytest.param(
+            {}, {"activation": MoEActivation.SWIGLUOAI}, "got swigluoai with has_bias=False", id="gpt-oss-without-bias"
+        ),
     ],
 )
 def test_build_refuses(parallel, options, message):

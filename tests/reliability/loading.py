@@ -14,6 +14,7 @@ from vllm.distributed import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -64,6 +65,13 @@ def empty_model(checkpoint, **arguments):
     config = engine_config(checkpoint, verify=False, **arguments)
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
         return initialize_model(vllm_config=config)
+
+
+def reload(model, config, tensors):
+    """Load weights again into a model that serves, as vLLM does."""
+    initialize_layerwise_reload(model)
+    model.load_weights(tensors.items())
+    finalize_layerwise_reload(model, config.model_config)
 
 
 def state(model):

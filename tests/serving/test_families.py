@@ -34,7 +34,7 @@ ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}
 VLLM_ALONE = ("deepseek_v2", "deepseek_v3", "minimax_m2", "qwen3_next")
 # vLLM's kernels for linear attention on CPUs take nothing else.
 BFLOAT16 = ("qwen3_next",)
-ALWAYS = ("mixtral", "qwen2_moe", "deepseek_v2", "olmoe")
+ALWAYS = ("mixtral", "qwen2_moe", "deepseek_v2", "olmoe", "gpt_oss")
 FAMILIES = (
     *ALWAYS, "deepseek_v3", "glm4_moe", "granitemoe", "granitemoeshared", "llama4_text", "minimax_m2", "phimoe",
     "qwen3_moe", "qwen3_next",
@@ -72,7 +72,11 @@ def save_model(model_type, folder):
     torch.manual_seed(0)
     options = {**COMMON, **CONFIGS[model_type], **OPTIONS.get(model_type, {}), "initializer_range": 0.1}
     config = transformers.AutoConfig.for_model(model_type, **options)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
     if model_type in ARCHITECTURES:
         settings = json.loads((folder / "config.json").read_bytes())
         (folder / "config.json").write_text(json.dumps({**settings, "architectures": [ARCHITECTURES[model_type]]}))
