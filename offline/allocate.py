@@ -37,8 +37,9 @@ def main(arguments: Sequence[str]) -> None:
     add_choice_options(parser, bit_map=False)
     add_json_option(parser)
     args = parser.parse_args(arguments)
-    budget, room = budget_from(args), room_from(args)
     statistics = read_statistics(args.stats)
+    budget = budget_from(args, "propagated" if statistics.has_gains else "measured")
+    room = room_from(args)
     choice = allocate(statistics, budget, room)
     args.output.write_text(json.dumps(choice.bits, indent=0) + "\n")
     result = {**_result(statistics, choice, args.output), "room": str(room) if room else None}

@@ -22,6 +22,7 @@ from offline.choosing import choose_widths
 from offline.cli import Parser, add_group_size, add_output_options, add_work_options, run
 from offline.options import add_choice_options, room_from, widths_from
 from offline.quantizers.calibration import Calibration, add_quantizer_options, calibration_from, check_quantizer
+from offline.quantizers.decoder import can_run
 from offline.quantizers.linear import choose_formats, find_linear_layers
 from offline.quantizers.sequential import SequentialGptq
 from offline.source.checkpoint import open_checkpoint
@@ -35,9 +36,10 @@ from offline.writing.writer import DEFAULT_SHARD_BYTES
 
 _DESCRIPTION = """Convert a Mixture-of-Experts checkpoint so that every expert matrix has a bit-width of its own.
 
-The widths are chosen without calibration data, from the spectra of the weights, so that their average keeps to a
-budget. Everything but the routed experts is copied unchanged, unless --linear-bits quantizes attention, shared experts
-and dense layers too, for the kernels that vLLM has."""
+The widths are chosen without calibration data, from the spectra of the weights and the errors that quantization causes
+on text that the model writes itself, so that their average keeps to a budget. With --noise measured --quantizer mse
+nothing runs the model: faster, and worse. Everything but the routed experts is copied unchanged, unless --linear-bits
+quantizes attention, shared experts and dense layers too, for the kernels that vLLM has."""
 
 _EXAMPLES = """\
   python -m offline.convert Qwen/Qwen1.5-MoE-A2.7B qwen-alphaq --bits 3.5
@@ -131,7 +133,9 @@ def convert(
 def main(arguments: Sequence[str]) -> None:
     """The command."""
     args = _parser().parse_args(arguments)
-    widths, room = widths_from(args), room_from(args)
+    runs = can_run(find_experts(open_checkpoint(args.model)))
+    propagated = read_statistics(args.stats).has_gains if args.stats else runs
+    widths, room = widths_from(args, "propagated" if propagated else "measured"), room_from(args)
     summary = convert(
         args.model,
         args.out,
@@ -142,7 +146,7 @@ def main(arguments: Sequence[str]) -> None:
         room=room,
         tp_size=args.tp_size,
         linear_bits=args.linear_bits,
-        quantizer=args.quantizer,
+        quantizer=getattr(args, "quantizer", "gptq" if runs else "mse"),
         calibration=calibration_from(args),
         stats=args.stats,
         dry_run=args.dry_run,

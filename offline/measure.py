@@ -15,6 +15,8 @@ from offline.allocation.stats import STATS, Origin, Statistics, read_statistics
 from offline.allocation.widths import NOISE_KINDS, Budget, Choice
 from offline.cli import Parser, add_group_size, add_json_option, run
 from offline.options import parse_widths
+from offline.quantizers.calibration import MAX_TOKENS
+from offline.quantizers.decoder import can_run
 from offline.quantizers.grids import GRIDS
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
@@ -44,10 +46,11 @@ def take_statistics(job: Job, widths: Sequence[int], journal: Journal | None = N
         gain = error_gains(job.source, find_experts(job.source), job.group_size)
         matrices = [replace(matrix, gain=gain[matrix.name]) for matrix in matrices]
     origin = Origin(job.name, fingerprint(job.source), job.group_size, len(matrices), 0, 0, quantizer)
-    # 8 bits, because the numbers in headers have the most digits then.
+    # The longest names in the card, and 8 bits, because the numbers in headers have the most digits then.
+    longest = replace(job, quantizer="gptq", calibration_tokens=MAX_TOKENS, own_text=True)
     eight = {matrix.name: 8 for matrix in matrices}
     text = str(Statistics(replace(origin, other_files=job.source.nbytes, other_tensors=job.source.nbytes), matrices))
-    planned = plan(job, Choice(eight, "alphaq"), {STATS: text})
+    planned = plan(longest, Choice(eight, "alphaq", noise="propagated"), {STATS: text})
     specs = quantized_specs(job.experts.matrices, eight, job.group_size)
     experts = sum(spec.nbytes for spec in specs.values())
     others = sum(planned.sizes.values()) - experts
@@ -69,8 +72,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--noise",
         choices=NOISE_KINDS,
-        default="measured",
-        help="propagated: run the model too, to see what its errors cause; analytic: leave the errors out",
+        help="propagated (default where the converter can run the model): also what errors cause at the outputs of "
+        "layers; measured: errors of the weights alone; analytic: no errors",
     )
     parser.add_argument("--quantizer", choices=GRIDS, default="mse", help="whose error is measured (default mse)")
     add_group_size(parser)
@@ -80,7 +83,8 @@ def main(arguments: Sequence[str]) -> None:
     source = open_checkpoint(args.model)
     experts = find_experts(source)
     check_group_size(args.group_size, experts.matrices)
-    budget = Budget(average_bits=args.candidate_bits[0], widths=args.candidate_bits, noise=args.noise)
+    noise = args.noise or ("propagated" if can_run(experts) else "measured")
+    budget = Budget(average_bits=args.candidate_bits[0], widths=args.candidate_bits, noise=noise)
     reused = args.output.exists()
     if reused:
         statistics = read_statistics(args.output)

@@ -29,10 +29,10 @@ _USED = {
     "random": {"average_bits", "widths", "granularity", "seed"},
 }
 
-_GAMMA = "exponent of importance (default auto: by the spread of alpha, 0 with propagated noise)"
+_GAMMA = "exponent of importance (default auto: by the spread of alpha)"
 _NOISE = (
-    "error to minimise: measured (default), of the weights; propagated, of the layers' outputs, on text that the model "
-    "writes itself; analytic, of the paper"
+    "error to minimise: propagated (default where the converter can run the model, or the statistics have it), of the "
+    "layers' outputs, on text that the model writes itself; measured, of the weights; analytic, of the paper"
 )
 _RESERVE = "with --fit-memory, for KV cache, activations and vLLM itself (default a fifth of it)"
 _SHARES = "of experts with the greatest and the least width in mode ratio (default 0.25,0.25)"
@@ -61,13 +61,16 @@ def add_choice_options(parser: argparse.ArgumentParser, bit_map: bool) -> None:
     group.add_argument("--seed", type=int, help="of mode random (default 0)")
 
 
-def widths_from(args: argparse.Namespace) -> Budget | dict[str, int]:
-    """The bit map or else the budget that the options ask for. Raises ValueError for options that contradict it."""
+def widths_from(args: argparse.Namespace, noise: str = Budget.noise) -> Budget | dict[str, int]:
+    """The bit map or else the budget that the options ask for; noise: unless they name one.
+
+    Raises ValueError for options that contradict each other.
+    """
     mode = getattr(args, "mode", _MANUAL if args.bit_map else "alphaq")
     if (mode == _MANUAL) != (args.bit_map is not None):
         raise ValueError(f"--mode {mode}: expected a bit map in mode {_MANUAL} and in no other: see --bit-map")
     if args.bit_map is None:
-        return budget_from(args)
+        return budget_from(args, noise)
     if given := [option for field, option in _BUDGET.items() if field in args]:
         raise ValueError(
             f"--bit-map: expected to be the only choice of widths, got also {', '.join(given)}: leave out one"
@@ -75,8 +78,11 @@ def widths_from(args: argparse.Namespace) -> Budget | dict[str, int]:
     return read_bit_map(args.bit_map)
 
 
-def budget_from(args: argparse.Namespace) -> Budget:
-    """The budget that the options ask for. Raises ValueError for options that the mode does not use."""
+def budget_from(args: argparse.Namespace, noise: str = Budget.noise) -> Budget:
+    """The budget that the options ask for; noise: unless they name one.
+
+    Raises ValueError for options that the mode does not use.
+    """
     mode = getattr(args, "mode", "alphaq")
     given = {field: getattr(args, field) for field in _BUDGET if field in args}
     unused = [_BUDGET[field] for field in given if field not in _USED[mode]]
@@ -87,6 +93,8 @@ def budget_from(args: argparse.Namespace) -> Budget:
     if mode == "ratio" or any(field in args for field in _ROOM):
         # Something else decides on the average, so no candidates must be refused for it.
         given["average_bits"] = max(given.get("widths", Budget.widths))
+    if mode == "alphaq":
+        given.setdefault("noise", noise)
     return Budget(mode=mode, **given)
 
 

@@ -19,7 +19,7 @@ from alphaq_vllm.format import SUPPORTED_BITS
 
 # The best gammas in the AlphaQ paper (arXiv 2606.04980), about 12, 14 and 200, times the std of log alpha.
 GAMMA_TIMES_SPREAD = 1.2
-# Without a known noise of alpha: about twice the largest of them.
+# Whatever the noise of alpha: about twice the largest of them.
 MAX_GAMMA = 400.0
 # Importances stay within exp(+-this), so that costs neither overflow nor vanish.
 MAX_LOG_IMPORTANCE = 200.0
@@ -53,10 +53,10 @@ def importance(alphas: np.ndarray, gamma: float) -> np.ndarray:
     return np.exp(np.clip(gamma * (np.median(log_alphas) - log_alphas), -MAX_LOG_IMPORTANCE, MAX_LOG_IMPORTANCE))
 
 
-def auto_gamma(alphas: np.ndarray, alpha_noise: float | None = None) -> float:
+def auto_gamma(alphas: np.ndarray, alpha_noise: float = 0.0) -> float:
     """The gamma that gives log importances the spread that served the paper's models best.
 
-    That is ``1.2 / std(log alphas)``, at most 400. With ``alpha_noise``, the relative standard deviation of an estimate
+    That is ``1.2 / std(log alphas)``, at most 400. By ``alpha_noise``, the relative standard deviation of an estimate
     of alpha, log alphas are taken to be shrunk towards their mean by their reliability (true over observed variance)
     while their spread is that of the true ones: gamma falls to 0 where all spread is noise, and never exceeds
     ``0.6 / alpha_noise``. Without spread it is 0.
@@ -65,7 +65,7 @@ def auto_gamma(alphas: np.ndarray, alpha_noise: float | None = None) -> float:
     # Rounding alone leaves equal alphas with a spread of this order.
     if spread <= 1e-12:
         return 0.0
-    reliability = max(0.0, 1 - ((alpha_noise or 0.0) / spread) ** 2)
+    reliability = max(0.0, 1 - (alpha_noise / spread) ** 2)
     return min(MAX_GAMMA, GAMMA_TIMES_SPREAD / spread * math.sqrt(reliability))
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 
 BLOCK_SIZES = (128, 64, 32)
 # A tail of fewer eigenvalues says nothing.
-MIN_TAIL = 10
+TAIL_FRACTION, MIN_TAIL = 0.1, 10
+# Of Hill's standard deviation for independent values: for Gaussian blocks, and such with columns of different scale.
+EIGENVALUE_NOISE = 0.3
 # Eigenvalues below this fraction of the largest are rounding errors of a float32 decomposition, and count as it.
 EIGENVALUE_FLOOR = 1e-6
 # A rank-deficient matrix tends to the lower bound; an all-zero matrix and a flat spectrum have the upper.
@@ -52,7 +54,7 @@ def choose_block_size(shapes: Iterable[tuple[int, int]]) -> int:
     )
 
 
-def hill_alpha(weight: Tensor, block_size: int = 128, tail_fraction: float = 0.1) -> float:
+def hill_alpha(weight: Tensor, block_size: int = 128, tail_fraction: float = TAIL_FRACTION) -> float:
     """The exponent of the power law that the largest eigenvalues of a matrix's blocks follow.
 
     weight: ``[out_features, in_features]``, any floating dtype, any device. It is cut into whole squares B of side
@@ -77,6 +79,16 @@ def hill_alpha(weight: Tensor, block_size: int = 128, tail_fraction: float = 0.1
     mean_log_ratio = (logs[:tail].mean() - logs[tail]).item()
     # The comparison is false for the NaN of an all-zero matrix, and for a flat spectrum.
     return min(MAX_ALPHA, 1 + 1 / mean_log_ratio) if mean_log_ratio > 0 else MAX_ALPHA
+
+
+def relative_noise(alpha: float, numel: int) -> float:
+    """The standard deviation of ``hill_alpha`` over random matrices of one kind, relative to it, about.
+
+    numel: of the matrix. Hill's own, for k independent values, is ``(alpha - 1) / sqrt(k)``; eigenvalues of a matrix
+    keep a distance from each other and leave a share of it.
+    """
+    tail = max(MIN_TAIL, TAIL_FRACTION * numel / BLOCK_SIZES[0])
+    return EIGENVALUE_NOISE * (alpha - 1) / alpha / math.sqrt(tail)
 
 
 def _largest_eigenvalues(weight: Tensor, block_size: int, wanted: int) -> Tensor:

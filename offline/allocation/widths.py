@@ -17,12 +17,15 @@ from offline.allocation import modes
 from offline.allocation.knapsack import auto_gamma, importance
 from offline.allocation.measure import MatrixStats, noise
 from offline.allocation.modes import GRANULARITIES, Sized
+from offline.allocation.spectra import relative_noise
 from offline.source.checkpoint import some
 from offline.source.families import ExpertMatrix, Experts
 from offline.source.header import unique
 
 NOISE_KINDS = ("measured", "propagated", "analytic")
 MODES = ("alphaq", "uniform", "ratio", "random")
+# Of gamma: where the error of a layer's output is known, that and alpha are two opinions on how sensitive a matrix is.
+PROPAGATED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Budget:
 
     average_bits: greatest average width, weighted by numel (mode ``ratio`` follows ``shares`` instead); widths: the
     candidates; gamma: exponent of the importance ``(alpha_median / alpha) ** gamma``, None to derive it from the spread
-    of alpha, or for 0 where propagated noise tells what alpha stands for; noise: one of ``NOISE_KINDS``; granularity:
+    of alpha, which counts half beside propagated noise; noise: one of ``NOISE_KINDS``; granularity:
     what shares a width, one of ``GRANULARITIES``; mode: one of ``MODES``; shares: of experts with the greatest and the
     least width, for mode ``ratio``; seed: for ``random``.
     """
@@ -140,12 +143,18 @@ def _allocate(
     alphas = np.array([matrix.alpha for matrix in matrices])
     gamma = budget.gamma
     if gamma is None:
-        gamma = 0.0 if budget.needs_gains else auto_gamma(alphas)
+        gamma = auto_gamma(alphas, _alpha_noise(alphas, matrices)) * (PROPAGATED_SHARE if budget.needs_gains else 1)
     weights = dict(zip((matrix.name for matrix in matrices), importance(alphas, gamma), strict=True))
     weighted = np.array([weights[matrix.name] * matrix.numel for matrix in free])
     costs = weighted[:, None] * noise(free, budget.widths, budget.noise)
     chosen, allocation = modes.least_cost(free, costs, budget.widths, average_bits, budget.granularity)
     return chosen, replace(result, noise=budget.noise, gamma=gamma, cost=allocation.cost, gap=allocation.gap)
+
+
+def _alpha_noise(alphas: np.ndarray, matrices: Sequence[Sized]) -> float:
+    """The relative standard deviation of the estimate of a typical alpha."""
+    sizes = [matrix.numel for matrix in matrices]
+    return float(np.median([relative_noise(alpha, numel) for alpha, numel in zip(alphas, sizes, strict=True)]))
 
 
 def _measured(matrices: Sequence[Sized]) -> list[MatrixStats]:

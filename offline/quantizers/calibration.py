@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import torch
 
 from offline.quantizers.quantize import QUANTIZERS
 from offline.source.checkpoint import Checkpoint
+from offline.source.families import Experts
 
+# More of them than this for each input feature of the average expert hardly help (benchmarks/results, preset tokens).
+TOKENS_PER_FEATURE, MAX_TOKENS = 32, 65536
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
 
 
@@ -18,18 +22,19 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken"
 class Calibration:
     """What to calibrate on.
 
-    files: of UTF-8 text, none for text of the model's own; tokens: at most so many of it, for each of which memory
-    holds three vectors of the hidden size in float32; length: of a window, the tokens that the model sees together.
+    files: of UTF-8 text, none for text of the model's own; tokens: at most so many of it, None for as many as help, for
+    each of which memory holds three vectors of the hidden size in float32; length: of a window, the tokens that the
+    model sees together.
     """
 
     files: tuple[Path, ...] = ()
-    tokens: int = 65536
+    tokens: int | None = None
     length: int = 512
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise ValueError(f"--calibration-length: expected a number of tokens from 1 up, got {self.length}")
-        if self.tokens < self.length:
+        if self.tokens is not None and self.tokens < self.length:
             raise ValueError(
                 f"--calibration-tokens: expected at least the {self.length} of --calibration-length, got {self.tokens}"
             )
@@ -41,9 +46,8 @@ def add_quantizer_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantizer",
         choices=QUANTIZERS,
-        default="mse",
-        help="mse (default): least squared error; rtn: round to nearest; hqq: half-quadratic; gptq: least error "
-        "of what the model computes",
+        help="gptq (default where the converter can run the model): least error of what the model computes; mse "
+        "(default elsewhere): least squared error; rtn: round to nearest; hqq: half-quadratic",
     )
     group.add_argument(
         "--calibration",
@@ -58,7 +62,8 @@ def add_quantizer_options(parser: argparse.ArgumentParser) -> None:
         dest="tokens",
         type=int,
         metavar="N",
-        help=f"to use at most (default {Calibration.tokens}); each takes 12 bytes of memory times the hidden size",
+        help=f"to use at most (default {MAX_TOKENS}, or {TOKENS_PER_FEATURE} for each input feature of an expert, if "
+        "that is less); each takes 12 bytes of memory times the hidden size",
     )
     group.add_argument(
         "--calibration-length",
@@ -83,9 +88,16 @@ def check_quantizer(quantizer: str, calibration: Calibration | None) -> None:
         raise ValueError(f"--calibration: expected --quantizer gptq, got {quantizer}, which works without text")
 
 
-def read_windows(source: Checkpoint, calibration: Calibration) -> torch.Tensor:
+def default_tokens(source: Checkpoint, experts: Experts) -> int:
+    """As many tokens as help to calibrate this model."""
+    routed = source.config.get("num_experts_per_tok", 2) / experts.num_experts
+    return min(MAX_TOKENS, math.ceil(TOKENS_PER_FEATURE * experts.matrices[0].shape[1] / routed))
+
+
+def read_windows(source: Checkpoint, calibration: Calibration, max_tokens: int) -> torch.Tensor:
     """Tokens of the text, by the source's own tokenizer: ``[windows, length]`` int64, spread evenly over all the text.
 
+    max_tokens: at least a window.
     Raises ValueError or OSError for text that cannot be read or is shorter than a window, and for a source without
     tokenizer or with a shorter context than a window.
     """
@@ -102,7 +114,7 @@ def read_windows(source: Checkpoint, calibration: Calibration) -> torch.Tensor:
             f"--calibration: expected at least {calibration.length} tokens of text, got {len(tokens)}: "
             "give more text or lower --calibration-length"
         )
-    count = min(len(windows), calibration.tokens // calibration.length)
+    count = min(len(windows), max_tokens // calibration.length)
     return windows[torch.arange(count) * len(windows) // count]
 
 

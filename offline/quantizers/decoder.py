@@ -26,6 +26,12 @@ CALIBRATED = {
     "phimoe": "gate.weight",
 }
 
+
+def can_run(experts: Experts) -> bool:
+    """Whether ``Decoder`` knows the family."""
+    return experts.model_type in CALIBRATED
+
+
 # Predictions held at a time.
 MAX_LOGITS = 2**24
 
@@ -90,7 +96,7 @@ class Decoder:
     """
 
     def __init__(self, source: Checkpoint, experts: Experts) -> None:
-        if experts.model_type not in CALIBRATED:
+        if not can_run(experts):
             raise ValueError(
                 f"{source.path}: --quantizer gptq and --noise propagated can run {', '.join(CALIBRATED)}, "
                 f"got {experts.model_type}: use --quantizer mse and --noise measured"

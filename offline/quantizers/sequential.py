@@ -23,7 +23,7 @@ from alphaq_vllm.format import PACKED, SCALE, ZERO
 from offline.allocation.measure import load_weight
 from offline.parallel import run_all
 from offline.progress import Progress
-from offline.quantizers.calibration import Calibration, read_windows
+from offline.quantizers.calibration import Calibration, default_tokens, read_windows
 from offline.quantizers.decoder import Decoder, Routes, advance, route
 from offline.quantizers.forward import by_expert, expert_outputs, write_text
 from offline.quantizers.gptq import gptq, inverse_factor
@@ -56,9 +56,10 @@ class SequentialGptq:
 
     def __init__(self, source: Checkpoint, experts: Experts, calibration: Calibration) -> None:
         self._source, self._experts = source, experts
-        self._calibration = calibration
         self._decoder = Decoder(source, experts)
-        self._text = read_windows(source, calibration) if calibration.files else None
+        self._length = calibration.length
+        self._max_tokens = calibration.tokens or max(calibration.length, default_tokens(source, experts))
+        self._text = read_windows(source, calibration, self._max_tokens) if calibration.files else None
 
     @property
     def own_text(self) -> bool:
@@ -70,13 +71,13 @@ class SequentialGptq:
         """Number of tokens of calibration text."""
         if self._text is not None:
             return self._text.numel()
-        length = min(self._calibration.length, self._decoder.context)
-        return self._calibration.tokens // length * length
+        length = min(self._length, self._decoder.context)
+        return self._max_tokens // length * length
 
     @property
     def digest(self) -> str:
         """What tells one calibration from another."""
-        text = self._calibration if self._text is None else self._text.tolist()
+        text = (self._length, self._max_tokens) if self._text is None else self._text.tolist()
         return hashlib.sha256(repr(text).encode()).hexdigest()
 
     @one_thread()
@@ -91,8 +92,7 @@ class SequentialGptq:
         device = compute_device()
         windows = self._text
         if windows is None:
-            tokens, length = self._calibration.tokens, self._calibration.length
-            windows = write_text(self._decoder, self._source, self._experts, tokens, length)
+            windows = write_text(self._decoder, self._source, self._experts, self._max_tokens, self._length)
         hidden = self._decoder.embed(self._source, windows, device)
         starved = 0
         with Progress("gptq", self._nbytes(self._experts.matrices)) as progress:

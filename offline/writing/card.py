@@ -22,9 +22,7 @@ _HOW = {
     "manual": "given by hand",
 }
 
-_PROPAGATED = (
-    "allocated without calibration data, from the errors that quantization causes on text that the model wrote itself"
-)
+_PROPAGATED = f"{_HOW['alphaq']}, and the errors that quantization causes on text that the model wrote itself"
 
 
 def render_card(summary: Summary, name: str, source: Path) -> str:

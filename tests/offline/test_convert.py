@@ -335,7 +335,7 @@ def test_command_reports_that_memory_ran_out_and_resumes(tmp_path):
     save_file({name: torch.ones(size, size, dtype=torch.bfloat16) for name in names}, source / "model.safetensors")
     config = {"model_type": "olmoe", "num_experts": 1, "hidden_size": size, "num_hidden_layers": 1}
     (source / "config.json").write_text(json.dumps(config))
-    arguments = [str(source), str(out), "--mode", "uniform", "--bits", "2", "--workers", "1"]
+    arguments = [str(source), str(out), "--mode", "uniform", "--bits", "2", "--quantizer", "mse", "--workers", "1"]
     # A matrix takes 67 MB in float32.
     script = "import resource; from offline.cli import run; from offline.convert import main; "
     script += "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 50 * 2**20; "

@@ -69,7 +69,7 @@ def test_convert_refuses_statistics_of_another_quantizer(tiny_model, tmp_path):
 
 def test_convert_accepts_statistics_of_its_quantizer(tiny_model, tmp_path, alphaq):
     path, stats = tiny_model("qwen2_moe"), tmp_path / "stats.csv"
-    assert alphaq("measure", path, "-o", stats, "--quantizer", "rtn")[0] == 0
+    assert alphaq("measure", path, "-o", stats, "--quantizer", "rtn", "--noise", "measured")[0] == 0
     assert alphaq("measure", path, "-o", stats, "--quantizer", "hqq")[0] == 2
     assert alphaq("convert", path, tmp_path / "out", "--quantizer", "rtn", "--stats", stats)[0] == 0
     convert(str(path), tmp_path / "measured", Budget(), quantizer="rtn")
@@ -113,8 +113,8 @@ def test_convert_with_gptq_calibrates_on_the_models_own_text_without_any(tmp_pat
 
 def test_convert_by_propagated_noise_keeps_the_gains(tmp_path, alphaq):
     stats, out, again, bit_map = (tmp_path / name for name in ("stats.csv", "out", "again", "map.json"))
-    assert alphaq("measure", DOCS_MOE, "-o", stats, "--noise", "propagated")[0] == 0
-    options = ["--bits", "2.5", "--noise", "propagated"]
+    assert alphaq("measure", DOCS_MOE, "-o", stats)[0] == 0
+    options = ["--bits", "2.5", "--gamma", "0"]
     status, printed, _ = alphaq("convert", DOCS_MOE, out, *options)
     assert status == 0
     assert "alphaq, propagated noise" in printed
@@ -130,9 +130,22 @@ def test_convert_by_propagated_noise_keeps_the_gains(tmp_path, alphaq):
     assert int(digits[5]) > int(digits[6])
 
 
+def test_command_runs_the_model_where_it_can(speaking_model, tiny_model, tmp_path, alphaq):
+    status, printed, _ = alphaq("convert", speaking_model("mixtral"), tmp_path / "run", "--json")
+    assert status == 0
+    summary = json.loads(printed)
+    assert (summary["quantizer"], summary["own_text"], summary["noise"]) == ("gptq", True, "propagated")
+    # 32 for each of 128 input features, of which a token reaches two experts' out of four.
+    assert summary["calibration_tokens"] == 8192
+    status, printed, _ = alphaq("convert", tiny_model("llama4_text"), tmp_path / "not", "--json")
+    assert status == 0
+    summary = json.loads(printed)
+    assert (summary["quantizer"], summary["calibration_tokens"], summary["noise"]) == ("mse", 0, "measured")
+
+
 def test_propagated_noise_needs_statistics_that_have_it(tmp_path, alphaq):
     stats = tmp_path / "stats.csv"
-    assert alphaq("measure", DOCS_MOE, "-o", stats)[0] == 0
+    assert alphaq("measure", DOCS_MOE, "-o", stats, "--noise", "measured")[0] == 0
     status, _, error = alphaq("allocate", stats, "--noise", "propagated", "-o", tmp_path / "map.json")
     assert status == 2
     assert "expected the column gain for --noise propagated, got none: measure again with --noise propagated" in error
@@ -192,8 +205,14 @@ def test_convert_with_gptq_and_dry_run_writes_nothing(speaking_model, tmp_path, 
 
 REFUSED = {
     "unknown": (["--quantizer", "awq"], "argument --quantizer: invalid choice: 'awq'"),
-    "text for mse": (["--calibration", "TEXT"], "--calibration: expected --quantizer gptq, got mse"),
-    "tokens for mse": (["--calibration-tokens", "9999"], "--calibration: expected --quantizer gptq, got mse"),
+    "text for mse": (
+        ["--quantizer", "mse", "--calibration", "TEXT"],
+        "--calibration: expected --quantizer gptq, got mse",
+    ),
+    "tokens for mse": (
+        ["--quantizer", "mse", "--calibration-tokens", "9999"],
+        "--calibration: expected --quantizer gptq, got mse",
+    ),
     "long windows": (
         ["--quantizer", "gptq", "--calibration", "TEXT", "--calibration-length", "40000"],
         "--calibration-length",

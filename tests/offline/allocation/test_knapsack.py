@@ -193,7 +193,7 @@ def test_auto_gamma_without_spread_is_zero(alphas):
 
 
 def test_auto_gamma_falls_with_the_noise_of_alpha():
-    gammas = [auto_gamma(alphas_of_spread(0.1), noise) for noise in (None, 0.0, 0.02, 0.08, 0.11, 0.2)]
+    gammas = [auto_gamma(alphas_of_spread(0.1), noise) for noise in (0.0, 0.0, 0.02, 0.08, 0.11, 0.2)]
     assert gammas[0] == gammas[1] == pytest.approx(12)
     assert gammas[0] > gammas[2] > gammas[3] > gammas[4] == gammas[5] == 0
 

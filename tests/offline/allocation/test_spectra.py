@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from offline.allocation import spectra
-from offline.allocation.spectra import MAX_ALPHA, MIN_ALPHA, choose_block_size, hill_alpha
+from offline.allocation.spectra import MAX_ALPHA, MIN_ALPHA, choose_block_size, hill_alpha, relative_noise
 
 
 def reference_alpha(weight, block_size, tail_fraction=0.1):
@@ -160,3 +161,12 @@ def test_hill_alpha_refuses_what_is_not_finite(bad):
 def test_hill_alpha_refuses_a_matrix_without_a_block(shape):
     with pytest.raises(ValueError, match="at least 128"):
         hill_alpha(torch.ones(shape))
+
+
+@pytest.mark.parametrize(("size", "spread"), [(128, 0.0), (128, 0.5), (256, 0.5)])
+def test_relative_noise_is_that_of_random_matrices(size, spread):
+    generator = torch.Generator().manual_seed(0)
+    columns = (torch.randn(size, generator=generator) * spread).exp()
+    alphas = [hill_alpha(torch.randn(size, size, generator=generator) * columns) for _ in range(100)]
+    mean, deviation = np.mean(alphas), np.std(np.log(alphas))
+    assert deviation == pytest.approx(relative_noise(mean, size * size), rel=0.5)

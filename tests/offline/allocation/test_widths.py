@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +72,12 @@ def test_choose_gives_more_bits_to_heavier_tails(kind):
     assert choice.alpha == (2, 4.5, 7)
     assert choice.gamma == 3.0
     assert 0 <= choice.gap < 1e-3
+
+
+def test_alpha_counts_half_beside_propagated_noise():
+    matrices = [replace(matrix, gain=1.0) for matrix in stats([3, 5, 2, 4, 6, 7])]
+    measured, propagated = (choose(matrices, Budget(3.0, noise=noise)) for noise in ("measured", "propagated"))
+    assert propagated.gamma == pytest.approx(measured.gamma / 2)
 
 
 def test_choose_derives_gamma_from_the_spread_of_alpha():

@@ -109,7 +109,7 @@ def test_layers_are_calibrated_on_what_the_quantized_model_computes(
         if name.split(".")[-1] == "experts":
             module.register_forward_pre_hook(lambda module, arguments: expected.append(arguments[0]))
     with torch.no_grad():
-        for window in read_windows(source, calibration):
+        for window in read_windows(source, calibration, calibration.tokens):
             model(window[None])
     layers = len(seen)
     assert layers == len(experts.modules)
@@ -143,7 +143,7 @@ def test_experts_that_are_left_alone_are_run_as_they_are(speaking_model, calibra
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model.model.layers[1].mlp.experts.register_forward_pre_hook(lambda _, arguments: expected.append(arguments[0]))
     with torch.no_grad():
-        for window in read_windows(open_model(path)[0], calibration):
+        for window in read_windows(open_model(path)[0], calibration, calibration.tokens):
             model(window[None])
     torch.testing.assert_close(seen[1].inputs, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
@@ -191,11 +191,11 @@ def test_windows_are_spread_over_the_whole_text(speaker, tmp_path):
     for file, letter in zip(files, "ab", strict=True):
         file.write_text(letter * 100)
     source, _ = open_model(speaker)
-    windows = read_windows(source, Calibration(tuple(files), tokens=49, length=16))
+    windows = read_windows(source, Calibration(tuple(files), length=16), 49)
     assert windows.shape == (3, 16)
     assert [len(window.unique()) for window in windows] == [1, 1, 1]
     assert windows[0, 0] != windows[2, 0]
-    assert read_windows(source, Calibration(tuple(files), tokens=10**6, length=50)).shape == (4, 50)
+    assert read_windows(source, Calibration(tuple(files), length=50), 10**6).shape == (4, 50)
 
 
 def edit_config(path, **changes):
