@@ -40,39 +40,47 @@ from offline.source.fingerprint import fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 # Arguments of offline.convert by name, for each preset.
+WEIGHTS_ALONE = "--noise measured --quantizer mse"
 PRESETS = {
     # What a user chooses between, all without data.
     "headline": {
         "uniform, rtn": "--mode uniform --quantizer rtn",
-        "uniform, mse": "--mode uniform",
-        "uniform, gptq on its own text": "--mode uniform --quantizer gptq",
-        "alphaq": "",
-        "propagated": "--noise propagated",
-        "propagated, gptq on its own text": "--noise propagated --quantizer gptq",
+        "uniform, mse": "--mode uniform --quantizer mse",
+        "uniform, gptq on its own text": "--mode uniform",
+        "weights alone: alpha, mse": WEIGHTS_ALONE,
+        "default, but mse": "--quantizer mse",
+        "default, but gamma 0": "--gamma 0",
+        "default": "",
     },
     # What a calibration text adds.
-    "calibrated": {
-        "uniform, gptq on a text": "--mode uniform --quantizer gptq",
-        "propagated, gptq on a text": "--noise propagated --quantizer gptq",
-    },
+    "calibrated": {"uniform, gptq on a text": "--mode uniform", "default, gptq on a text": ""},
     "quantizers": {f"uniform, {name}": f"--mode uniform --quantizer {name}" for name in ("rtn", "hqq", "mse", "gptq")},
+    # How much text gptq needs.
+    "tokens": {f"uniform, gptq, {n} tokens": f"--mode uniform --calibration-tokens {n}" for n in (1024, 4096, 65536)},
     # How widths are chosen.
     "allocation": {
-        "random": "--mode random",
-        **{f"gamma {gamma}": f"--gamma {gamma}" for gamma in (0, 1, 2, 4, 8, 12, 20)},
-        "gamma auto": "--gamma auto",
-        "gamma 0, analytic noise": "--gamma 0 --noise analytic",
-        "gamma auto, analytic noise": "--gamma auto --noise analytic",
-        "gamma 0, per expert": "--gamma 0 --granularity expert",
-        "gamma auto, per expert": "--gamma auto --granularity expert",
+        "random, mse": "--mode random --quantizer mse",
+        **{f"gamma {gamma}, mse": f"--gamma {gamma} {WEIGHTS_ALONE}" for gamma in (0, 1, 2, 4, 8, 12, 20)},
         **{
-            f"gamma {gamma}, widths {widths}": f"--gamma {gamma} --candidate-bits {widths}"
+            f"gamma {gamma}, {name}, mse": f"--gamma {gamma} {arguments}"
             for gamma in (0, "auto")
-            for widths in ("1,2,3,4", "2,3,4,5", "2,3,4,5,6,7,8")
+            for name, arguments in {
+                "analytic noise": "--noise analytic --quantizer mse",
+                "propagated noise": "--quantizer mse",
+                "per expert": f"--granularity expert {WEIGHTS_ALONE}",
+                "widths 1,2,3,4": f"--candidate-bits 1,2,3,4 {WEIGHTS_ALONE}",
+                "widths 2,3,4,5": f"--candidate-bits 2,3,4,5 {WEIGHTS_ALONE}",
+                "widths 2,3,4,5,6,7,8": f"--candidate-bits 2,3,4,5,6,7,8 {WEIGHTS_ALONE}",
+            }.items()
         },
+        "default, widths 1,2,3,4": "--candidate-bits 1,2,3,4",
+        "default, widths 2,3,4,5": "--candidate-bits 2,3,4,5",
+        "default, per expert": "--granularity expert",
     },
     # What a bit is best spent on.
-    "groups": {f"group size {size}": f"--group-size {size}" for size in (32, 64, 128)},
+    "groups": {
+        f"uniform, mse, groups of {n}": f"--mode uniform --quantizer mse --group-size {n}" for n in (32, 64, 128)
+    },
 }
 
 
