@@ -3,7 +3,7 @@
     python -m benchmarks.convert [--layers 2,8] [--experts 60] [--workers N] [--directory DIR]
 
 Generates checkpoints of Qwen1.5-MoE's layer shape with random heavy-tailed weights, converts each with
-``python -m offline.convert`` at its default settings, and times the measuring of alpha against a loop of ``svdvals``.
+``python -m offline.convert`` from the weights alone, and times the measuring of alpha against a loop of ``svdvals``.
 One JSON line per checkpoint is printed and appended to ``benchmarks/results/convert.jsonl``.
 
 Memory is the greatest resident size of the process and its children together, sampled ten times a second: once with
@@ -89,6 +89,7 @@ def _heavy_tailed(rows: int, columns: int, generator: torch.Generator, spread: f
 def convert(source: Path, out: Path, workers: int) -> dict[str, float]:
     """Convert, and return seconds, CPU seconds and peak bytes."""
     command = [sys.executable, "-m", "offline.convert", str(source), str(out), "--workers", str(workers)]
+    command += ["--noise", "measured", "--quantizer", "mse"]
     start = time.monotonic()
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     peak = peak_unshared = 0

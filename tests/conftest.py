@@ -36,7 +36,7 @@ def mixed_checkpoint(tmp_path_factory):
     checkpoint = folder / "checkpoint"
     command = [sys.executable, "-m", "offline.convert", str(MODEL), str(checkpoint)]
     # Groups of 64 columns, so that two ranks can share the 128 columns of down_proj.
-    subprocess.run([*command, "--bit-map", str(bit_map), "--group-size", "64"], check=True)
+    subprocess.run([*command, "--bit-map", str(bit_map), "--group-size", "64", "--quantizer", "mse"], check=True)
     return checkpoint
 
 

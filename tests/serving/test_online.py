@@ -49,7 +49,7 @@ def converted(logprobs, tmp_path_factory):
     """The log-probabilities of the converted checkpoint."""
     out = tmp_path_factory.mktemp("converted") / "checkpoint"
     command = [sys.executable, "-m", "offline.convert", str(MODEL), str(out), "--bits", "3", "--group-size", "64"]
-    subprocess.run(command, check=True)
+    subprocess.run([*command, "--noise", "measured", "--quantizer", "mse"], check=True)
     return logprobs(out, "--dtype", DTYPE)[0]
 
 
