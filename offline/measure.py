@@ -43,7 +43,7 @@ def take_statistics(job: Job, widths: Sequence[int], journal: Journal | None = N
     quantizer = job.data_free_quantizer
     matrices = measure(job.source, job.experts.matrices, widths, job.group_size, job.workers, journal, quantizer)
     if gains:
-        gain = error_gains(job.source, find_experts(job.source), job.group_size)
+        gain = _error_gains(job, journal)
         matrices = [replace(matrix, gain=gain[matrix.name]) for matrix in matrices]
     origin = Origin(job.name, fingerprint(job.source), job.group_size, len(matrices), 0, 0, quantizer)
     # The longest names in the card, and 8 bits, because the numbers in headers have the most digits then.
@@ -55,6 +55,18 @@ def take_statistics(job: Job, widths: Sequence[int], journal: Journal | None = N
     experts = sum(spec.nbytes for spec in specs.values())
     others = sum(planned.sizes.values()) - experts
     return Statistics(replace(origin, other_files=others, other_tensors=planned.tensor_bytes - experts), matrices)
+
+
+def _error_gains(job: Job, journal: Journal | None) -> dict[str, float]:
+    """How errors propagate, also for experts that are left alone; journal: where that is kept, and found again."""
+    known = [entry["gains"] for entry in journal.entries if "gains" in entry] if journal else []
+    if known:
+        return known[0]
+    gains = error_gains(job.source, find_experts(job.source), job.group_size)
+    if journal:
+        journal.record({"gains": gains})
+        journal.commit()
+    return gains
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -6,7 +6,10 @@ results of a layer go to a file as soon as they are complete, so that an interru
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,6 +35,9 @@ from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, matrix_nbytes
 from offline.threads import compute_device, one_thread
 from offline.writing.journal import sync
+
+# The text that the model wrote, beside the results.
+_TEXT, _WINDOWS = "text.safetensors", "windows"
 
 
 @dataclass(frozen=True)
@@ -90,9 +96,7 @@ class SequentialGptq:
         """
         directory.mkdir(exist_ok=True)
         device = compute_device()
-        windows = self._text
-        if windows is None:
-            windows = write_text(self._decoder, self._source, self._experts, self._max_tokens, self._length)
+        windows = self._own_text(directory) if self._text is None else self._text
         hidden = self._decoder.embed(self._source, windows, device)
         starved = 0
         with Progress("gptq", self._nbytes(self._experts.matrices)) as progress:
@@ -107,12 +111,22 @@ class SequentialGptq:
                         tasks = self._tasks(experts, widths, group_size, layer.activation, routes)
                         path = _path(directory, layer.source_experts)
                         if not path.exists():
-                            _save(path, run_all(_quantize, tasks, workers, shared=self._source))
+                            results = run_all(_quantize, tasks, workers, shared=self._source)
+                            _write(path, {name: t.cpu() for _, tensors in results for name, t in tensors.items()})
                         load = partial(_restore, directory, widths)
                         starved += sum(not len(routes.of(expert)[0]) for expert in range(len(experts)))
                     advance(layer, hidden, expert_outputs(experts, load, routes, layer.activation))
                 progress.advance(self._nbytes(matrix for expert in experts for matrix in expert))
         return starved
+
+    def _own_text(self, directory: Path) -> Tensor:
+        """The text that the model writes, or that an interrupted run has had it write."""
+        path = directory / _TEXT
+        if not path.exists():
+            text = write_text(self._decoder, self._source, self._experts, self._max_tokens, self._length)
+            _write(path, {_WINDOWS: text})
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(_WINDOWS)
 
     @one_thread()
     def estimate_seconds(self, widths: Mapping[str, int], group_size: int, workers: int) -> float:
@@ -186,9 +200,15 @@ def _path(directory: Path, module: str) -> Path:
     return directory / f"{module}.safetensors"
 
 
-def _save(path: Path, results: Iterable[tuple[_Task, Mapping[str, Tensor]]]) -> None:
-    """Write a file whose name stands for a complete one."""
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file whose name stands for a complete one. Raises OSError, as for a full disk."""
     temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.cpu() for _, tensors in results for name, tensor in tensors.items()}, temporary)
+    try:
+        save_file(tensors, temporary)
+    except SafetensorError as error:
+        # All that it tells of the system's error is a text.
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(temporary)) from error
     sync(temporary)
     temporary.rename(path)

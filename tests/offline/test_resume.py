@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,23 +21,36 @@ import transformers
 from offline import convert as command
 from offline.allocation.widths import Budget
 from offline.convert import convert
+from offline.quantizers.calibration import Calibration
 from offline.writing import writer
 
 SHARD = 600_000
+# From the weights alone, and by running the model.
+WAYS = {
+    "alone": {"widths": Budget(3.0)},
+    "run": {
+        "widths": Budget(3.0, noise="propagated"),
+        "quantizer": "gptq",
+        "calibration": Calibration(tokens=2048, length=64),
+    },
+}
 # Converts in a new process, as often as it is told to, without importing torch every time.
 SERVER = """
 import os, sys
 from pathlib import Path
 from offline.writing import journal
 from offline.convert import convert
-from offline.allocation.widths import Budget
+import torch, transformers.models.qwen2_moe.modeling_qwen2_moe
+from tests.offline.test_resume import WAYS
 journal.SECONDS_BETWEEN_COMMITS = 0.02
+torch.set_num_threads(1)
+way = WAYS[sys.argv[3]]
 for line in sys.stdin:
     pid = os.fork()
     if not pid:
         os.setsid()
         print("started", os.getpid(), flush=True)
-        convert(sys.argv[1], Path(line.strip()), Budget(3.0), max_shard_bytes=int(sys.argv[2]), workers=1, resume=True)
+        convert(sys.argv[1], Path(line.strip()), max_shard_bytes=int(sys.argv[2]), workers=1, resume=True, **way)
         os._exit(0)
     print("ended", os.waitpid(pid, 0)[1], flush=True)
 """
@@ -56,11 +70,22 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(source, tmp_path_factory):
-    """The files of an uninterrupted conversion, and the seconds that it took."""
-    out, start = tmp_path_factory.mktemp("expected") / "out", time.monotonic()
-    convert(str(source), out, Budget(3.0), max_shard_bytes=SHARD, workers=1)
-    return digests(out), time.monotonic() - start
+def uninterrupted(source, tmp_path_factory):
+    """The files of an uninterrupted conversion in one of ``WAYS``, and the seconds that it took."""
+
+    @cache
+    def make(way):
+        out, start = tmp_path_factory.mktemp("expected") / "out", time.monotonic()
+        convert(str(source), out, max_shard_bytes=SHARD, workers=1, **WAYS[way])
+        return digests(out), time.monotonic() - start
+
+    return make
+
+
+@pytest.fixture
+def expected(uninterrupted):
+    """The files of an uninterrupted conversion from the weights alone."""
+    return uninterrupted("alone")[0]
 
 
 def digests(directory):
@@ -74,8 +99,9 @@ def entries(out):
 
 
 def start_command(source, out, *arguments):
-    """The command in a process group of its own."""
-    arguments = [sys.executable, "-m", "offline.convert", source, out, "--bits", "3", *arguments]
+    """The command in a process group of its own, without running the model unless the arguments say so."""
+    alone = [] if "--quantizer" in arguments else ["--noise", "measured", "--quantizer", "mse"]
+    arguments = [sys.executable, "-m", "offline.convert", source, out, "--bits", "3", *alone, *arguments]
     arguments += ["--max-shard-size", str(SHARD)]
     return subprocess.Popen(
         list(map(str, arguments)),
@@ -117,16 +143,25 @@ def processes_of(session):
     return found
 
 
-@pytest.mark.parametrize("wanted", [20, pytest.param(200, marks=pytest.mark.long)])
-def test_convert_killed_at_random_moments_resumes_to_the_same_bytes(source, expected, tmp_path, wanted):
-    files, seconds = expected
+@pytest.mark.parametrize(
+    ("way", "wanted"),
+    [
+        ("alone", 20),
+        ("run", 5),
+        pytest.param("alone", 200, marks=pytest.mark.long),
+        pytest.param("run", 50, marks=pytest.mark.long),
+    ],
+)
+def test_convert_killed_at_random_moments_resumes_to_the_same_bytes(source, uninterrupted, tmp_path, way, wanted):
+    files, seconds = uninterrupted(way)
     moments, stages, kills, runs = random.Random(wanted), set(), 0, 0
+    expected_stages = {"stats", "plan", "written"} | ({"gains"} if way == "run" else set())
 
     def enough():
-        return kills >= wanted and stages >= {"stats", "plan", "written"}
+        return kills >= wanted and stages >= expected_stages
 
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(source), str(SHARD)],
+        [sys.executable, "-c", SERVER, str(source), str(SHARD), way],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -167,7 +202,7 @@ def test_convert_ends_its_processes_when_it_is_killed_alone(source, expected, tm
     wait_for(lambda: not processes_of(process.pid))
     assert not (tmp_path / "out").exists()
     convert(str(source), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, workers=1, resume=True)
-    assert digests(tmp_path / "out") == expected[0]
+    assert digests(tmp_path / "out") == expected
 
 
 def test_command_stops_cleanly_at_sigint_and_resumes(source, expected, tmp_path):
@@ -185,7 +220,7 @@ def test_command_stops_cleanly_at_sigint_and_resumes(source, expected, tmp_path)
     process = start_command(source, out, "--workers", "1", "--resume")
     assert process.communicate()[1].startswith("write: ")
     assert process.returncode == 0
-    assert digests(out) == expected[0]
+    assert digests(out) == expected
 
 
 def test_command_stops_cleanly_at_sigint_while_processes_start(source, tmp_path):
@@ -200,7 +235,7 @@ def test_command_stops_cleanly_at_sigint_while_processes_start(source, tmp_path)
 @pytest.mark.parametrize("workers", [2, 3])
 def test_convert_gives_the_same_bytes_whatever_the_number_of_workers(source, expected, tmp_path, workers):
     convert(str(source), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, workers=workers)
-    assert digests(tmp_path / "out") == expected[0]
+    assert digests(tmp_path / "out") == expected
 
 
 def interrupt(source, out, monkeypatch, error=KeyboardInterrupt):
@@ -239,10 +274,17 @@ def test_convert_reports_a_full_disk_and_resumes(source, expected, tmp_path, mon
     interrupt(source, tmp_path / "out", monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     assert not (tmp_path / "out").exists()
     convert(str(source), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, resume=True)
-    assert digests(tmp_path / "out") == expected[0]
+    assert digests(tmp_path / "out") == expected
 
 
-def test_command_reports_a_file_size_limit_and_resumes_without_it(source, expected, tmp_path):
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [
+        ("alone", ["--noise", "measured", "--quantizer", "mse"]),
+        ("run", ["--calibration-tokens", "2048", "--calibration-length", "64"]),
+    ],
+)
+def test_command_reports_a_file_size_limit_and_resumes_without_it(source, uninterrupted, tmp_path, way, options):
     script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
     script += "from offline.cli import run; from offline.convert import main; run(main)"
     arguments = [
@@ -254,6 +296,7 @@ def test_command_reports_a_file_size_limit_and_resumes_without_it(source, expect
         str(SHARD),
         "--workers",
         "2",
+        *options,
     ]
     result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == 2
@@ -261,8 +304,8 @@ def test_command_reports_a_file_size_limit_and_resumes_without_it(source, expect
     assert "run the same command with --resume" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
-    convert(str(source), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, resume=True)
-    assert digests(tmp_path / "out") == expected[0]
+    convert(str(source), tmp_path / "out", max_shard_bytes=SHARD, resume=True, **WAYS[way])
+    assert digests(tmp_path / "out") == uninterrupted(way)[0]
 
 
 @pytest.fixture
@@ -296,7 +339,7 @@ def test_convert_survives_a_disk_that_fills_up(source, expected, mount, monkeypa
     assert not (disk / "out").exists()
     (disk / "other").unlink()
     convert(str(source), disk / "out", Budget(3.0), max_shard_bytes=SHARD, workers=workers, resume=True)
-    assert digests(disk / "out") == expected[0]
+    assert digests(disk / "out") == expected
 
 
 def test_command_reports_a_target_that_cannot_be_written(source, tmp_path, mount):
@@ -317,7 +360,7 @@ def test_convert_reads_a_source_that_cannot_be_written(source, expected, tmp_pat
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     convert(str(disk / "source"), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, workers=1)
     found = digests(tmp_path / "out")
-    assert {name for name in expected[0] if found[name] != expected[0][name]} <= {"README.md", "SHA256SUMS"}
+    assert {name for name in expected if found[name] != expected[name]} <= {"README.md", "SHA256SUMS"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -340,4 +383,4 @@ def test_convert_reports_a_source_that_vanishes_and_resumes(source, expected, tm
     assert not (tmp_path / "out").exists()
     (tmp_path / "elsewhere").rename(weights)
     convert(str(copy), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, resume=True, workers=workers)
-    assert digests(tmp_path / "out").keys() == expected[0].keys()
+    assert digests(tmp_path / "out").keys() == expected.keys()
