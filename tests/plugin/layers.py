@@ -57,7 +57,8 @@ def build(num_experts, parallel=None, placement="linear", **options):
             "device": "cpu",
             "routing_method": RoutingMethodType.Renormalize,
             "moe_parallel_config": parallel,
-            "in_dtype": torch.float32,
+            # What vLLM serves on every device; what is computed with is up to the tokens.
+            "in_dtype": torch.bfloat16,
         }
         moe = FusedMoEConfig(**{**arguments, **options})
         return RoutedExperts(MODULE, torch.float32, moe, make_config(num_experts), manager)

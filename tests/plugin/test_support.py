@@ -60,26 +60,28 @@ def test_build_accepts_what_vllm_exchanges_itself(parallel):
 def test_check_experts_refuses_float32_where_there_is_a_gpu(monkeypatch):
     config = build(4).moe_config
     monkeypatch.setattr(type(support.current_platform), "is_cpu", lambda self: False)
+    config.in_dtype = torch.float32
     with pytest.raises(ValueError, match="expected --dtype bfloat16 or float16, got float32"):
         support.check_experts(config, MODULE, 32, 4)
     config.in_dtype = torch.bfloat16
     support.check_experts(config, MODULE, 32, 4)
 
 
-@pytest.mark.parametrize("targets", [None, ["q_proj", "experts"], ["model.layers.0.mlp.experts"]])
-def test_check_experts_refuses_lora_on_experts(targets):
+def check_with_lora(targets):
     config = build(4).moe_config
     config.is_lora_enabled = True
-    with (
-        set_current_vllm_config(VllmConfig(lora_config=LoRAConfig(target_modules=targets, lora_dtype=torch.bfloat16))),
-        pytest.raises(ValueError, match=r"LoRA on routed experts is not supported .* --lora-target-modules q_proj"),
-    ):
+    vllm_config = VllmConfig()
+    # Given to the constructor, vLLM 0.33 asks for a model too.
+    vllm_config.lora_config = LoRAConfig(target_modules=targets, lora_dtype=torch.bfloat16)
+    with set_current_vllm_config(vllm_config):
         support.check_experts(config, MODULE, 32, 4)
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "experts"], ["model.layers.0.mlp.experts"]])
+def test_check_experts_refuses_lora_on_experts(targets):
+    with pytest.raises(ValueError, match=r"LoRA on routed experts is not supported .* --lora-target-modules q_proj"):
+        check_with_lora(targets)
 
 
 def test_check_experts_accepts_lora_on_other_layers():
-    config = build(4).moe_config
-    config.is_lora_enabled = True
-    lora = LoRAConfig(target_modules=["q_proj", "shared_experts"], lora_dtype=torch.bfloat16)
-    with set_current_vllm_config(VllmConfig(lora_config=lora)):
-        support.check_experts(config, MODULE, 32, 4)
+    check_with_lora(["q_proj", "shared_experts"])
