@@ -33,3 +33,7 @@ lint: .venv-test/.installed
 
 .venv-test/.installed: pyproject.toml .ci/install.py
 	$(PYTHON) .ci/install.py .venv-test dev plot
+
+# llm-compressor, which makes the AWQ and GPTQ checkpoints of the comparison.
+.venv-peers/.installed: pyproject.toml .ci/install.py
+	$(PYTHON) .ci/install.py .venv-peers peers

@@ -2,7 +2,8 @@
 
     python3 .ci/install.py VENV [EXTRA ...]      e.g. .ci/install.py .venv-test dev plot
 
-With an NVIDIA GPU this is vLLM's own wheel; otherwise its CPU build. Needs the standard library only.
+With an NVIDIA GPU this is vLLM's own wheel; otherwise its CPU build. The extra ``peers`` is the tool that AWQ and GPTQ
+checkpoints are made with, in place of vLLM, with which it does not go together. Needs the standard library only.
 """
 
 import subprocess
@@ -51,8 +52,10 @@ def main(folder: str, *extras: str) -> None:
         # another place that has the wheel.
         index = ("--extra-index-url", CPU_TORCH_INDEX, "--retries", "0", "--timeout", "15")
         pip("install", "-q", "--no-deps", *index, CPU_TORCH)
-    pip("install", "-q", "-e", f"{ROOT}[{','.join(('gpu' if gpu else 'cpu', *extras))}]")
-    if not gpu:
+    vllm = "peers" not in extras
+    wanted = (("gpu" if gpu else "cpu"), *extras) if vllm else extras
+    pip("install", "-q", "-e", f"{ROOT}[{','.join(wanted)}]")
+    if vllm and not gpu:
         # Without an index of CPU builds these come as CUDA builds, which break `import transformers` beside a CPU
         # torch; nothing here uses them.
         pip("uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec")
