@@ -24,8 +24,9 @@ from offline.source.header import unique
 
 NOISE_KINDS = ("measured", "propagated", "analytic")
 MODES = ("alphaq", "uniform", "ratio", "random")
-# Of gamma: where the error of a layer's output is known, that and alpha are two opinions on how sensitive a matrix is.
-PROPAGATED_SHARE = 0.5
+# Of gamma: where the error of a layer's output is known, that and alpha are two opinions on how sensitive a matrix is,
+# and the first is the better one. At this share they lose little where alpha misleads (see the README).
+PROPAGATED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Budget:
 
     average_bits: greatest average width, weighted by numel (mode ``ratio`` follows ``shares`` instead); widths: the
     candidates; gamma: exponent of the importance ``(alpha_median / alpha) ** gamma``, None to derive it from the spread
-    of alpha, which counts half beside propagated noise; noise: one of ``NOISE_KINDS``; granularity:
+    of alpha, which counts a quarter beside propagated noise; noise: one of ``NOISE_KINDS``; granularity:
     what shares a width, one of ``GRANULARITIES``; mode: one of ``MODES``; shares: of experts with the greatest and the
     least width, for mode ``ratio``; seed: for ``random``.
     """
