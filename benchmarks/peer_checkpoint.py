@@ -2,7 +2,8 @@
 
     python -m benchmarks.peer_checkpoint MODEL OUT --method awq --calibration FILE [--samples 256] [--context 512]
 
-Runs in an environment of its own with llmcompressor 0.14.0.1, which does not go together with vLLM's. The settings are
+Runs in an environment of its own with llmcompressor 0.14.0.1, which does not go together with vLLM's: `make
+.venv-peers/.installed`. The command and its versions are kept in OUT/made_by.json. The settings are
 those of llm-compressor's examples for Mixture-of-Experts models: 4 bits in groups of 128, every expert calibrated on
 every token. What is quantized is what this project quantizes, the routed experts, so that sizes compare.
 """
@@ -10,6 +11,10 @@ every token. What is quantized is what this project quantizes, the routed expert
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -57,6 +62,10 @@ def main() -> None:
         output_dir=str(args.out),
     )
     tokenizer.save_pretrained(args.out)
+    command = shlex.join(["python", "-m", "benchmarks.peer_checkpoint", *sys.argv[1:]])
+    packages = ("llmcompressor", "compressed-tensors", "torch", "transformers")
+    made_by = {"command": command, "windows": len(rows), **{name: version(name) for name in packages}}
+    (args.out / "made_by.json").write_text(json.dumps(made_by, indent=2))
 
 
 if __name__ == "__main__":
