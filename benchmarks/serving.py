@@ -1,0 +1,195 @@
+"""How fast does vLLM serve a model in each format, and how much memory is left for its cache?
+
+    python -m benchmarks.serving MODEL --text FILE --formats bf16,alphaq:2.5,alphaq:3.5,gptq=DIR,awq=DIR
+        [--concurrency 1,8,32,128] [--input 128] [--output 32] [--serve-args=ARGUMENTS]
+
+One ``vllm serve`` process per format, driven by vLLM's own ``vllm bench serve`` with random prompts; ``alphaq:BITS`` is
+converted first, a ``NAME=DIRECTORY`` is a checkpoint of MODEL by llm-compressor (``benchmarks.peer_checkpoint``). One
+JSON line per format and concurrency goes to ``benchmarks/results/serving.jsonl``. Figures count only where the server's
+log-probabilities of the text are those of transformers on the dequantized weights; otherwise, and where vLLM does not
+serve the format on this machine, the line holds the reason (``error``) in the place of figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks.compressed import write_plain
+from benchmarks.fidelity import compare, reference_logprobs, served_logprobs, windows
+from benchmarks.machine import machine
+from benchmarks.server import CPU_ENVIRONMENT, vllm_server
+from offline.source.checkpoint import open_checkpoint
+
+RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
+# Of what `vllm bench serve` reports: milliseconds, tokens a second, seconds.
+FIGURES = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "output_throughput", "duration")
+CACHE_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
+ERROR_LINE = re.compile(r"\b(\w+Error: .+)")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store the model; checkpoint: by another tool."""
+
+    name: str
+    bits: str | None = None
+    checkpoint: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Format:
+        """From ``bf16``, ``alphaq:BITS`` or ``NAME=DIRECTORY``. Raises ValueError for anything else.
+
+        >>> Format.parse("alphaq:3.5")
+        Format(name='alphaq', bits='3.5', checkpoint=None)
+        """
+        if text == "bf16":
+            return cls(text)
+        if match := re.fullmatch(r"alphaq:(\d+(?:\.\d+)?)", text):
+            return cls("alphaq", bits=match[1])
+        if match := re.fullmatch(r"(\w+)=(.+)", text):
+            return cls(match[1], checkpoint=Path(match[2]))
+        raise ValueError(f"--formats: expected bf16, alphaq:BITS or NAME=DIRECTORY, got {text!r}")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What clients ask for: tokens of a prompt and of an answer, requests for each client in turn."""
+
+    concurrency: tuple[int, ...]
+    input: int
+    output: int
+    rounds: int
+
+
+def prepare(model: Path, wanted: Format, work: Path) -> tuple[Path, Path]:
+    """The checkpoint to serve and an ordinary one of the same values, for transformers."""
+    if wanted.name == "bf16":
+        return model, model
+    plain = work / "plain"
+    if wanted.checkpoint:
+        write_plain(wanted.checkpoint, plain, open_checkpoint(str(model)))
+        return wanted.checkpoint, plain
+    checkpoint = work / "alphaq"
+    _run("offline.convert", str(model), str(checkpoint), "--bits", str(wanted.bits))
+    _run("offline.dequantize", str(checkpoint), str(plain))
+    return checkpoint, plain
+
+
+def _run(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def measure(
+    model: Path, wanted: Format, load: Load, text: str, bound: float, serve_args: list[str], work: Path
+) -> Iterator[dict[str, Any]]:
+    """One row for each concurrency, or one with an error."""
+    checkpoint, plain = prepare(model, wanted, work)
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    prompts = windows(plain, text, 2048)
+    expected = reference_logprobs(plain, prompts, torch.bfloat16)
+    arguments = ["--dtype", "bfloat16", "--max-model-len", "1024", "--no-enable-prefix-caching", *serve_args]
+    arguments += ["--quantization", "alphaq"] if wanted.name == "alphaq" else []
+    log, start = work / "server.log", time.monotonic()
+    try:
+        with vllm_server(checkpoint, arguments, log=log) as base_url:
+            common = {"checkpoint_bytes": size, "load_seconds": time.monotonic() - start, **_memory(log)}
+            found = compare(served_logprobs(base_url, prompts), expected)
+            common |= {"logprob_difference": found.mean_abs_difference}
+            # Not "greater than": nan must not pass.
+            if not found.mean_abs_difference <= bound:
+                yield {**common, "error": f"log-probabilities off by {found.mean_abs_difference:.3f} on average"}
+                return
+            for concurrency in load.concurrency:
+                yield {**common, "concurrency": concurrency, **_bench(base_url, checkpoint, load, concurrency, work)}
+    except RuntimeError:
+        if not (match := ERROR_LINE.search(log.read_text(errors="replace"))):
+            raise
+        yield {"checkpoint_bytes": size, "error": match[1]}
+
+
+def _memory(log: Path) -> dict[str, Any]:
+    """Tokens of cache by the server's own log; bytes of a CPU's cache, and resident bytes of the server.
+
+    On a GPU the cache takes what the weights leave of ``--gpu-memory-utilization``; on a CPU it has a size of its own.
+    """
+    cache = CACHE_TOKENS.search(log.read_text(errors="replace"))
+    servers = psutil.Process().children(recursive=True)
+    resident = sum(process.memory_info().rss for process in servers if process.is_running())
+    space = None if torch.cuda.is_available() else CPU_ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"]
+    return {
+        "cache_tokens": int(cache[1].replace(",", "")) if cache else None,
+        "cpu_cache_gib": space and int(space),
+        "resident_bytes": resident,
+    }
+
+
+def _bench(base_url: str, checkpoint: Path, load: Load, concurrency: int, work: Path) -> dict[str, Any]:
+    """Figures of one run of ``vllm bench serve``. Raises SystemExit if it, or any request, fails."""
+    requests = concurrency * load.rounds
+    command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--disable-tqdm", "--seed", "0"]
+    command += ["--base-url", base_url.removesuffix("/v1"), "--model", str(checkpoint), "--dataset-name", "random"]
+    command += ["--random-input-len", str(load.input), "--random-output-len", str(load.output), "--ignore-eos"]
+    command += ["--num-prompts", str(requests), "--max-concurrency", str(concurrency), "--num-warmups", "1"]
+    command += ["--percentile-metrics", "ttft,tpot", "--save-result", "--result-dir", str(work)]
+    command += ["--result-filename", "bench.json"]
+    log = work / "bench.log"
+    with log.open("wb") as output:
+        status = subprocess.run(command, stdout=output, stderr=output, env={**os.environ}, check=False).returncode
+    if status:
+        raise SystemExit(f"error: vllm bench serve ended with status {status}:\n{log.read_text()[-2000:]}")
+    result = json.loads((work / "bench.json").read_text())
+    if result["completed"] != requests:
+        raise SystemExit(f"error: expected {requests} completed requests, got {result['completed']}")
+    return {"requests": requests, **{name: result[name] for name in FIGURES}}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="for the check of log-probabilities")
+    parser.add_argument("--formats", default="bf16,alphaq:3.5", help="default: %(default)s")
+    parser.add_argument("--concurrency", default="1,8,32,128", help="clients at once (default %(default)s)")
+    parser.add_argument("--input", type=int, default=128, help="tokens of a prompt (default %(default)s)")
+    parser.add_argument("--output", type=int, default=32, help="tokens of an answer (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="requests for each client (default %(default)s)")
+    parser.add_argument("--bound", type=float, default=0.05, help="on the mean difference of log-probabilities, nats")
+    parser.add_argument("--serve-args", type=shlex.split, default=[], help="more arguments for vllm serve, one string")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="where lines are appended")
+    args = parser.parse_args()
+    try:
+        formats = [Format.parse(text) for text in args.formats.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
+    load = Load(tuple(map(int, args.concurrency.split(","))), args.input, args.output, args.rounds)
+    settings = {"model": args.model.name, "input": args.input, "output": args.output, "serve_args": args.serve_args}
+    for wanted in formats:
+        with tempfile.TemporaryDirectory(prefix="alphaq-serving-") as work:
+            for figures in measure(
+                args.model, wanted, load, args.text.read_text(), args.bound, args.serve_args, Path(work)
+            ):
+                row = {**settings, "format": wanted.name, "bits": wanted.bits and float(wanted.bits), **figures}
+                row |= {**machine(), "vllm": version("vllm")}
+                with args.results.open("a") as file:
+                    print(json.dumps(row), file=file)
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
