@@ -2,17 +2,17 @@ PYTHON ?= python3
 MODEL ?= tests/models/docs-moe
 BITS ?= 3.5
 SERVE_ARGS ?=
+PRESET ?= short
+BENCH_ARGS ?=
 
 .PHONY: demo bench test test-gpu test-long lint
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/python -m benchmarks.demo "$(MODEL)" --bits $(BITS) --serve-args="$(SERVE_ARGS)"
 
-# Some minutes on a laptop: what the embedded model loses, and the page of all results.
-bench: .venv-test/.installed
-	.venv-test/bin/python -m benchmarks.quality tests/models/docs-moe --text tests/models/docs-moe/held-out.txt \
-		--tokens 8192 --context 256 --bits 2.5,3.5
-	.venv-test/bin/python -m benchmarks.report
+# By default some minutes on a laptop: the embedded model in each format, and the page of all results.
+bench: .venv-test/.installed .venv-peers/.installed
+	.venv-test/bin/python -m benchmarks.suite $(PRESET) $(BENCH_ARGS)
 
 test: lint
 	.venv-test/bin/python -m pytest

@@ -1,9 +1,12 @@
 """How fast and in how much memory a checkpoint is converted.
 
     python -m benchmarks.convert [--layers 2,8] [--experts 60] [--workers N] [--directory DIR]
+    python -m benchmarks.convert --model MODEL --calibration FILE --out DIR [--peers .venv-peers/bin/python]
 
-Generates checkpoints of Qwen1.5-MoE's layer shape with random heavy-tailed weights, converts each with
+The first generates checkpoints of Qwen1.5-MoE's layer shape with random heavy-tailed weights, converts each with
 ``python -m offline.convert`` from the weights alone, and times the measuring of alpha against a loop of ``svdvals``.
+The second makes checkpoints of MODEL in DIR with AlphaQ (by default and from the weights alone), and with GPTQ and AWQ
+by llm-compressor (``benchmarks.peer_checkpoint``), each by a user's command, start of Python included.
 One JSON line per checkpoint is printed and appended to ``benchmarks/results/convert.jsonl``.
 
 Memory is the greatest resident size of the process and its children together, sampled ten times a second: once with
@@ -19,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -87,19 +91,61 @@ def _heavy_tailed(rows: int, columns: int, generator: torch.Generator, spread: f
 
 
 def convert(source: Path, out: Path, workers: int) -> dict[str, float]:
-    """Convert, and return seconds, CPU seconds and peak bytes."""
+    """Convert from the weights alone; see ``watch``."""
     command = [sys.executable, "-m", "offline.convert", str(source), str(out), "--workers", str(workers)]
-    command += ["--noise", "measured", "--quantizer", "mse"]
+    return watch([*command, "--noise", "measured", "--quantizer", "mse"])
+
+
+def compare(model: Path, calibration: Path, samples: int, context: int, peers: str, out: Path) -> list[dict[str, Any]]:
+    """A line for each tool's checkpoint of the model, which stays in ``out``."""
+    ours = [sys.executable, "-m", "offline.convert", str(model), "--bits", "3.5"]
+    theirs = [peers, "-m", "benchmarks.peer_checkpoint", str(model), "--calibration", str(calibration)]
+    theirs += ["--samples", str(samples), "--context", str(context)]
+    commands = {
+        "alphaq": ours,
+        "alphaq-weights-alone": [*ours, "--noise", "measured", "--quantizer", "mse"],
+        **{name: [*theirs, "--method", name] for name in ("gptq", "awq")},
+    }
+    lines = []
+    for tool, command in commands.items():
+        written = out / tool
+        figures = watch([*command, str(written)])
+        made_by = written / "made_by.json"
+        lines.append(
+            {
+                "model": model.name,
+                "tool": tool,
+                "source_bytes": _tensor_bytes(model),
+                "checkpoint_bytes": _tensor_bytes(written),
+                **figures,
+                "made_by": json.loads(made_by.read_text()) if made_by.exists() else None,
+                **machine(),
+            }
+        )
+    return lines
+
+
+def _tensor_bytes(checkpoint: Path) -> int:
+    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+
+
+def watch(command: list[str]) -> dict[str, float]:
+    """Run a command, and return seconds, CPU seconds and peak bytes. Raises SystemExit if it fails."""
     start = time.monotonic()
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = peak_unshared = 0
     ticks: dict[str, int] = {}
+    errors: list[bytes] = []
+    reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
+    reader.start()
     while process.poll() is None:
         shared, unshared = _sample(process.pid, ticks)
         peak, peak_unshared = max(peak, shared), max(peak_unshared, unshared)
         time.sleep(SECONDS_BETWEEN_SAMPLES)
+    reader.join()
     if process.returncode:
-        raise SystemExit(f"error: {' '.join(command)} ended with exit status {process.returncode}")
+        message = b"".join(errors).decode(errors="replace")[-2000:]
+        raise SystemExit(f"error: {' '.join(command)} ended with exit status {process.returncode}:\n{message}")
     return {
         "seconds": time.monotonic() - start,
         "cpu_seconds": sum(ticks.values()) / os.sysconf("SC_CLK_TCK"),
@@ -155,14 +201,33 @@ def _best_time(function: Any) -> float:
     return min(times)
 
 
-def main() -> None:
-    """The command."""
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="2,8", help="numbers of layers (default 2,8)")
     parser.add_argument("--experts", type=int, default=60, help="experts in a layer (default 60)")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one per core)")
     parser.add_argument("--directory", type=Path, help="for the checkpoints, which are removed (default: temporary)")
+    parser.add_argument("--model", type=Path, help="a checkpoint that all tools convert")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="UTF-8 text for the tools that need one")
+    parser.add_argument("--samples", type=int, default=256, help="windows of it for them (default 256)")
+    parser.add_argument("--context", type=int, default=512, help="tokens in a window (default 512)")
+    parser.add_argument("--peers", default=".venv-peers/bin/python", help="a Python with llm-compressor (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the checkpoints go")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="where lines are appended")
+    return parser
+
+
+def main() -> None:
+    """The command."""
+    parser = build_parser()
     args = parser.parse_args()
+    if args.model:
+        if not (args.calibration and args.out):
+            parser.error("--model: expected --calibration FILE and --out DIR beside it")
+        for line in compare(args.model, args.calibration, args.samples, args.context, args.peers, args.out):
+            _record(line, args.results)
+        return
     speedups = [alpha_speedup(spread) for spread in SPREADS]
     for num_layers in map(int, args.layers.split(",")):
         with tempfile.TemporaryDirectory(dir=args.directory) as directory:
@@ -180,10 +245,13 @@ def main() -> None:
             "alpha_speedups": speedups,
             **machine(),
         }
-        print(json.dumps(line), flush=True)
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            print(json.dumps(line), file=file)
+        _record(line, args.results)
+
+
+def _record(line: dict[str, Any], results: Path) -> None:
+    print(json.dumps(line), flush=True)
+    with results.open("a") as file:
+        print(json.dumps(line), file=file)
 
 
 if __name__ == "__main__":

@@ -83,13 +83,18 @@ def generate(name: str, out: Path, layers: int, seed: int = 0) -> None:
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(out)
 
 
-def main() -> None:
-    """The command."""
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=2)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """The command."""
+    args = build_parser().parse_args()
     generate(args.model, args.out, args.layers)
 
 

@@ -280,8 +280,8 @@ def several(kind: type) -> Callable[[str], list]:
     return lambda text: [kind(part) for part in text.split(",") if part]
 
 
-def main() -> None:
-    """Parse arguments."""
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--static", action="store_true", help="compile only, for absent GPUs")
     parser.add_argument("--json", action="store_true", help="with --static: JSON lines")
@@ -293,6 +293,12 @@ def main() -> None:
     parser.add_argument("--bits", type=several(float), default=[2.5, 3.5], help=f"out of {sorted(SHARES)}")
     parser.add_argument("--peers", type=lambda t: list(PEERS) if t == "all" else several(str)(t), default=list(PEERS))
     parser.add_argument("--seconds", type=float, default=0.1, help="of replays for each setting")
+    return parser
+
+
+def main() -> None:
+    """The command."""
+    parser = build_parser()
     arguments = parser.parse_args()
     if arguments.static:
         run_static(arguments)

@@ -18,10 +18,9 @@ from offline.threads import available_cores
 def machine() -> dict[str, Any]:
     """What every line of results says of itself."""
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": available_cores(),
@@ -32,3 +31,16 @@ def machine() -> dict[str, Any]:
         "transformers": version("transformers"),
         "alphaq_vllm": version("alphaq-vllm"),
     }
+
+
+def _commit() -> str:
+    """The commit, with ``-dirty`` where anything but results differs from it."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+        )
+
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results").returncode
+    return f"{commit}-dirty" if commit and changed else commit

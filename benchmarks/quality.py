@@ -6,7 +6,7 @@
 Converts MODEL with every variant of a preset at every budget and runs the result in transformers on the text, beside
 MODEL itself. ``--checkpoint`` measures a checkpoint that llm-compressor made of MODEL (see
 ``benchmarks.peer_checkpoint``). Each result is a line of JSON in ``benchmarks/results/quality.jsonl``; what is there
-already, of the same model, text and settings, is not measured again.
+already, of the same model, text and settings, is not measured again without ``--again``.
 
 Presets (``--preset``, several with commas): see ``PRESETS``. Choose defaults on one text and report on another.
 """
@@ -50,6 +50,11 @@ PRESETS = {
         "weights alone: alpha, mse": WEIGHTS_ALONE,
         "default, but mse": "--quantizer mse",
         "default, but gamma 0": "--gamma 0",
+        "default": "",
+    },
+    "short": {
+        "uniform, rtn": "--mode uniform --quantizer rtn",
+        "weights alone: alpha, mse": WEIGHTS_ALONE,
         "default": "",
     },
     # What a calibration text adds.
@@ -178,9 +183,11 @@ def known(results: Path, identity: dict[str, Any]) -> set[tuple[str, str]]:
     return {(row["variant"], row["arguments"]) for row in rows if identity.items() <= row.items()}
 
 
-def record(bench: Bench, variant: Variant, measure: Callable[[], dict[str, Any]], results: Path) -> None:
-    """Append a line to the results, unless there is one already."""
-    if (variant.name, variant.arguments) in known(results, bench.identity):
+def record(
+    bench: Bench, variant: Variant, measure: Callable[[], dict[str, Any]], results: Path, *, again: bool = False
+) -> None:
+    """Append a line to the results, unless there is one already that will do."""
+    if not again and (variant.name, variant.arguments) in known(results, bench.identity):
         return
     row = {**bench.identity, "variant": variant.name, "arguments": variant.arguments, **measure(), **machine()}
     with results.open("a") as file:
@@ -193,8 +200,8 @@ def record(bench: Bench, variant: Variant, measure: Callable[[], dict[str, Any]]
     )
 
 
-def main() -> None:
-    """The command."""
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory of a Hugging Face checkpoint, or name of a model on the Hub")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE")
@@ -206,7 +213,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens in a window (default 512)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of computation")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="where lines are appended")
+    parser.add_argument("--again", action="store_true", help="measure what is in the results already, too")
     parser.add_argument("--work", type=Path, help="where temporary checkpoints go (default: the system's place)")
+    return parser
+
+
+def main() -> None:
+    """The command."""
+    parser = build_parser()
     args = parser.parse_args()
     presets = [name for name in args.preset.split(",") if name]
     if unknown := set(presets) - set(PRESETS):
@@ -221,7 +235,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         bench = Bench(args.model, args.text, args.tokens, args.context, getattr(torch, args.dtype), Path(work))
         for variant in wanted:
-            record(bench, variant, partial(bench.measure, variant), args.results)
+            record(bench, variant, partial(bench.measure, variant), args.results, again=args.again)
 
 
 if __name__ == "__main__":

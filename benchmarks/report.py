@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -89,26 +90,57 @@ def plot_quality(rows: list[Row], file: Path) -> list[str]:
     """
     if len({row["stored_bits"] for row in rows if "bits" in row}) < 3:
         return []
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        points = sorted((row["stored_bits"], row["kl"]) for row in rows if row["variant"] == variant)
-        if len(points) > 2 or "llm-compressor" in variant:
-            axes.plot(*zip(*points, strict=True), "o-" if len(points) > 2 else "*", label=variant, linewidth=1)
-    axes.set(xlabel="stored bits per weight of an expert", ylabel="KL divergence, nats a token", yscale="log")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    with _axes(file) as axes:
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            points = sorted((row["stored_bits"], row["kl"]) for row in rows if row["variant"] == variant)
+            if len(points) > 2 or "llm-compressor" in variant:
+                axes.plot(*zip(*points, strict=True), "o-" if len(points) > 2 else "*", label=variant, linewidth=1)
+        axes.set(xlabel="stored bits per weight of an expert", ylabel="KL divergence, nats a token", yscale="log")
     return [f"![KL divergence against stored bits]({file.name})", ""]
 
 
 def conversion(rows: list[Row]) -> list[str]:
-    """Speed and memory of the converter."""
+    """Speed and memory of the converter, alone and beside other tools."""
+    compared = [row for row in rows if "tool" in row]
+    return [*_converter([row for row in rows if "tool" not in row]), *_converters(compared)]
+
+
+def _converters(rows: list[Row]) -> list[str]:
+    latest = {(row["model"], row["source_bytes"], row["cpu"], row["gpu"], row["tool"]): row for row in rows}
+    if not latest:
+        return []
+    header = [
+        "model, tool",
+        "source",
+        "checkpoint",
+        "seconds",
+        "CPU seconds",
+        "peak memory",
+        "machine",
+        "date",
+        "commit",
+    ]
+    lines = [
+        [
+            f"{row['model']}, {row['tool']}",
+            f"{row['source_bytes'] / 1e6:.1f} MB",
+            f"{row['checkpoint_bytes'] / 1e6:.1f} MB",
+            f"{row['seconds']:.0f}",
+            f"{row['cpu_seconds']:.0f}",
+            f"{row['peak_bytes'] / 1e6:.0f} MB",
+            f"{row['gpu'] or row['cpu']}, {row['cores']} cores",
+            row["date"][:10],
+            row["commit"],
+        ]
+        for row in latest.values()
+    ]
+    commands = {row["made_by"]["command"]: row["made_by"] for row in latest.values() if row["made_by"]}
+    made_by = [f"- `{command}`, llm-compressor {by['llmcompressor']}" for command, by in commands.items()]
+    about = "The whole command, start of Python included; AlphaQ at 3.5 bits, GPTQ and AWQ at 4 by llm-compressor:"
+    return ["## Conversion by other tools", "", about, *made_by, "", *table(header, lines), ""]
+
+
+def _converter(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     header = [
@@ -139,9 +171,130 @@ def conversion(rows: list[Row]) -> list[str]:
     return ["## Conversion", "", "`python -m benchmarks.convert`, Qwen1.5-MoE's layers.", "", *table(header, lines), ""]
 
 
-def kernels(rows: list[Row]) -> list[str]:
+def serving(rows: list[Row], directory: Path) -> list[str]:
+    """A table and a plot for each model, machine and kind of request."""
+
+    def setting(row: Row) -> tuple[str, ...]:
+        keys = ("model", "checkpoint_of", "input", "output", "serve_args", "cpu", "cores", "gpu", "vllm")
+        return tuple(str(row.get(key)) for key in keys)
+
+    latest = {(setting(row), row["format"], row["bits"], row.get("concurrency")): row for row in rows}
+    page = []
+    for number, (_, group) in enumerate(groupby(sorted(latest.values(), key=setting), setting), 1):
+        measured = list(group)
+        one = measured[-1]
+        page += [
+            f"## Serving: {one['model']}",
+            "",
+            f"`vllm serve {' '.join(one['serve_args'])}` driven by `vllm bench serve`, random prompts of "
+            f"{one['input']} tokens, answers of {one['output']}; vLLM {one['vllm']}, {one['gpu'] or one['cpu']}, {one['cores']} cores. "
+            + ("" if one["gpu"] else "On a CPU AlphaQ's experts run in torch: no figure of the GPU's kernels. "),
+            "",
+            *plot_serving(measured, directory / f"serving-{number}.png"),
+            *table(
+                [
+                    "format", "clients", "checkpoint", "load", "first token", "next token", "tokens/s", "cache", "date",
+                    "commit",
+                ],
+                [
+                    [
+                        _format(row),
+                        str(row["concurrency"]),
+                        f"{row['checkpoint_bytes'] / 1e6:.1f} MB",
+                        f"{row['load_seconds']:.0f} s",
+                        f"{row['mean_ttft_ms']:.0f} ms",
+                        f"{row['mean_tpot_ms']:.1f} ms",
+                        f"{row['output_throughput']:.0f}",
+                        f"{row['cache_tokens']} tokens",
+                        row["date"][:10],
+                        row["commit"],
+                    ]
+                    for row in measured
+                    if "error" not in row
+                ],
+            ),
+            "",
+            *(f"- {_format(row)}: no figures, {row['error']}" for row in measured if "error" in row),
+            "",
+        ]  # fmt: skip
+    return page
+
+
+def _format(row: Row) -> str:
+    return f"{row['format']}, {row['bits']:g} bits" if row["bits"] else row["format"]
+
+
+def plot_serving(rows: list[Row], file: Path) -> list[str]:
+    """Plot throughput against concurrency, and return the lines that show it; none for less than two formats."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if "error" not in row:
+            lines.setdefault(_format(row), []).append((row["concurrency"], row["output_throughput"]))
+    if len(lines) < 2:
+        return []
+    with _axes(file) as axes:
+        for name, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
+        axes.set(xlabel="clients at once", ylabel="output tokens a second", xscale="log", yscale="log")
+    return [f"![Throughput against concurrency]({file.name})", ""]
+
+
+@contextmanager
+def _axes(file: Path) -> Iterator[Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    yield axes
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def zero_shot(rows: list[Row]) -> list[str]:
+    """Accuracy by task."""
+    latest = {(row["model"], row["limit"], tuple(row["accuracy"])): row for row in rows}
+    if not latest:
+        return []
+    lines = [
+        [
+            row["model"] + (f" ({row['limit']} questions a task)" if row["limit"] else ""),
+            f"{row['mean']:.2%}",
+            ", ".join(f"{task} {value:.2%}" for task, value in row["accuracy"].items()),
+            *(str(row[key]) for key in ("vllm", "date", "commit")),
+        ]
+        for row in latest.values()
+    ]
+    return ["## Zero-shot accuracy", "", *table(["model", "mean", "tasks", "vLLM", "date", "commit"], lines), ""]
+
+
+def plot_kernels(rows: list[Row], directory: Path) -> list[str]:
+    """Plot time against tokens for each model, with the limit of each of our rows."""
+    page = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        file = directory / f"kernels-{model}.png"
+        with _axes(file) as axes:
+            lines: dict[str, list[tuple[int, float]]] = {}
+            for row in rows:
+                if row["model"] == model:
+                    name = f"{row['kernel']} {row.get('bits', '')}".strip()
+                    lines.setdefault(name, []).append((row["tokens"], row["us"]))
+                    if "fraction" in row:
+                        lines.setdefault(f"limit of {name}", []).append((row["tokens"], row["us"] * row["fraction"]))
+            for name, points in lines.items():
+                axes.plot(*zip(*sorted(points), strict=True), ":" if name.startswith("limit") else "o-", label=name)
+            axes.set(xlabel="tokens", ylabel="microseconds", xscale="log", yscale="log", title=model)
+        page += [f"![Time against tokens, {model}]({file.name})", ""]
+    return page
+
+
+def kernels(rows: list[Row], directory: Path) -> list[str]:
     """Times of the kernels, where their results were right."""
-    timed = [row for row in rows if "us" in row]
+    latest = {tuple(row.get(key) for key in ("model", "kernel", "bits", "tokens", "gpu")): row for row in rows}
+    timed = [row for row in latest.values() if "us" in row]
     if not timed:
         return []
     header = ["model", "kernel", "bits", "tokens", "us", "of the limit", "GPU", "date", "commit"]
@@ -154,14 +307,19 @@ def kernels(rows: list[Row]) -> list[str]:
         ]
         for row in timed
     ]
-    return ["## Kernels", "", *table(header, lines), ""]
+    return ["## Kernels", "", *plot_kernels(timed, directory), *table(header, lines), ""]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIRECTORY")
+    return parser
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIRECTORY")
-    directory = parser.parse_args().results
+    directory = build_parser().parse_args().results
     page = [
         "# Results",
         "",
@@ -169,7 +327,9 @@ def main() -> None:
         "",
         *quality(read(directory / "quality.jsonl"), directory),
         *conversion(read(directory / "convert.jsonl")),
-        *kernels(read(directory / "kernels.jsonl")),
+        *serving(read(directory / "serving.jsonl"), directory),
+        *zero_shot(read(directory / "zero_shot.jsonl")),
+        *kernels(read(directory / "kernels.jsonl"), directory),
     ]
     (directory / "README.md").write_text("\n".join(page))
 

@@ -1,13 +1,14 @@
 """How fast does vLLM serve a model in each format, and how much memory is left for its cache?
 
     python -m benchmarks.serving MODEL --text FILE --formats bf16,alphaq:2.5,alphaq:3.5,gptq=DIR,awq=DIR
-        [--concurrency 1,8,32,128] [--input 128] [--output 32] [--serve-args=ARGUMENTS]
+        [--concurrency 1,8,32,128] [--input 128] [--output 64] [--serve-args=ARGUMENTS]
 
 One ``vllm serve`` process per format, driven by vLLM's own ``vllm bench serve`` with random prompts; ``alphaq:BITS`` is
 converted first, a ``NAME=DIRECTORY`` is a checkpoint of MODEL by llm-compressor (``benchmarks.peer_checkpoint``). One
 JSON line per format and concurrency goes to ``benchmarks/results/serving.jsonl``. Figures count only where the server's
 log-probabilities of the text are those of transformers on the dequantized weights; otherwise, and where vLLM does not
-serve the format on this machine, the line holds the reason (``error``) in the place of figures.
+serve the format on this machine, or the answers did not stream token by token, the line holds the reason (``error``)
+in the place of figures.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
 # Of what `vllm bench serve` reports: milliseconds, tokens a second, seconds.
 FIGURES = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "output_throughput", "duration")
 CACHE_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
+# A server that cannot keep up sends several tokens at once, and the time between them is then no client's.
+MIN_STREAMED = 0.95
+MIN_REQUESTS = 16
 ERROR_LINE = re.compile(r"\b(\w+Error: .+)")
 
 
@@ -141,13 +145,13 @@ def _memory(log: Path) -> dict[str, Any]:
 
 def _bench(base_url: str, checkpoint: Path, load: Load, concurrency: int, work: Path) -> dict[str, Any]:
     """Figures of one run of ``vllm bench serve``. Raises SystemExit if it, or any request, fails."""
-    requests = concurrency * load.rounds
+    requests = max(MIN_REQUESTS, concurrency * load.rounds)
     command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--disable-tqdm", "--seed", "0"]
     command += ["--base-url", base_url.removesuffix("/v1"), "--model", str(checkpoint), "--dataset-name", "random"]
     command += ["--random-input-len", str(load.input), "--random-output-len", str(load.output), "--ignore-eos"]
     command += ["--num-prompts", str(requests), "--max-concurrency", str(concurrency), "--num-warmups", "1"]
-    command += ["--percentile-metrics", "ttft,tpot", "--save-result", "--result-dir", str(work)]
-    command += ["--result-filename", "bench.json"]
+    command += ["--percentile-metrics", "ttft,tpot", "--save-result", "--save-detailed"]
+    command += ["--result-dir", str(work), "--result-filename", "bench.json"]
     log = work / "bench.log"
     with log.open("wb") as output:
         status = subprocess.run(command, stdout=output, stderr=output, env={**os.environ}, check=False).returncode
@@ -156,22 +160,33 @@ def _bench(base_url: str, checkpoint: Path, load: Load, concurrency: int, work: 
     result = json.loads((work / "bench.json").read_text())
     if result["completed"] != requests:
         raise SystemExit(f"error: expected {requests} completed requests, got {result['completed']}")
+    streamed = sum(map(len, result["itls"])) / (requests * (load.output - 1))
+    if streamed < MIN_STREAMED:
+        return {"requests": requests, "error": f"only {streamed:.0%} of the tokens arrived one by one"}
     return {"requests": requests, **{name: result[name] for name in FIGURES}}
 
 
-def main() -> None:
-    """The command."""
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="for the check of log-probabilities")
     parser.add_argument("--formats", default="bf16,alphaq:3.5", help="default: %(default)s")
     parser.add_argument("--concurrency", default="1,8,32,128", help="clients at once (default %(default)s)")
     parser.add_argument("--input", type=int, default=128, help="tokens of a prompt (default %(default)s)")
-    parser.add_argument("--output", type=int, default=32, help="tokens of an answer (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=4, help="requests for each client (default %(default)s)")
+    parser.add_argument("--output", type=int, default=64, help="tokens of an answer (default %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="requests for each client, at least 16 in all (default %(default)s)"
+    )
     parser.add_argument("--bound", type=float, default=0.05, help="on the mean difference of log-probabilities, nats")
     parser.add_argument("--serve-args", type=shlex.split, default=[], help="more arguments for vllm serve, one string")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="where lines are appended")
+    return parser
+
+
+def main() -> None:
+    """The command."""
+    parser = build_parser()
     args = parser.parse_args()
     try:
         formats = [Format.parse(text) for text in args.formats.split(",")]

@@ -132,7 +132,7 @@ def convert(
 
 def main(arguments: Sequence[str]) -> None:
     """The command."""
-    args = _parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     runs = can_run(find_experts(open_checkpoint(args.model)))
     propagated = read_statistics(args.stats).has_gains if args.stats else runs
     widths, room = widths_from(args, "propagated" if propagated else "measured"), room_from(args)
@@ -178,7 +178,8 @@ def _least_bytes(job: Job, widths: Budget | Mapping[str, int], room: Room | None
     return min(job.bytes_at(widths.widths[-1]), room.limit) if room else job.bytes_at(widths.average_bits)
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The arguments."""
     parser = Parser("convert", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("model", help="directory of a Hugging Face checkpoint, or name of a model on the Hub")
     parser.add_argument("out", type=Path, help="output directory: new or empty")

@@ -9,8 +9,9 @@ from benchmarks.load import BAD_REQUESTS, Load, Step, compare, serve_and_run
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 # On a CPU, unquantized vLLM gives the same bits whatever the batch.
 BOUND = 0.05
-# In MiB. Before oneDNN was given few shapes to keep, a server grew by 160 in a minute.
-MAX_GROWTH = 64
+# In MiB, by seconds. Before oneDNN was given few shapes to keep, a server grew by 160 in every minute. What takes its
+# place once takes longer than half of the short run on a busy machine: 75 were seen there, flat at the end.
+MAX_GROWTH = {45: 128, 600: 64}
 ARGUMENTS = ["--quantization", "alphaq", "--dtype", "bfloat16"]
 
 
@@ -22,7 +23,7 @@ def test_server_under_load_answers_like_a_quiet_one(mixed_checkpoint, tmp_path, 
     assert min(load.requests.values()) > seconds
     assert load.requests["bad"] > 3 * len(BAD_REQUESTS)
     assert load.compared_tokens > 100 * seconds
-    assert load.memory_growth() < MAX_GROWTH
+    assert load.memory_growth() < MAX_GROWTH[seconds]
     # Told to stop, vLLM's processes sometimes log that another has stopped before them.
     log = (tmp_path / "log").read_text().partition("[shutdown]")[0]
     assert "Traceback" not in log
