@@ -44,7 +44,8 @@ CACHE_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 # A server that cannot keep up sends several tokens at once, and the time between them is then no client's.
 MIN_STREAMED = 0.95
 MIN_REQUESTS = 16
-ERROR_LINE = re.compile(r"\b(\w+Error: .+)")
+# Not the hints of vLLM that quote an error.
+ERROR_LINE = re.compile(r"(?<!`)\b(\w+Error: .+)")
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,14 @@ def _bench(base_url: str, checkpoint: Path, load: Load, concurrency: int, work: 
     command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--disable-tqdm", "--seed", "0"]
     command += ["--base-url", base_url.removesuffix("/v1"), "--model", str(checkpoint), "--dataset-name", "random"]
     command += ["--random-input-len", str(load.input), "--random-output-len", str(load.output), "--ignore-eos"]
-    command += ["--num-prompts", str(requests), "--max-concurrency", str(concurrency), "--num-warmups", "1"]
+    command += [
+        "--num-prompts",
+        str(requests),
+        "--max-concurrency",
+        str(concurrency),
+        "--num-warmups",
+        str(concurrency),
+    ]
     command += ["--percentile-metrics", "ttft,tpot", "--save-result", "--save-detailed"]
     command += ["--result-dir", str(work), "--result-filename", "bench.json"]
     log = work / "bench.log"

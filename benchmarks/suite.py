@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-EMBEDDED = Path(__file__).parents[1] / "tests" / "models" / "docs-moe"
+ROOT = Path(__file__).parents[1]
+EMBEDDED = Path("tests", "models", "docs-moe")
 PAPER_MODELS = ("mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen1.5-MoE-A2.7B", "deepseek-ai/DeepSeek-V2-Lite")
 PAPER_BITS = ("2.5", "3", "3.5")
 # Layers of each generated model: enough for the experts to outweigh the rest, few enough for one GPU in bfloat16.
@@ -33,7 +34,8 @@ def short(work: Path, text: Path) -> Iterator[Command]:
     """The embedded model; the peers' calibration text is Python's own help, which is not in the text reported on."""
     model, peers = str(EMBEDDED), ("gptq", "awq")
     yield (
-        "benchmarks.convert", "--model", model, "--calibration", str(text), "--context", "256", "--out", str(work),
+        "benchmarks.convert", "--model", model, "--calibration", str(text), "--samples", "64", "--context", "256",
+        "--out", str(work),
     )  # fmt: skip
     held_out = str(EMBEDDED / "held-out.txt")
     quality = ("benchmarks.quality", model, "--text", held_out, "--tokens", "8192", "--context", "256", "--again")
@@ -95,7 +97,7 @@ def main() -> None:
         parser.error("paper: expected the text of perplexity: add --text FILE")
     with tempfile.TemporaryDirectory(prefix="alphaq-suite-", dir=args.work) as folder:
         work = Path(folder)
-        text = args.text or work / "python-help.txt"
+        text = args.text.resolve() if args.text else work / "python-help.txt"
         if not args.text:
             text.write_text("\n\n".join(topics.values()))
         for module, *arguments in PRESETS[args.preset](work, text):
@@ -103,7 +105,7 @@ def main() -> None:
             if args.dry_run:
                 importlib.import_module(module).build_parser().parse_args(arguments)
                 continue
-            status = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+            status = subprocess.run([sys.executable, "-m", module, *arguments], check=False, cwd=ROOT).returncode
             if status:
                 sys.exit(status)
 
