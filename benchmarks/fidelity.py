@@ -55,11 +55,12 @@ def reference_logprobs(model: Path, prompts: list[list[int]], dtype: torch.dtype
     return torch.cat(picked)
 
 
-def served_logprobs(base_url: str, prompts: list[list[int]]) -> torch.Tensor:
-    """The same, by an OpenAI-compatible server."""
+def served_logprobs(base_url: str, prompts: list[list[int]], model: str | None = None) -> torch.Tensor:
+    """The same, by an OpenAI-compatible server; model: one of its names, such as an adapter's."""
     picked: list[float] = []
     for ids in prompts:
         body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        body |= {"model": model} if model else {}
         request = urllib.request.Request(
             f"{base_url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )

@@ -47,6 +47,29 @@ def test_server_gives_the_log_probabilities_of_the_dequantized_model(
     assert result.perplexity_served == pytest.approx(result.perplexity_reference, rel=0.005)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--enforce-eager"], id="eager"),
+        pytest.param(["-cc.cudagraph_mode=PIECEWISE"], id="piecewise-graphs"),
+        pytest.param(["-cc.cudagraph_mode=FULL"], id="full-graphs"),
+        pytest.param(TWO_RANKS, id="tensor-parallel"),
+        pytest.param(EXPERT_PARALLEL, id="expert-parallel"),
+        pytest.param([*EXPERT_PARALLEL, "--expert-placement-strategy", "round_robin"], id="round-robin"),
+        pytest.param(["--pipeline-parallel-size", "2"], id="pipeline-parallel"),
+        pytest.param(["--data-parallel-size", "2", "--enable-expert-parallel"], id="data-parallel-attention"),
+    ],
+)
+def test_gpus_give_the_log_probabilities_of_the_dequantized_model(mixed_checkpoint, tmp_path, arguments):
+    needs_devices(arguments)
+    result = measure(mixed_checkpoint, TEXT, 2048, "float16", arguments, work=tmp_path)
+    assert result.tokens > 2000
+    assert result.mean_abs_difference <= 0.01
+    assert result.perplexity_served == pytest.approx(result.perplexity_reference, rel=0.005)
+
+
 def damaged(checkpoint, folder, change):
     """A copy of the checkpoint with its tensors changed by ``change(tensors)``, and no checksums that would tell."""
     copy = Path(shutil.copytree(checkpoint, folder / "damaged"))
