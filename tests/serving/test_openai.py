@@ -68,6 +68,7 @@ def post(base_url, path, body=None):
     request = urllib.request.Request(url, json.dumps(body or {}).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=300) as response:
         assert response.status == 200
+        return json.loads(response.read() or b"null")
 
 
 def test_streamed_completion_is_that_of_one_answer(server):
