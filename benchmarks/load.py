@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
+import math
 import random
 import shlex
 import tempfile
@@ -23,13 +23,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import psutil
 from transformers import AutoTokenizer
 
+from benchmarks.memory import children_bytes, sampled
 from benchmarks.server import vllm_server
 
 MAX_LENGTH = 512
@@ -71,7 +72,7 @@ class Step:
 
 @dataclass
 class Load:
-    """What happened; memory in MiB, resident in all processes of the server together."""
+    """What happened; memory: the seconds and resident bytes of all processes of the server together."""
 
     seconds: float = 0.0
     requests: Counter[str] = field(default_factory=Counter)
@@ -81,14 +82,16 @@ class Load:
     equal_probes: int = 0
     max_logprob_difference: float = 0.0
     max_margin_of_other_token: float = 0.0
-    memory: list[tuple[float, float]] = field(default_factory=list)
+    memory: list[tuple[float, int]] = field(default_factory=list)
 
     def memory_by_tenths(self) -> list[float]:
-        """The greatest memory in each tenth of the run: what takes its place at the start does not count as growth."""
-        return [max(m for t, m in self.memory if i <= 10 * t / self.seconds < i + 1) for i in range(10)]
+        """The greatest memory in each tenth of the run, in MiB; a sample holds until the next one."""
+        spans = [(start, end, size / 2**20) for (start, size), (end, _) in pairwise([*self.memory, (math.inf, 0)])]
+        edges = [self.seconds * i / 10 for i in range(11)]
+        return [max(m for start, end, m in spans if start < to and end > since) for since, to in pairwise(edges)]
 
     def memory_growth(self) -> float:
-        """From the fifth tenth of the run to the last."""
+        """From the fifth tenth of the run to the last, in MiB: what takes its place at the start does not count."""
         tenths = self.memory_by_tenths()
         return tenths[9] - tenths[4]
 
@@ -212,21 +215,12 @@ async def run(base_url: str, model: str, ids: Sequence[int], clients: int, secon
                 except (RuntimeError, aiohttp.ClientError, TimeoutError, ValueError) as error:
                     load.failures.append(f"{kind}: {error!r}")
 
-        watcher = asyncio.create_task(_watch_memory(load, start))
-        await asyncio.gather(*(work() for _ in range(clients)))
-        watcher.cancel()
+        with sampled(children_bytes, 1) as load.memory:
+            await asyncio.gather(*(work() for _ in range(clients)))
         load.seconds = time.monotonic() - start
         # Whatever happened, the server still answers as before.
         compare(load, quiet[0], await client.complete(*probes[0], temperature=0))
     return load
-
-
-async def _watch_memory(load: Load, start: float) -> None:
-    while True:
-        processes = psutil.Process(os.getpid()).children(recursive=True)
-        resident = sum(process.memory_info().rss for process in processes if process.is_running())
-        load.memory.append((time.monotonic() - start, resident / 2**20))
-        await asyncio.sleep(1)
 
 
 def serve_and_run(

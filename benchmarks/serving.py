@@ -28,12 +28,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks.compressed import write_plain
 from benchmarks.fidelity import compare, reference_logprobs, served_logprobs, windows
 from benchmarks.machine import machine
+from benchmarks.memory import children_bytes
 from benchmarks.server import CPU_ENVIRONMENT, vllm_server
 from offline.source.checkpoint import open_checkpoint
 
@@ -134,13 +134,11 @@ def _memory(log: Path) -> dict[str, Any]:
     On a GPU the cache takes what the weights leave of ``--gpu-memory-utilization``; on a CPU it has a size of its own.
     """
     cache = CACHE_TOKENS.search(log.read_text(errors="replace"))
-    servers = psutil.Process().children(recursive=True)
-    resident = sum(process.memory_info().rss for process in servers if process.is_running())
     space = None if torch.cuda.is_available() else CPU_ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"]
     return {
         "cache_tokens": int(cache[1].replace(",", "")) if cache else None,
         "cpu_cache_gib": space and int(space),
-        "resident_bytes": resident,
+        "resident_bytes": children_bytes(),
     }
 
 

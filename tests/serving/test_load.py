@@ -30,6 +30,13 @@ def test_server_under_load_answers_like_a_quiet_one(mixed_checkpoint, tmp_path, 
     assert "ERROR" not in log
 
 
+def test_memory_of_a_tenth_without_a_sample_is_that_of_the_last_one():
+    sizes = [100, 300, 200, 500]
+    load = Load(seconds=10.0, memory=[(t, m * 2**20) for t, m in zip((0.0, 1.5, 2.5, 8.2), sizes, strict=True)])
+    assert load.memory_by_tenths() == [100, 300, 300, 200, 200, 200, 200, 200, 500, 500]
+    assert load.memory_growth() == 300
+
+
 QUIET = [Step("a", -0.5, 1.0), Step("b", -0.7, 0.01), Step("c", -0.2, 3.0)]
 
 

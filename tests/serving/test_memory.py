@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from offline.convert import convert
-from tests.conftest import MODEL
+from tests.serving.loading_memory import EXPERTS, SIZE, loading_memory, save_wide_model
 
 MEASURE = """
 import gc, json, os, sys
@@ -57,62 +56,13 @@ def test_expert_parameters_hold_the_stored_bytes(mixed_checkpoint):
     assert other < 0.1 * largest_layer, "packed words are kept twice"
 
 
-PEAK = """
-import json, sys, tempfile, threading
-from pathlib import Path
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from tests.reliability.loading import load, one_rank
-
-def allocated():
-    # Files that are mapped into memory do not count: they can be dropped at any moment.
-    with open("/proc/self/status") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
-
-def watched(self, *args, **kwargs):
-    before, peak, done = allocated(), [0], threading.Event()
-    def watch():
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], allocated())
-    thread = threading.Thread(target=watch)
-    thread.start()
-    model = load_model(self, *args, **kwargs)
-    done.set()
-    thread.join()
-    print("RESULT", json.dumps(peak[0] - before))
-    return model
-
-load_model, DefaultModelLoader.load_model = DefaultModelLoader.load_model, watched
-with one_rank(tempfile.mkdtemp()):
-    # The first one also loads vLLM's code.
-    for checkpoint in sys.argv[1:]:
-        load(checkpoint, dtype="bfloat16")
-"""
-
-
-def test_loading_takes_the_stored_bytes_and_at_most_a_layer(mixed_checkpoint, tmp_path, pytestconfig):
+def test_loading_takes_the_stored_bytes_and_at_most_a_layer(mixed_checkpoint, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("measures the memory of a CPU")
-    layers, experts, size = 4, 16, 1024
-    config = transformers.AutoConfig.from_pretrained(
-        MODEL,
-        num_hidden_layers=layers,
-        num_experts=experts,
-        hidden_size=size,
-        moe_intermediate_size=size,
-        layer_types=["full_attention"] * layers,
-    )
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
-    widths = {
-        f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj": 2 + (expert + i) % 3
-        for layer in range(layers)
-        for expert in range(experts)
-        for i, projection in enumerate(("gate", "up", "down"))
-    }
+    widths = {name: 2 + i % 3 for i, name in enumerate(save_wide_model(tmp_path / "model"))}
     checkpoint = tmp_path / "checkpoint"
     convert(str(tmp_path / "model"), checkpoint, widths, quantizer="rtn")
     stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    layer = experts * 3 * size * size * (3 + 32 / 128) / 8
-    command = [sys.executable, "-c", PEAK, str(mixed_checkpoint), str(checkpoint)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=pytestconfig.rootpath).stdout
-    peak = json.loads(output.split("RESULT")[-1].splitlines()[0])
-    assert 0.9 * stored <= peak <= stored + layer, (peak, stored, layer)
+    layer = EXPERTS * 3 * SIZE * SIZE * (3 + 32 / 128) / 8
+    peak, _ = loading_memory(mixed_checkpoint, checkpoint)
+    assert 0.9 * stored <= peak <= stored + layer

@@ -1,17 +1,16 @@
 """Real servers on models that are not quantized: vLLM quantizes them while it loads them."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from benchmarks.fidelity import served_logprobs, windows
 from benchmarks.server import vllm_server
+from tests.serving.loading_memory import EXPERTS, SIZE, loading_memory, save_wide_model
 
 MODEL = Path(__file__).parents[1] / "models" / "docs-moe"
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
@@ -86,64 +85,13 @@ def test_server_refuses_wrong_settings_before_weights_load(tmp_path, settings, m
     assert "EngineCore" not in log.read_text()
 
 
-LOAD = """
-import json, os, sys, threading
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-from vllm import LLM
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-def allocated():
-    # Files that are mapped into memory do not count: they can be dropped at any moment.
-    with open("/proc/self/status") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
-
-def watched(self, *args, **kwargs):
-    before, peak, done = allocated(), [0], threading.Event()
-    def watch():
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], allocated())
-    thread = threading.Thread(target=watch)
-    thread.start()
-    model = load_model(self, *args, **kwargs)
-    done.set()
-    thread.join()
-    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    print("RESULT", json.dumps([peak[0] - before, sum(held.values())]))
-    return model
-
-load_model, DefaultModelLoader.load_model = DefaultModelLoader.load_model, watched
-overrides = {"quantization_config": {"quant_method": "alphaq", "bit_map": sys.argv[2]}}
-LLM(sys.argv[1], quantization="alphaq", hf_overrides=overrides, enforce_eager=True, max_model_len=64, max_num_seqs=2)
-"""
-
-
-def test_loading_takes_the_quantized_bytes_and_less_than_a_layer(tmp_path):
+def test_loading_takes_the_quantized_bytes_and_less_than_a_layer(mixed_checkpoint, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("measures the memory of a CPU")
-    layers, experts, size = 4, 16, 1024
-    config = transformers.AutoConfig.from_pretrained(
-        MODEL,
-        num_hidden_layers=layers,
-        num_experts=experts,
-        hidden_size=size,
-        moe_intermediate_size=size,
-        layer_types=["full_attention"] * layers,
-    )
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
-    for file in MODEL.glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "model")
-    names = [
-        f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj"
-        for layer in range(layers)
-        for expert in range(experts)
-        for projection in ("gate", "up", "down")
-    ]
-    (tmp_path / "bit_map.json").write_text(json.dumps({name: 2 + i % 3 for i, name in enumerate(names)}))
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "model"), str(tmp_path / "bit_map.json")]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    peak, held = json.loads(output.split("RESULT")[1].splitlines()[0])
-    layer = 2 * experts * 3 * size * size
+    names, bit_map = save_wide_model(tmp_path / "model"), tmp_path / "bit_map.json"
+    bit_map.write_text(json.dumps({name: 2 + i % 3 for i, name in enumerate(names)}))
+    settings = {"quantization_config": {"quant_method": "alphaq", "bit_map": str(bit_map)}}
+    peak, held = loading_memory(mixed_checkpoint, tmp_path / "model", skip_tokenizer_init=True, hf_overrides=settings)
+    layer = 2 * EXPERTS * 3 * SIZE * SIZE
     assert held < 1.5 * layer
-    assert peak <= held + layer
+    assert 0.9 * held <= peak <= held + layer
