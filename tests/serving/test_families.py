@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -18,12 +19,16 @@ ON_GPU = torch.cuda.is_available()
 PROMPT = list(range(3, 63))
 # What vLLM's kernels for latent attention ask for.
 MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+HYBRID = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 # What else vLLM reads of a config.
 OPTIONS = {
     "deepseek_v2": {**MLA, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
     "deepseek_v3": {**MLA, "topk_method": "noaux_tc"},
     "llama4_text": {"attention_chunk_size": 128},
-    "qwen3_next": {"linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    "llama4": {"attention_chunk_size": 128},
+    "qwen3_5_moe": HYBRID,
+    "qwen3_5_moe_text": HYBRID,
+    "qwen3_next": HYBRID,
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     # vLLM has no kernel for this family's own scores, sigmoid without groups, on CPUs.
     "minimax_m2": {"rotary_dim": 16, "use_routing_bias": True, "scoring_func": "sigmoid" if ON_GPU else "softmax"},
@@ -31,13 +36,17 @@ OPTIONS = {
 # The name in published checkpoints, where transformers writes another.
 ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}
 # vLLM and transformers differ on these models as they are, or in dtype or scores: vLLM is compared with itself.
-VLLM_ALONE = ("deepseek_v2", "deepseek_v3", "minimax_m2", "qwen3_next")
+VLLM_ALONE = (
+    "deepseek_v2", "deepseek_v3", "llama4", "minimax_m2", "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next",
+)  # fmt: skip
 # vLLM's kernels for linear attention on CPUs take nothing else.
-BFLOAT16 = ("qwen3_next",)
+BFLOAT16 = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
+# vLLM's code for models that see imports torchvision. These are asked in text alone.
+TORCHVISION = ("llama4", "qwen3_5_moe", "qwen3_5_moe_text")
 ALWAYS = ("mixtral", "qwen2_moe", "deepseek_v2", "olmoe", "gpt_oss")
 FAMILIES = (
-    *ALWAYS, "deepseek_v3", "glm4_moe", "granitemoe", "granitemoeshared", "llama4_text", "minimax_m2", "phimoe",
-    "qwen3_moe", "qwen3_next",
+    *ALWAYS, "deepseek_v3", "glm4_moe", "granitemoe", "granitemoeshared", "llama4", "llama4_text", "minimax_m2",
+    "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
 )  # fmt: skip
 SCORE = """
 import gc, json, os, sys
@@ -46,15 +55,16 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 from vllm import LLM, SamplingParams
 prompt = json.loads(sys.argv[2])
 sizes = {"max_model_len": 128, "max_num_seqs": 2}
-llm = LLM(sys.argv[1], dtype=sys.argv[3], enforce_eager=True, skip_tokenizer_init=True, **sizes)
+text = {"language_model_only": True, "skip_tokenizer_init": True}
+llm = LLM(sys.argv[1], enforce_eager=True, **json.loads(sys.argv[3]), **sizes, **text)
 options = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
 (output,) = llm.generate({"prompt_token_ids": prompt}, options)
 print("SCORES", json.dumps([e[t].logprob for e, t in zip(output.prompt_logprobs[1:], prompt[1:])]))
 """
 
 
-def scored_by_vllm(model, dtype):
-    command = [sys.executable, "-c", SCORE, str(model), json.dumps(PROMPT), dtype]
+def scored_by_vllm(model, arguments):
+    command = [sys.executable, "-c", SCORE, str(model), json.dumps(PROMPT), json.dumps(arguments)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.tensor(json.loads(result.stdout.split("SCORES")[1]))
@@ -70,9 +80,15 @@ def scored_by_transformers(model):
 def save_model(model_type, folder):
     """A model whose weights are large enough for its experts to matter."""
     torch.manual_seed(0)
-    options = {**COMMON, **CONFIGS[model_type], **OPTIONS.get(model_type, {}), "initializer_range": 0.1}
+    options, auto = CONFIGS[model_type], transformers.AutoModelForCausalLM
+    more = {**OPTIONS.get(model_type, {}), "initializer_range": 0.1}
+    if "text_config" in options:
+        options, auto = dict(options), transformers.AutoModelForImageTextToText
+        options["text_config"] = {**options["text_config"], **more}
+    else:
+        options = {**COMMON, **options, **more}
     config = transformers.AutoConfig.for_model(model_type, **options)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = auto.from_config(config, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
@@ -86,14 +102,20 @@ def save_model(model_type, folder):
     "model_type", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
 )
 def test_vllm_gives_the_log_probabilities_of_the_dequantized_model(model_type, tmp_path):
+    if model_type in TORCHVISION:
+        pytest.importorskip("torchvision")
     source, checkpoint, dequantized = (tmp_path / name for name in ("source", "checkpoint", "dequantized"))
     save_model(model_type, source)
     matrices = find_experts(open_checkpoint(str(source))).matrices
     convert(str(source), checkpoint, {matrix.name: 2 + i % 7 for i, matrix in enumerate(matrices)}, 64)
     dequantize(str(checkpoint), dequantized, "float32")
     dtype = "float16" if ON_GPU else "bfloat16" if model_type in BFLOAT16 else "float32"
-    score = (lambda model: scored_by_vllm(model, dtype)) if model_type in VLLM_ALONE else scored_by_transformers
-    served, expected, original = scored_by_vllm(checkpoint, dtype), score(dequantized), score(source)
+    arguments = {"dtype": dtype}
+    if model_type.startswith("deepseek") and not ON_GPU:
+        # The kernels that vLLM prefers on a CPU with AMX do not take float32.
+        arguments["attention_backend"] = "CPU_MLA"
+    score = partial(scored_by_vllm, arguments=arguments) if model_type in VLLM_ALONE else scored_by_transformers
+    served, expected, original = scored_by_vllm(checkpoint, arguments), score(dequantized), score(source)
     assert (expected - original).abs().mean() > 0.02
     difference = (served - expected).abs()
     assert difference.mean() < 0.02
