@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Llama4TextConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -28,6 +28,7 @@ from offline import cache as cache_module
 from offline.allocation.widths import Budget
 from offline.convert import convert
 from offline.quantizers.quantize import quantize
+from tests.offline.conftest import COMMON, CONFIGS
 
 MODEL = Path(__file__).parents[1] / "models" / "docs-moe"
 MODULE = "model.layers.1.mlp.experts"
@@ -318,17 +319,14 @@ def test_fused_experts_are_loaded_one_by_one(fused_model):
         assert torch.equal(parameter, layer.get_parameter(name)), name
 
 
-def test_transposed_experts_are_refused(tmp_path):
-    config = Llama4TextConfig(
-        hidden_size=128, intermediate_size=128, intermediate_size_mlp=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, head_dim=32, vocab_size=64, num_local_experts=2, interleave_moe_layer_step=1,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama4")
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4_text"])
+def test_transposed_experts_are_refused(tmp_path, model_type):
+    config = AutoConfig.for_model(model_type, **{**COMMON, **CONFIGS[model_type]})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     with pytest.raises(
         ValueError, match=r"experts\.gate_up_proj: expected matrices .* got transposed ones: run python"
     ):
-        chosen(tmp_path / "llama4")
+        chosen(tmp_path / "model")
 
 
 def test_the_choice_reaches_workers_by_pickle():
