@@ -22,8 +22,15 @@ try:
     from vllm.config import get_current_vllm_config
     from vllm.logger import init_logger
     from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
-    from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+    from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEParallelConfig
     from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+    from vllm.model_executor.layers.fused_moe.modular_kernel import (
+        FusedMoEActivationFormat,
+        FusedMoEExpertsModular,
+        FusedMoEKernel,
+    )
+    from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
     from vllm.model_executor.layers.linear import (
         LinearBase,
         LinearMethodBase,
@@ -43,8 +50,12 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "FUSED_MOE_UNQUANTIZED_CONFIG",
     "CompressedTensorsWNA16",
+    "FusedMoEActivationFormat",
     "FusedMoEConfig",
+    "FusedMoEExpertsModular",
+    "FusedMoEKernel",
     "FusedMoEMethodBase",
     "LinearBase",
     "LinearMethodBase",
@@ -52,6 +63,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RoutedExperts",
+    "TopKWeightAndReduceNoOP",
     "UnquantizedLinearMethod",
     "WeightsMapper",
     "check_interface",
@@ -60,6 +72,7 @@ __all__ = [
     "get_current_vllm_config",
     "local_expert_ids",
     "logger",
+    "maybe_make_prepare_finalize",
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
     "set_weight_attrs",
@@ -75,8 +88,19 @@ INTERFACE: dict[Any, tuple[str, ...]] = {
     CompressedTensorsWNA16: ("strategy", "num_bits", "group_size", "symmetric", "layer_name"),
     ExpertMapManager: ("expert_map", "map_global_to_local"),
     FusedMoEConfig: (
-        "activation", "experts_per_token", "has_bias", "in_dtype", "intermediate_size", "is_lora_enabled",
-        "moe_parallel_config", "num_experts", "swiglu_alpha", "swiglu_beta", "swiglu_limit",
+        "activation", "experts_per_token", "has_bias", "hidden_dim", "in_dtype", "intermediate_size",
+        "intermediate_size_per_partition", "is_lora_enabled", "moe_parallel_config", "num_experts", "swiglu_alpha",
+        "swiglu_beta", "swiglu_limit",
+    ),
+    FusedMoEExpertsModular.apply: (
+        "output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "apply_router_weight_on_input"
+    ),
+    FusedMoEExpertsModular.moe_problem_size: ("a1", "w1", "w2", "topk_ids"),
+    FusedMoEExpertsModular.workspace_shapes: ("M", "N", "K"),
+    FusedMoEKernel: ("prepare_finalize", "fused_experts"),
+    FusedMoEKernel.apply: (
+        "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation", "global_num_experts", "expert_map",
+        "apply_router_weight_on_input", "shared_experts", "shared_experts_input",
     ),
     FusedMoEMethodBase.apply: (
         "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"
@@ -84,6 +108,7 @@ INTERFACE: dict[Any, tuple[str, ...]] = {
     FusedMoEMethodBase.create_weights: (
         "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype"
     ),
+    maybe_make_prepare_finalize: ("moe", "quant_config", "allow_new_interface"),
     LinearMethodBase.apply: ("layer", "x", "bias"),
     QuantizationConfig: ("maybe_update_config",),
     QuantizationConfig.get_quant_method: ("layer", "prefix"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from alphaq_vllm.plugin._compat import (
     set_weight_attrs,
     weight_loader,
 )
+from alphaq_vllm.plugin.modular import exchanges_tokens, modular_kernel
 from alphaq_vllm.plugin.report import LoadReport
 from alphaq_vllm.plugin.support import check_experts
 
@@ -158,6 +160,8 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             for stem in self.shapes:
                 repack_(self._experts(layer, stem, tiled=False))
             self._warm_up(layer)
+        if exchanges_tokens(self.moe):
+            self.moe_kernel = modular_kernel(self.moe, partial(self._compute, layer))
         if self.report:
             self._log(layer, self.report)
 
@@ -213,7 +217,30 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Routed experts' output for ``x [num_tokens, hidden_size]``, before the sum over ranks."""
+        """Routed experts' output for ``x [num_tokens, hidden_size]``, before the sum over ranks.
+
+        Where ranks exchange tokens, ``x`` are this rank's, and so is the output, which may be summed already.
+        """
+        if self.moe_kernel is None:
+            return self._compute(layer, x, topk_weights, topk_ids)
+        return self.moe_kernel.apply(
+            hidden_states=x,
+            # Of the weights it asks how many experts there are.
+            w1=layer.w13_weight_scale,
+            w2=layer.w2_weight_scale,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=self.moe.activation,
+            global_num_experts=self.moe.num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input,
+        )
+
+    def _compute(
+        self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
         tiled = layer.w13_weight_packed.is_cuda
         return fused_moe(
             x,

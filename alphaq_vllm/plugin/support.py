@@ -8,12 +8,15 @@ import torch
 
 from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS
 from alphaq_vllm.plugin._compat import FusedMoEConfig, current_platform, get_current_vllm_config
+from alphaq_vllm.plugin.modular import exchanges_tokens
 
 # gpt-oss's: experts with biases, whose rows of gate and up alternate in a checkpoint.
 GPT_OSS_ACTIVATION = "swigluoai"
-# vLLM itself gathers tokens for this backend and scatters results; the others do it inside kernels that take experts
-# of one size.
-ALL2ALL_BACKEND = "allgather_reducescatter"
+# What brings tokens to the ranks of their experts as rows with ids. Other backends batch them by expert, quantize them,
+# or have experts of their own.
+ALL2ALL_BACKENDS = ("allgather_reducescatter", "deepep_high_throughput", "deepep_v2")
+# In bytes, what DeepEP copies at once.
+DEEPEP_UNIT = 512
 
 
 def check_experts(moe: FusedMoEConfig, prefix: str, group_size: int, num_experts: int) -> None:
@@ -67,17 +70,29 @@ def _check_parallel(moe: FusedMoEConfig, prefix: str) -> None:
             f"{prefix}: --enable-eplb moves experts from rank to rank, which takes experts of one size, and these "
             "differ in width: serve without --enable-eplb"
         )
-    exchanged = parallel.dp_size > 1 or parallel.is_sequence_parallel
     backend = parallel.all2all_backend
-    if backend == "passthrough" or (exchanged and backend != ALL2ALL_BACKEND):
+    exchanged = exchanges_tokens(moe)
+    if backend == "passthrough" or (exchanged and backend not in ALL2ALL_BACKENDS):
         raise ValueError(
-            f"{prefix}: --all2all-backend {backend} comes with kernels that take experts of one size, and these "
-            f"differ in width: use --all2all-backend {ALL2ALL_BACKEND}"
+            f"{prefix}: --all2all-backend {backend} does not hand out tokens in the way that experts of different "
+            f"widths take them: use one of {', '.join(ALL2ALL_BACKENDS)}"
         )
+    if exchanged and parallel.use_ep and backend.startswith("deepep"):
+        _check_deepep(moe, prefix, backend)
     if parallel.use_ep and parallel.pcp_size > 1:
         raise ValueError(
             f"{prefix}: --prefill-context-parallel-size {parallel.pcp_size} with --enable-expert-parallel is not "
             "supported with --quantization alphaq: leave out one of them"
+        )
+
+
+def _check_deepep(moe: FusedMoEConfig, prefix: str, backend: str) -> None:
+    if moe.in_dtype != torch.bfloat16:
+        raise ValueError(f"{prefix}: --all2all-backend {backend} expects --dtype bfloat16, got {moe.in_dtype}")
+    if moe.hidden_dim * moe.in_dtype.itemsize % DEEPEP_UNIT:
+        raise ValueError(
+            f"{prefix}: --all2all-backend {backend} expects a hidden size divisible by "
+            f"{DEEPEP_UNIT // moe.in_dtype.itemsize}, got {moe.hidden_dim}: use --all2all-backend {ALL2ALL_BACKENDS[0]}"
         )
 
 

@@ -1,14 +1,21 @@
 """Experts on several ranks: which rank holds what, and that the ranks together compute what one would."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from vllm.model_executor.layers.fused_moe import all2all_utils
+from vllm.model_executor.layers.fused_moe.prepare_finalize import naive_dp_ep
 from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
 
 from alphaq_vllm.format import matrix_tensors
 from tests.plugin.layers import HIDDEN, TOP_K, build, load, run, stored_tensors
 from tests.reliability.loading import empty_model, one_rank
 
 NUM_EXPERTS = 10
+# Tokens of a rank that has tokens of its own.
+OWN = 2
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +70,71 @@ def test_tensor_parallel_ranks_compute_the_layer_together(size, tensors, routed)
     torch.testing.assert_close(sum(run(layer, *routed) for layer in ranks), expected, rtol=1e-4, atol=1e-4)
 
 
+class Exchange:
+    """In place of vLLM's group of ranks: gives a rank the tokens of all, and keeps its part of the sum for them."""
+
+    device_communicator = SimpleNamespace(all2all_manager=SimpleNamespace(world_size=4))
+
+    def __init__(self, tokens):
+        self.tokens, self.parts = tokens, []
+
+    def dispatch(self, x, topk_weights, topk_ids, is_sequence_parallel, extra_tensors=None):
+        assert extra_tensors is None
+        return self.tokens
+
+    def allocate_combine_input(self, *arguments, **options):
+        return None
+
+    def combine(self, part, is_sequence_parallel):
+        self.parts.append(part.clone())
+        return part[:OWN]
+
+    def combine_into_output(self, part, output, is_sequence_parallel):
+        output.copy_(self.combine(part, is_sequence_parallel))
+
+
+@pytest.fixture
+def exchange(monkeypatch):
+    """``exchange(tokens)``: vLLM's groups are such an ``Exchange``."""
+
+    def replace(tokens):
+        group = Exchange(tokens)
+        for module in (all2all_utils, naive_dp_ep):
+            monkeypatch.setattr(module, "get_ep_group", lambda: group)
+        return group
+
+    # Where vLLM 0.27 has the output of experts; its worker for CPUs does the same.
+    if not torch.accelerator.is_available():
+        monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    init_workspace_manager(torch.device("cpu"))
+    yield replace
+    reset_workspace_manager()
+
+
 @pytest.mark.parametrize("sp_size", [1, 2])
-def test_data_parallel_ranks_compute_the_tokens_that_vllm_gathers(sp_size, tensors, routed):
-    """vLLM gathers the tokens of all ranks, has them routed, and scatters the sum: each rank adds its experts' part."""
-    parallel = {"dp_size": 2, "sp_size": sp_size}
-    ranks = [load(build(NUM_EXPERTS, expert_parallel(4, r, **parallel)), tensors) for r in range(4)]
-    # What makes vLLM's runner gather and scatter around a method: that it has no modular kernel.
-    assert not any(layer.quant_method.supports_internal_mk for layer in ranks)
+def test_ranks_with_tokens_of_their_own_compute_the_layer_together(sp_size, tensors, routed, exchange):
+    """vLLM's modular kernel gathers the tokens of all ranks; each rank adds its experts' part; it scatters the sum."""
+    group = exchange(routed)
+    own = [tensor[:OWN] for tensor in routed]
+    for rank in range(4):
+        layer = load(build(NUM_EXPERTS, expert_parallel(4, rank, dp_size=2, sp_size=sp_size)), tensors)
+        # Else vLLM's runner would exchange tokens too.
+        assert layer.quant_method.supports_internal_mk
+        output = run(layer, *own)
+        assert torch.equal(output, group.parts[rank][:OWN])
     expected = run(load(build(NUM_EXPERTS), tensors), *routed)
-    torch.testing.assert_close(sum(run(layer, *routed) for layer in ranks), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sum(group.parts), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_router_weights_on_the_input_are_applied_once(tensors, routed, exchange):
+    x, weights, ids = routed[0], routed[1][:, :1], routed[2][:, :1]
+    group = exchange((x * weights, weights, ids))
+    layer = load(build(NUM_EXPERTS, expert_parallel(1, 0, dp_size=2)), tensors)
+    one = load(build(NUM_EXPERTS), tensors)
+    for built in (layer, one):
+        built.apply_router_weight_on_input = True
+    run(layer, x[:OWN], weights[:OWN], ids[:OWN])
+    torch.testing.assert_close(group.parts[0], run(one, x, weights, ids), rtol=1e-4, atol=1e-4)
 
 
 def test_pipeline_stage_allocates_its_own_layers_alone(mixed_checkpoint, tmp_path, monkeypatch):

@@ -19,14 +19,32 @@ DATA_PARALLEL = {"dp_size": 2, "use_ep": True, "ep_size": 2}
         pytest.param(
             {**DATA_PARALLEL, "all2all_backend": "deepep_low_latency"},
             {},
-            r"--all2all-backend deepep_low_latency .* use --all2all-backend allgather_reducescatter",
+            r"--all2all-backend deepep_low_latency does not hand out .* use one of allgather_reducescatter, ",
             id="all2all-data-parallel",
         ),
         pytest.param(
-            {"sp_size": 2, "tp_size": 1, "use_ep": True, "ep_size": 2, "all2all_backend": "deepep_high_throughput"},
+            {
+                "sp_size": 2,
+                "tp_size": 1,
+                "use_ep": True,
+                "ep_size": 2,
+                "all2all_backend": "flashinfer_nvlink_one_sided",
+            },
             {},
-            "--all2all-backend deepep_high_throughput comes with kernels",
+            "--all2all-backend flashinfer_nvlink_one_sided does not hand out",
             id="all2all-sequence-parallel",
+        ),
+        pytest.param(
+            {**DATA_PARALLEL, "all2all_backend": "deepep_v2"},
+            {"in_dtype": torch.float16},
+            "--all2all-backend deepep_v2 expects --dtype bfloat16, got torch.float16",
+            id="deepep-dtype",
+        ),
+        pytest.param(
+            {**DATA_PARALLEL, "all2all_backend": "deepep_high_throughput"},
+            {},
+            "hidden size divisible by 256, got 128: use --all2all-backend allgather_reducescatter",
+            id="deepep-hidden-size",
         ),
         pytest.param({"all2all_backend": "passthrough"}, {}, "--all2all-backend passthrough", id="passthrough"),
         pytest.param(
@@ -51,7 +69,12 @@ def test_build_refuses(parallel, options, message):
 
 
 @pytest.mark.parametrize(
-    "parallel", [DATA_PARALLEL, {**DATA_PARALLEL, "sp_size": 2, "ep_size": 4}, {"all2all_backend": "deepep_v2"}]
+    "parallel",
+    [
+        DATA_PARALLEL,
+        {**DATA_PARALLEL, "sp_size": 2, "ep_size": 4},
+        {"all2all_backend": "deepep_low_latency"},
+    ],
 )
 def test_build_accepts_what_vllm_exchanges_itself(parallel):
     build(4, parallel)
