@@ -38,7 +38,7 @@ QUALITY = table("## What does it cost in quality?")
 SERVING = table("### How fast on a CPU?")
 
 
-@pytest.mark.parametrize(("number", "model"), enumerate(TOKENS))
+@pytest.mark.parametrize(("number", "model"), list(enumerate(TOKENS)))
 def test_quality(number, model):
     measured = {
         method(row["arguments"] or row["variant"]): row
