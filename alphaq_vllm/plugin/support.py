@@ -71,13 +71,13 @@ def _check_parallel(moe: FusedMoEConfig, prefix: str) -> None:
             "differ in width: serve without --enable-eplb"
         )
     backend = parallel.all2all_backend
-    exchanged = exchanges_tokens(moe)
+    exchanged = parallel.use_ep and exchanges_tokens(moe)
     if backend == "passthrough" or (exchanged and backend not in ALL2ALL_BACKENDS):
         raise ValueError(
             f"{prefix}: --all2all-backend {backend} does not hand out tokens in the way that experts of different "
             f"widths take them: use one of {', '.join(ALL2ALL_BACKENDS)}"
         )
-    if exchanged and parallel.use_ep and backend.startswith("deepep"):
+    if exchanged and backend.startswith("deepep"):
         _check_deepep(moe, prefix, backend)
     if parallel.use_ep and parallel.pcp_size > 1:
         raise ValueError(

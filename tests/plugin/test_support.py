@@ -74,6 +74,7 @@ def test_build_refuses(parallel, options, message):
         DATA_PARALLEL,
         {**DATA_PARALLEL, "sp_size": 2, "ep_size": 4},
         {"all2all_backend": "deepep_low_latency"},
+        {"dp_size": 2, "all2all_backend": "deepep_low_latency"},
     ],
 )
 def test_build_accepts_what_vllm_exchanges_itself(parallel):
