@@ -47,6 +47,20 @@ def test_server_gives_the_log_probabilities_of_the_dequantized_model(
     assert result.perplexity_served == pytest.approx(result.perplexity_reference, rel=0.005)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for CPUs; GPUs have a test of their own")
+@pytest.mark.parametrize("arguments", [[], ["--enable-expert-parallel"]], ids=["experts-split", "expert-parallel"])
+def test_data_parallel_attention_on_cpus(mixed_checkpoint, tmp_path, arguments):
+    plugin = tmp_path / "gather_on_cpus-0.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: gather-on-cpus\nVersion: 0\n")
+    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\ngather = gather_on_cpus:register\n")
+    environment = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent}", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    arguments = ["--data-parallel-size", "2", "--enforce-eager", *arguments]
+    result = measure(mixed_checkpoint, TEXT, 2048, "float32", arguments, work=tmp_path, environment=environment)
+    assert result.tokens > 2000
+    assert result.max_abs_difference <= 0.001
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(
