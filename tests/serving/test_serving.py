@@ -15,6 +15,7 @@ from benchmarks.server import vllm_server
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 TWO_RANKS = ["--tensor-parallel-size", "2"]
 EXPERT_PARALLEL = [*TWO_RANKS, "--enable-expert-parallel"]
+DATA_PARALLEL = ["--data-parallel-size", "2"]
 QUANTIZATION = ["--quantization", "alphaq"]
 
 
@@ -48,14 +49,21 @@ def test_server_gives_the_log_probabilities_of_the_dequantized_model(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for CPUs; GPUs have a test of their own")
-@pytest.mark.parametrize("arguments", [[], ["--enable-expert-parallel"]], ids=["experts-split", "expert-parallel"])
-def test_data_parallel_attention_on_cpus(mixed_checkpoint, tmp_path, arguments):
-    plugin = tmp_path / "gather_on_cpus-0.dist-info"
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--pipeline-parallel-size", "2"], id="pipeline-parallel"),
+        pytest.param(DATA_PARALLEL, id="data-parallel-experts-split", marks=pytest.mark.long),
+        pytest.param([*DATA_PARALLEL, "--enable-expert-parallel"], id="data-parallel-attention"),
+    ],
+)
+def test_ranks_that_vllm_does_not_support_on_cpus(mixed_checkpoint, tmp_path, arguments):
+    plugin = tmp_path / "parallel_on_cpus-0.dist-info"
     plugin.mkdir()
-    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: gather-on-cpus\nVersion: 0\n")
-    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\ngather = gather_on_cpus:register\n")
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: parallel-on-cpus\nVersion: 0\n")
+    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nparallel_on_cpus = parallel_on_cpus:register\n")
     environment = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent}", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    arguments = ["--data-parallel-size", "2", "--enforce-eager", *arguments]
+    arguments = ["--enforce-eager", *arguments]
     result = measure(mixed_checkpoint, TEXT, 2048, "float32", arguments, work=tmp_path, environment=environment)
     assert result.tokens > 2000
     assert result.max_abs_difference <= 0.001
@@ -73,7 +81,7 @@ def test_data_parallel_attention_on_cpus(mixed_checkpoint, tmp_path, arguments):
         pytest.param(EXPERT_PARALLEL, id="expert-parallel"),
         pytest.param([*EXPERT_PARALLEL, "--expert-placement-strategy", "round_robin"], id="round-robin"),
         pytest.param(["--pipeline-parallel-size", "2"], id="pipeline-parallel"),
-        pytest.param(["--data-parallel-size", "2", "--enable-expert-parallel"], id="data-parallel-attention"),
+        pytest.param([*DATA_PARALLEL, "--enable-expert-parallel"], id="data-parallel-attention"),
     ],
 )
 def test_gpus_give_the_log_probabilities_of_the_dequantized_model(mixed_checkpoint, tmp_path, arguments):
