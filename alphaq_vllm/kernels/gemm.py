@@ -259,7 +259,11 @@ def moe_gemm_kernel(
     # Stripes behind the last one repeat it: they need no mask until they are stored.
     stripe = tl.minimum(block_n * (BLOCK_N // 32) + thread // 32, N // 32 - 1)
     chunk = tl.arange(0, GROUP_SIZE // 32)
-    word_ptrs = packed_ptr + tl.multiple_of(tl.load(offsets_ptr + matrix), 4)
+    offset = tl.load(offsets_ptr + matrix)
+    # Unchanged, for no offset is that large, but no longer known to be an argument: LOP3 does not take one beside a
+    # mask, and would be two instructions on generation 8.
+    bias += (offset >> 62).to(tl.int32)
+    word_ptrs = packed_ptr + tl.multiple_of(offset, 4)
     word_ptrs = word_ptrs + (thread % 32 * (GROUP_SIZE // 32))[:, None] + chunk[None, :]
     row_values = (matrix.to(tl.int64) * N + stripe * 32) * num_groups + thread % 32 // 4 * 4
     row_values = row_values[:, None] + tl.arange(0, 4)[None, :]
