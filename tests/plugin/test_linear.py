@@ -94,9 +94,11 @@ def loaded(kind, linear_format, dtype=torch.bfloat16):
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", PARTS)
-def test_layer_computes_with_the_dequantized_weights(device, num_bits, group_size, dtype, kind):
+def test_layer_computes_with_the_dequantized_weights(device, num_bits, group_size, dtype, kind, monkeypatch):
     if device == "cpu" and num_bits == 8:
         pytest.skip("vLLM has no 8-bit kernel for CPUs")
+    # Else vLLM rounds activations to 8 bits on CPUs with AMX.
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
     torch.manual_seed(0)
     with torch.device(device):
         layer, weight = loaded(kind, LinearFormat(num_bits, group_size), dtype)
@@ -107,10 +109,7 @@ def test_layer_computes_with_the_dequantized_weights(device, num_bits, group_siz
             bias = None if layer.bias is None else layer.bias.float()
             expected = torch.nn.functional.linear(x.float(), weight, bias)
             result = layer.quant_method.apply(layer, x, layer.bias)
-            # vLLM's kernel for CPUs with AMX rounds more than others: 0.007 of the root mean square.
-            error, size = result.float() - expected, expected.square().mean().sqrt()
-            assert error.square().mean().sqrt() < 0.01 * size
-            assert error.abs().max() < 0.06 * size
+            torch.testing.assert_close(result.float(), expected, rtol=0.02, atol=0.02)
 
 
 @on_cpu

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.memory import allocated_bytes, sampled
 from tests.conftest import MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def loading_memory(first, checkpoint, **arguments):
 
 
 def main():
-    from benchmarks.memory import allocated_bytes, sampled
+    # Imports vLLM, which the tests that call this need not.
     from tests.reliability.loading import load, one_rank
 
     arguments, first, checkpoint = json.loads(sys.argv[1]), *sys.argv[2:]
