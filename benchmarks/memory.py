@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,11 +45,12 @@ def sampled(measure: Callable[[], int], interval: float) -> Iterator[list[tuple[
             sample()
 
     sample()
-    thread = threading.Thread(target=watch, name="memory")
-    thread.start()
-    try:
-        yield samples
-    finally:
-        done.set()
-        thread.join()
-        sample()
+    with ThreadPoolExecutor(1, thread_name_prefix="memory") as pool:
+        watcher = pool.submit(watch)
+        try:
+            yield samples
+        finally:
+            done.set()
+            # Raises what the thread died of: samples that are missing must not look like memory that does not grow.
+            watcher.result()
+            sample()

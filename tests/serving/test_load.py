@@ -1,10 +1,12 @@
 """A real server under 200 clients that stream, hang up and send nonsense: right to the last token, and no leak."""
 
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.load import BAD_REQUESTS, Load, Step, compare, serve_and_run
+from benchmarks.memory import sampled
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 # On a CPU, unquantized vLLM gives the same bits whatever the batch.
@@ -35,6 +37,11 @@ def test_memory_of_a_tenth_without_a_sample_is_that_of_the_last_one():
     load = Load(seconds=10.0, memory=[(t, m * 2**20) for t, m in zip((0.0, 1.5, 2.5, 8.2), sizes, strict=True)])
     assert load.memory_by_tenths() == [100, 300, 300, 200, 200, 200, 200, 200, 500, 500]
     assert load.memory_growth() == 300
+
+
+def test_a_watcher_of_memory_that_dies_is_not_quiet():
+    with pytest.raises(IndexError), sampled([1].pop, 0.001):
+        time.sleep(0.1)
 
 
 QUIET = [Step("a", -0.5, 1.0), Step("b", -0.7, 0.01), Step("c", -0.2, 3.0)]
