@@ -1,0 +1,6 @@
+"""A GPU in numpy: runs what Triton compiled for an NVIDIA GPU, instruction by instruction, where there is no GPU.
+
+Triton's interpreter runs a kernel's Python; this runs the PTX that the compiler made of it, so that the deal of values
+to lanes, the pipeline of copies, barriers and the matrix instructions' layouts are tested too. It is strict where a
+GPU is not: see ``memory``.
+"""
