@@ -21,7 +21,7 @@ class PackedExperts:
     packed: flat int32; the words of matrix (e, p) start at ``offsets[e, p]`` and mean ``[N, K * bits / 32]``.
     scales: ``[E, P, N, K / group_size]`` bfloat16. zero_points: the same shape, float16.
     num_bits: ``[E, P]`` int32. offsets: ``[E, P]`` int64, in words, multiples of 4 (16 bytes).
-    widths: every width that occurs in num_bits, ascending; known to the host so that nothing waits for a GPU.
+    widths: at least every width that occurs in num_bits, ascending; known to the host so that nothing waits for a GPU.
     tiled: packed, scales and zero_points are in the order of ``layout``, which GPUs take, not in the checkpoint's.
     """
 

@@ -233,7 +233,7 @@ def moe_gemm_kernel(
     bias,  # the bits of two floats of 128: see BIASES
     P: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    WIDTHS: tl.constexpr,  # tuple of the widths that occur in num_bits
+    WIDTHS: tl.constexpr,  # tuple of the widths that occur in num_bits, and maybe others
     QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # 32 rows for each warp

@@ -133,15 +133,17 @@ class AlphaQConfig(QuantizationConfig):
         projections = self.num_bits[module]
         bits = {SHARD_IDS[name]: widths for name, widths in projections.items()}
         names = {SHARD_IDS[name]: name for name in projections}
+        widths = tuple(sorted({b for experts in self.num_bits.values() for bits in experts.values() for b in bits}))
+        arguments = (layer.moe_config, module, self.group_size, bits, widths, names)
         if self.quantizer:
             from alphaq_vllm.plugin.online import OnlineMoEMethod
 
-            return OnlineMoEMethod(layer.moe_config, module, self.group_size, bits, names, quantizer=self.quantizer)
+            return OnlineMoEMethod(*arguments, quantizer=self.quantizer)
         if layer.moe_config.activation.value == GPT_OSS_ACTIVATION:
             from alphaq_vllm.plugin.gpt_oss import GptOssMoEMethod
 
-            return GptOssMoEMethod(layer.moe_config, module, self.group_size, bits, names)
-        return AlphaQMoEMethod(layer.moe_config, module, self.group_size, bits, names)
+            return GptOssMoEMethod(*arguments)
+        return AlphaQMoEMethod(*arguments)
 
     def _experts_module(self, prefix: str) -> str | None:
         """The bit map's name for the experts that vLLM calls ``prefix``; None if they are not quantized.

@@ -37,7 +37,8 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
     """One layer of routed experts.
 
     num_bits: widths of all experts of the model's layer by shard id (w1 gate, w3 up, w2 down), also of those that
-    other ranks hold. projection_names: the checkpoint's names by shard id, for messages.
+    other ranks hold. widths: all that occur in the model, ascending; not this layer's alone, so that every layer runs
+    the same compiled kernels. projection_names: the checkpoint's names by shard id, for messages.
     """
 
     # Suffixes of the tensors that the checkpoint has of each matrix.
@@ -49,6 +50,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         prefix: str,
         group_size: int,
         num_bits: Mapping[str, tuple[int, ...]],
+        widths: tuple[int, ...],
         projection_names: Mapping[str, str],
     ) -> None:
         check_experts(moe, prefix, group_size, len(num_bits["w1"]))
@@ -56,13 +58,13 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         self.prefix = prefix
         self.group_size = group_size
         self.num_bits = num_bits
+        self.widths = widths
         self.projection_names = projection_names
         self.tp_size = moe.moe_parallel_config.tp_size
         self.tp_rank = moe.moe_parallel_config.tp_rank
         self.global_ids: list[int] = []
         self.shapes: dict[str, tuple[int, int]] = {}
         self.offsets: dict[str, list[list[int]]] = {}
-        self.widths: dict[str, tuple[int, ...]] = {}
         self.loaded: set[str] = set()
         self.report: LoadReport | None = None
 
@@ -84,7 +86,6 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         shards = {"w13": ("w1", "w3"), "w2": ("w2",)}
         for stem, (out_features, in_features) in self.shapes.items():
             bits = [[self.num_bits[shard][expert] for shard in shards[stem]] for expert in self.global_ids]
-            self.widths[stem] = tuple(sorted({b for projections in bits for b in projections}))
             self.offsets[stem], total = expert_offsets(bits, out_features, in_features)
             groups = matrix_tensors(out_features, in_features, 1, self.group_size)
             per_matrix = (len(bits), len(bits[0]))
@@ -270,7 +271,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
     def _experts(self, layer: RoutedExperts, stem: str, tiled: bool) -> PackedExperts:
         packed, scales, zero_points = (getattr(layer, f"{stem}_{suffix}") for suffix in SUFFIXES)
         num_bits, offsets = getattr(layer, f"{stem}_num_bits"), getattr(layer, f"{stem}_offsets")
-        return PackedExperts(packed, scales, zero_points, num_bits, offsets, self.group_size, self.widths[stem], tiled)
+        return PackedExperts(packed, scales, zero_points, num_bits, offsets, self.group_size, self.widths, tiled)
 
     def _tensor_name(self, expert_id: int, shard_id: str, suffix: str) -> str:
         return f"{self.prefix}.{expert_id}.{self.projection_names[shard_id]}.{suffix}"
