@@ -17,7 +17,8 @@ import json
 import random
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ import torch
 import triton
 
 from alphaq_vllm.format import stored_bits_per_weight
-from alphaq_vllm.kernels import Gate, PackedExperts, expert_offsets, fused_moe, repack_
+from alphaq_vllm.kernels import Gate, PackedExperts, expert_offsets, fused_moe, moe_triton, repack_
+from alphaq_vllm.kernels.launches import APART
 from alphaq_vllm.kernels.tiles import tiles_for
 from benchmarks.peers import PEERS
 from benchmarks.sass import compile_gemm
@@ -155,10 +157,26 @@ def limit(shape: Shape, inputs: Inputs, num_bits: torch.Tensor, machine: dict[st
     return max(num_bytes / machine["bytes_per_second"], operations / machine["flops"]) * 1e6
 
 
+@contextmanager
+def launches_apart() -> Iterator[None]:
+    """Launch each kernel when the one ahead has ended, for comparison."""
+    device_of = moe_triton.device_of
+    moe_triton.device_of = lambda device: device_of(device)._replace(launches=APART)
+    try:
+        yield
+    finally:
+        moe_triton.device_of = device_of
+
+
 def measure_ours(
-    shape: Shape, tokens: Sequence[int], average_bits: float, machine: dict[str, float], seconds: float
+    shape: Shape,
+    tokens: Sequence[int],
+    average_bits: float,
+    machine: dict[str, float],
+    seconds: float,
+    apart: bool = False,
 ) -> list[dict]:
-    """One row per number of tokens."""
+    """One row per number of tokens. apart: measure that too."""
     sizes = (shape.intermediate_size, shape.hidden_size)
     stored = [
         random_experts(shape.num_experts, 2, *sizes, average_bits),
@@ -182,6 +200,9 @@ def measure_ours(
             calls = [lambda s=s, inputs=inputs: fused_moe(inputs.x, *s, *inputs[1:]) for s in sets]
             row["us"] = time_graph(calls, seconds)
             row["fraction"] = row["limit"] / row["us"]
+            if apart:
+                with launches_apart():
+                    row["us_apart"] = time_graph(calls, seconds)
         else:
             row["error"] = "wrong result"
         rows.append(row)
@@ -232,7 +253,7 @@ def run_timing(arguments: argparse.Namespace) -> None:
         for peer in arguments.peers:
             measured += measure_peer(peer, shape, arguments.tokens, arguments.seconds)
         for bits in arguments.bits:
-            measured += measure_ours(shape, arguments.tokens, bits, machine, arguments.seconds)
+            measured += measure_ours(shape, arguments.tokens, bits, machine, arguments.seconds, arguments.apart)
         torch.cuda.empty_cache()
         with RESULTS.open("a") as file:
             for row in measured:
@@ -254,6 +275,8 @@ def print_table(rows: Sequence[dict]) -> None:
         ratios = [
             f"{name} {us / r['us']:.2f}" for (m, n, name), us in peers.items() if (m, n) == (r["model"], r["tokens"])
         ]
+        if "us_apart" in r:
+            ratios.append(f"launched apart {r['us_apart'] / r['us']:.2f}")
         print(f"{r['model']:17} {r['bits']:4} {r['tokens']:6} {r['us']:9.1f} {r['fraction']:6.0%}  {', '.join(ratios)}")
 
 
@@ -292,6 +315,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=several(int), default=list(TOKENS))
     parser.add_argument("--bits", type=several(float), default=[2.5, 3.5], help=f"out of {sorted(SHARES)}")
     parser.add_argument("--peers", type=lambda t: list(PEERS) if t == "all" else several(str)(t), default=list(PEERS))
+    parser.add_argument("--apart", action="store_true", help="also time launches that do not overlap")
     parser.add_argument("--seconds", type=float, default=0.1, help="of replays for each setting")
     return parser
 

@@ -77,6 +77,7 @@ def compile_gemm(sm: int, dtype: str, tiles: Tiles, widths: tuple[int, ...], gro
         "QUADS": sm // 10 in QUADS_GENERATIONS,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
+        "OVERLAP": sm >= 90,
     }
     signature = {**POINTERS, "x_ptr": f"*{dtype}"}
     compiled = compile_kernel(

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from alphaq_vllm.kernels.launches import APART, Launches, wait_for_previous_kernel
+
 # Up to here every route looks at all others, and nothing is sorted: one launch instead of three.
 MAX_DIRECT_ROUTES = 256
 
@@ -44,6 +46,7 @@ def make_blocks(
     num_experts: int,
     group_size: int,
     block_m: int,
+    launches: Launches = APART,
 ) -> Blocks:
     """Put the routes into blocks, by launches and into tensors that depend on shapes alone.
 
@@ -59,18 +62,21 @@ def make_blocks(
         route_ids = topk_ids.new_empty(num_routes, block_m, dtype=torch.int32)
         padded = max(16, triton.next_power_of_2(num_routes))
         direct_blocks_kernel[(num_tokens + num_routes,)](
-            *sums, topk_ids, expert_map, expert_ids, route_ids, num_tokens, num_routes, block_m, padded
-        )
+            *sums, topk_ids, expert_map, expert_ids, route_ids, num_tokens, num_routes, block_m, padded,
+            **launches.first,
+        )  # fmt: skip
         return Blocks(expert_ids, route_ids, x_sums)
     # Four at a time, so that every part of the buffer starts aligned and no kernel is compiled once more for another.
     num_blocks = (max_blocks(num_routes, num_experts, block_m) + 3) // 4 * 4
     sizes = (num_blocks * block_m, num_blocks, num_experts)
     route_ids, expert_ids, last_ranks = topk_ids.new_full((sum(sizes),), -1, dtype=torch.int32).split(sizes)
     ranks = topk_ids.new_empty(num_routes, dtype=torch.int32)
-    rank_routes_kernel[(num_tokens,)](*sums, topk_ids, expert_map, last_ranks, ranks, topk_ids.shape[1])
+    rank_routes_kernel[(num_tokens,)](
+        *sums, topk_ids, expert_map, last_ranks, ranks, topk_ids.shape[1], **launches.first
+    )
     place_routes_kernel[(triton.cdiv(num_routes, 256),)](
         topk_ids, expert_map, last_ranks, ranks, expert_ids, route_ids, num_routes, num_experts, block_m,
-        triton.next_power_of_2(num_experts), 256,
+        triton.next_power_of_2(num_experts), 256, **launches.next,
     )  # fmt: skip
     return Blocks(expert_ids, route_ids.view(num_blocks, block_m), x_sums)
 
@@ -107,8 +113,10 @@ def direct_blocks_kernel(
     num_routes,
     BLOCK_M: tl.constexpr,
     NUM_ROUTES: tl.constexpr,  # num_routes or more
+    OVERLAP: tl.constexpr,
 ):
     """One program per token, for its sums, and one per route: every BLOCK_M-th route of an expert leads a block."""
+    wait_for_previous_kernel(OVERLAP)
     if tl.program_id(0) < num_tokens:
         _sum_groups(x_ptr, x_sums_ptr, K, GROUP_SIZE, NUM_GROUPS, tl.program_id(0))
         return
@@ -140,8 +148,10 @@ def rank_routes_kernel(
     last_ranks_ptr,  # [num_experts] int32, -1 at first; then the number of the expert's routes, less one
     ranks_ptr,  # [num_routes] int32: how many of the expert's routes came before
     TOP_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per token: its sums, and the ranks of its routes."""
+    wait_for_previous_kernel(OVERLAP)
     token = tl.program_id(0)
     _sum_groups(x_ptr, x_sums_ptr, K, GROUP_SIZE, NUM_GROUPS, token)
     for slot in range(TOP_K):
@@ -164,8 +174,10 @@ def place_routes_kernel(
     BLOCK_M: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,  # num_experts or more
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per BLOCK routes, which go to the blocks of their experts; these follow one another."""
+    wait_for_previous_kernel(OVERLAP)
     all_experts = tl.arange(0, NUM_EXPERTS)
     last_rank = tl.load(last_ranks_ptr + all_experts, mask=all_experts < num_experts, other=-1)
     num_blocks = (last_rank + BLOCK_M) // BLOCK_M

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from alphaq_vllm.kernels.blocks import local_experts
+from alphaq_vllm.kernels.launches import wait_for_previous_kernel
 
 
 @triton.jit
@@ -41,8 +42,10 @@ def activate_kernel(
     MUL_ROUTER_WEIGHT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,  # a multiple of GROUP_SIZE
+    OVERLAP: tl.constexpr,
 ):
     """One program per (route, block of features)."""
+    wait_for_previous_kernel(OVERLAP)
     route = tl.program_id(0).to(tl.int64)
     expert = local_experts(tl.load(topk_ids_ptr + route), expert_map_ptr)
     if expert < 0:
@@ -87,8 +90,10 @@ def sum_routes_kernel(
     TOP_K: tl.constexpr,
     MUL_ROUTER_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One program per (token, block of features); a fixed order of float32 additions, so no run differs."""
+    wait_for_previous_kernel(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from alphaq_vllm.kernels.launches import wait_for_previous_kernel
+
 # Generations of NVIDIA GPUs whose matrix instructions (mma.sync) take both operands from registers.
 QUADS_GENERATIONS = (8, 12)
 
@@ -237,8 +239,10 @@ def moe_gemm_kernel(
     QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # 32 rows for each warp
+    OVERLAP: tl.constexpr,
 ):
     """One program per (block of routes, part of the columns, matrix, block of rows), the last one fastest."""
+    wait_for_previous_kernel(OVERLAP)
     num_blocks_n = tl.cdiv(N, BLOCK_N)
     block_n = tl.program_id(0) % num_blocks_n
     projection = tl.program_id(0) // num_blocks_n % P

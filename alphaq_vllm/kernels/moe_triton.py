@@ -12,6 +12,7 @@ from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES, Blocks, make_blocks
 from alphaq_vllm.kernels.elementwise import activate_kernel, sum_routes_kernel
 from alphaq_vllm.kernels.experts import PackedExperts
 from alphaq_vllm.kernels.gemm import BIASES, QUADS_GENERATIONS, moe_gemm_kernel
+from alphaq_vllm.kernels.launches import APART, Launches
 from alphaq_vllm.kernels.reference import Gate
 from alphaq_vllm.kernels.tiles import Tiles, choose_num_splits, choose_tiles, tiles_for
 
@@ -20,10 +21,11 @@ MAX_WORKSPACE = 2**29
 
 
 class Device(NamedTuple):
-    """What the launches depend on. generation: the first digit of an NVIDIA GPU's compute capability."""
+    """What the launches depend on. generation: the first digit of an NVIDIA GPU's compute capability, else 0."""
 
     num_multiprocessors: int
     generation: int
+    launches: Launches = APART
 
 
 @lru_cache
@@ -33,7 +35,8 @@ def device_of(device: torch.device) -> Device:
         return Device(num_multiprocessors=4, generation=9)
     properties = torch.cuda.get_device_properties(device)
     # Triton numbers AMD's GPUs otherwise, and none of the choices by generation is meant for them.
-    return Device(properties.multi_processor_count, 0 if torch.version.hip else properties.major)
+    generation = 0 if torch.version.hip else properties.major
+    return Device(properties.multi_processor_count, generation, Launches(overlap=generation >= 9))
 
 
 def fused_moe_triton(
@@ -84,8 +87,9 @@ def _moe_pass(
     num_tokens, top_k = topk_ids.shape
     num_routes = topk_ids.numel()
     widest = max(*w13.widths, *w2.widths)
-    tiles = choose_tiles(num_routes, w13.num_experts, device_of(x.device).generation, widest)
-    blocks = make_blocks(x, topk_ids, expert_map, w13.num_experts, w13.group_size, tiles.block_m)
+    device = device_of(x.device)
+    tiles = choose_tiles(num_routes, w13.num_experts, device.generation, widest)
+    blocks = make_blocks(x, topk_ids, expert_map, w13.num_experts, w13.group_size, tiles.block_m, device.launches)
     gate_up = _gemm(x, blocks.x_sums, w13, blocks, num_routes, tiles)
     hidden = x.new_empty(num_routes, w13.N)
     hidden_sums = x.new_empty(num_routes, w13.N // w2.group_size, dtype=torch.float32)
@@ -94,13 +98,13 @@ def _moe_pass(
         gate_up, hidden, hidden_sums, topk_ids, expert_map, router_weights, w13_bias,
         0.0 if gate.limit is None else gate.limit, gate.alpha, gate.beta, num_routes, gate_up.shape[0], w13.N,
         ACTIVATION=gate.activation, CLAMP=gate.limit is not None, MUL_ROUTER_WEIGHT=apply_router_weight_on_input,
-        GROUP_SIZE=w2.group_size, BLOCK=block,
+        GROUP_SIZE=w2.group_size, BLOCK=block, **device.launches.next,
     )  # fmt: skip
     routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, tiles)
     block = min(256, triton.next_power_of_2(w2.N))
     sum_routes_kernel[(num_tokens, triton.cdiv(w2.N, block))](
         routed, out, topk_ids, expert_map, router_weights, w2_bias, num_tokens, routed.shape[0], w2.N,
-        TOP_K=top_k, MUL_ROUTER_WEIGHT=not apply_router_weight_on_input, BLOCK=block,
+        TOP_K=top_k, MUL_ROUTER_WEIGHT=not apply_router_weight_on_input, BLOCK=block, **device.launches.next,
     )  # fmt: skip
 
 
@@ -121,7 +125,7 @@ def _gemm(
         x, x_sums, out, *experts.tensors, blocks.expert_ids, blocks.route_ids, num_routes, experts.N, experts.K,
         num_splits, num_routes // x.shape[0], BIASES[x.dtype], P=experts.num_projections, GROUP_SIZE=experts.group_size,
         WIDTHS=experts.widths, QUADS=device.generation in QUADS_GENERATIONS, BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **device.launches.next,
     )  # fmt: skip
     return out
 

@@ -104,6 +104,13 @@ def _barrier(match: re.Match, *_: str) -> Step:
     return run
 
 
+def _wait_for_previous_kernel(match: re.Match) -> Step:
+    def run(block: Block, active: Value) -> None:
+        block.early = False
+
+    return run
+
+
 def _nothing(match: re.Match, *_: str) -> Step:
     return lambda block, active: None
 
@@ -160,5 +167,6 @@ ACCESSES: dict[str, Callable[..., Step]] = {
     r"cp\.async\.commit_group": _commit_copies,
     r"cp\.async\.wait_group": _wait_copies,
     r"(?:bar|barrier)\.sync": _barrier,
-    r"bar\.warp\.sync|fence\.proxy\.async\.shared::cta": _nothing,
+    r"griddepcontrol\.wait": _wait_for_previous_kernel,
+    r"griddepcontrol\.launch_dependents|bar\.warp\.sync|fence\.proxy\.async\.shared::cta": _nothing,
 }

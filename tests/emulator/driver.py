@@ -28,7 +28,7 @@ class Launcher:
 
     def __init__(self, source, metadata) -> None:
         self.signature = [str(kind) for kind in source.signature.values()]
-        self.shared = metadata.shared
+        self.shared, self.early = metadata.shared, metadata.launch_pdl
         ptx = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
         self.kernel = parse(Path(ptx).read_text())
         self.code = compile_kernel(self.kernel, step)
@@ -42,7 +42,7 @@ class Launcher:
         values = [_bits(a) for a in given] + [np.uint64(0)] * 2
         named = {name: value for (_, name), value in zip(self.kernel.parameters, values, strict=True)}
         for index in itertools.product(range(z), range(y), range(x)):
-            block = Block(self.kernel, index[::-1], named, memory, SharedMemory(self.shared))
+            block = Block(self.kernel, index[::-1], named, memory, SharedMemory(self.shared), early=self.early)
             block.run(*self.code)
             self.executed += block.executed
 

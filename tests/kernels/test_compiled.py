@@ -10,6 +10,7 @@ import triton.language as tl
 
 from alphaq_vllm.kernels import moe_triton
 from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES
+from alphaq_vllm.kernels.launches import Launches
 from tests.emulator import driver
 from tests.emulator.driver import emulated
 from tests.emulator.memory import MemoryFault
@@ -25,7 +26,7 @@ def run_compiled(monkeypatch):
     """``fused_moe_triton`` on an emulated GPU."""
 
     def run(problem, sm: int) -> torch.Tensor:
-        device = moe_triton.Device(num_multiprocessors=4, generation=sm // 10)
+        device = moe_triton.Device(4, sm // 10, Launches(overlap=sm >= 90))
         monkeypatch.setattr(moe_triton, "device_of", lambda _: device)
         with emulated(sm):
             return moe_triton.fused_moe_triton(*problem.inputs, **problem.options)
@@ -65,7 +66,7 @@ def test_compiled_kernels_repeat_to_the_bit(sm, cases, run_compiled, make_proble
     ("sm", "ordering"),
     [
         *((80, o) for o in ("bar.sync", "cp.async.wait_group")),
-        *((90, o) for o in ("bar.sync", "cp.async.wait_group", "wgmma.wait_group")),
+        *((90, o) for o in ("bar.sync", "cp.async.wait_group", "wgmma.wait_group", "griddepcontrol.wait")),
         *((100, o) for o in ("bar.sync", "cp.async.wait_group", "mbarrier.try_wait")),
     ],
 )

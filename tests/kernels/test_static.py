@@ -76,7 +76,7 @@ sums = {"GROUP_SIZE": 128, "NUM_GROUPS": 32}
 activate = {"GROUP_SIZE": 128, "BLOCK": 512}
 for sm, (ids, absent) in product((80, 90, 100), (("*i32", ("expert_map_ptr", "bias_ptr")), ("*i64", ()))):
     def compile(kernel, **constants):
-        constants |= {name: None for name in absent if name in kernel.arg_names}
+        constants |= {name: None for name in absent if name in kernel.arg_names} | {"OVERLAP": sm >= 90}
         compile_kernel(kernel, {**types, "topk_ids_ptr": ids}, constants, unaligned, sm)
 
     compile(direct_blocks_kernel, **sums, BLOCK_M=16, NUM_ROUTES=256)
