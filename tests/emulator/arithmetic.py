@@ -217,6 +217,11 @@ COMPARISONS = {
     "le": np.less_equal,
     "gt": np.greater,
     "ge": np.greater_equal,
+    # Also true if one of the two is NaN.
+    "ltu": lambda a, b: ~(a >= b),
+    "leu": lambda a, b: ~(a > b),
+    "gtu": lambda a, b: ~(a <= b),
+    "geu": lambda a, b: ~(a < b),
 }
 
 

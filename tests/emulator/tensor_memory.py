@@ -25,42 +25,57 @@ def _allocate(match: re.Match, target: str, columns: str) -> Step:
     return run
 
 
-def _places(block: Block, addresses: Value, active: Value, lanes: Value, columns: Value) -> tuple[Value, Value]:
-    """Lanes and columns ``[threads, registers]`` of what each active thread's registers are for."""
-    base = addresses[active].astype(np.int64)
-    lane = (base >> 16)[:, None] + lanes[block.threads[active] % WARP]
-    warp = block.threads[active][:, None] // WARP
+def _places(block: Block, addresses: Value, active: Value, shape: str, count: int, split: int) -> tuple[Value, Value]:
+    """Lanes and columns ``[threads, count]`` of what each active thread's registers are for."""
+    base = addresses[active].astype(np.int64)[:, None]
+    warp, thread, register = (
+        block.threads[active][:, None] // WARP,
+        block.threads[active][:, None] % WARP,
+        np.arange(count),
+    )
+    if shape == "16x128b":
+        # As the first operand of mma holds 16 rows of 8 16-bit numbers, repeated along the columns.
+        lane, column = thread // 4 + register % 2 * 8, thread % 4 + register // 2 * 4
+    else:
+        # 16x32bx2: 16 threads have a lane each, the other 16 the same lanes some columns further on.
+        lane, column = thread % 16 + 0 * register, thread // 16 * split + register
+    lane = lane + (base >> 16)
     if (lane // 32 != warp).any():
         raise MemoryFault("tensor memory: a lane of another warp's")
-    return lane, (base & 0xFFFF)[:, None] + columns[block.threads[active] % WARP]
+    return lane, column + (base & 0xFFFF)
 
 
-def _store(match: re.Match, target: str, source: str) -> Step:
+def _store(match: re.Match, target: str, *split_and_source: str) -> Step:
+    *split, source = split_and_source
     names, address = split_vector(source), address_of(target, np.uint32)
-    thread, register = np.arange(WARP)[:, None], np.arange(len(names))[None, :]
-    # Shape 16x128b: as the first operand of mma holds 16 rows of 8 16-bit numbers, repeated along the columns.
-    lanes, columns = thread // 4 + register % 2 * 8, thread % 4 + register // 2 * 4
 
     def run(block: Block, active: Value) -> None:
         values = np.stack([block.read(name, np.uint32)[active] for name in names], 1)
-        block.tensor_memory[_places(block, address(block), active, lanes, columns)] = values
+        places = _places(block, address(block), active, match[1], len(names), int(split[0]) if split else 0)
+        block.tensor_memory[places] = values
 
     return run
 
 
-def _load(match: re.Match, target: str, source: str, split: str) -> Step:
+def _load(match: re.Match, target: str, source: str, split: str = "0") -> Step:
     names, address = split_vector(target), address_of(source, np.uint32)
-    thread, register = np.arange(WARP)[:, None], np.arange(len(names))[None, :]
-    # Shape 16x32bx2: 16 threads have a lane each, the other 16 the same lanes some columns further on.
-    lanes, columns = thread % 16 + 0 * register, thread // 16 * int(split) + register
 
     def run(block: Block, active: Value) -> None:
         values = np.zeros((len(active), len(names)), np.uint32)
-        values[active] = block.tensor_memory[_places(block, address(block), active, lanes, columns)]
+        places = _places(block, address(block), active, match[1], len(names), int(split))
+        values[active] = block.tensor_memory[places]
         for i, name in enumerate(names):
             block.write(name, np.ascontiguousarray(values[:, i]), active)
 
     return run
+
+
+def _rows_from(place: int, columns: int) -> tuple[Value, Value]:
+    """Lanes and columns of 64 rows; in the first 16 lanes of each warp's, or in the others."""
+    lanes = (place >> 16) + (np.arange(4)[:, None] * 32 + np.arange(16)).reshape(-1, 1)
+    if place >> 16 not in (0, 16):
+        raise NotEmulated(f"tcgen05.mma of lanes from {place >> 16} on")
+    return lanes, (place & 0xFFFF) + np.arange(columns)
 
 
 def _multiply(match: re.Match, target: str, first: str, second: str, form: str, keep: str) -> Step:
@@ -69,21 +84,18 @@ def _multiply(match: re.Match, target: str, first: str, second: str, form: str, 
 
     def run(block: Block, active: Value) -> None:
         thread = int(np.flatnonzero(active)[0])
-        to_column, weight_column = int(to(block)[thread]), int(weights(block)[thread])
+        to_place, weight_place = int(to(block)[thread]), int(weights(block)[thread])
         place, add, bits = int(descriptor(block)[thread]), bool(kept(block)[thread]), int(form_of(block)[thread])
         # Instruction descriptor: float32 sums, 16-bit operands of one type, 64 rows, columns in eights.
         kind, rows, columns = ("f16", "bf16")[bits >> 7 & 1], (bits >> 24 & 31) * 16, (bits >> 17 & 63) * 8
         if (bits >> 4 & 3) != 1 or (bits >> 7 & 7) != (bits >> 10 & 7) or rows != 64 or bits >> 13 & 15:
             raise NotEmulated(f"tcgen05.mma of the form {bits:#x}")
-        if max(to_column, weight_column) >= 1 << 16:
-            raise NotEmulated("tcgen05.mma of lanes from 16 on")
-        lanes = (np.arange(4)[:, None] * 32 + np.arange(16)).reshape(-1, 1)
 
         def compute(block: Block) -> None:
-            words = block.tensor_memory[lanes, weight_column + np.arange(8)]
+            words = block.tensor_memory[_rows_from(weight_place, 8)]
             matrix = floats(np.ascontiguousarray(words).view(np.uint16), kind)
             result = matrix @ floats(matrix_in_shared_memory(block, place, columns), kind).T
-            at = (lanes, to_column + np.arange(columns))
+            at = _rows_from(to_place, columns)
             if add:
                 result = result + block.tensor_memory[at].view(np.float32)
             block.tensor_memory[at] = result.astype(np.float32).view(np.uint32)
@@ -145,12 +157,12 @@ def _nothing(match: re.Match, *_: str) -> Step:
 
 TENSOR_MEMORY: dict[str, Callable[..., Step]] = {
     r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32": _allocate,
-    r"tcgen05\.st\.sync\.aligned\.16x128b\.x\d+\.b32": _store,
-    r"tcgen05\.ld\.sync\.aligned\.16x32bx2\.x\d+\.b32": _load,
+    r"tcgen05\.st\.sync\.aligned\.(16x128b|16x32bx2)\.x\d+\.b32": _store,
+    r"tcgen05\.ld\.sync\.aligned\.(16x128b|16x32bx2)\.x\d+\.b32": _load,
     r"tcgen05\.mma\.cta_group::1\.kind::f16": _multiply,
-    r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one\.shared::cluster\.b64": _commit,
-    r"mbarrier\.init\.shared::cta\.b64": _initialize,
-    r"mbarrier\.inval\.shared::cta\.b64": _invalidate,
-    r"mbarrier\.try_wait\.parity\.shared::cta\.b64": _try_wait,
+    r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?:\.shared::cluster)?\.b64": _commit,
+    r"mbarrier\.init\.shared(?:::cta)?\.b64": _initialize,
+    r"mbarrier\.inval\.shared(?:::cta)?\.b64": _invalidate,
+    r"mbarrier\.try_wait\.parity\.shared(?:::cta)?\.b64": _try_wait,
     r"tcgen05\.(?:wait::(?:ld|st)|relinquish_alloc_permit|dealloc).*": _nothing,
 }
