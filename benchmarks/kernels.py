@@ -26,8 +26,7 @@ import torch
 import triton
 
 from alphaq_vllm.format import stored_bits_per_weight
-from alphaq_vllm.kernels import Gate, PackedExperts, expert_offsets, fused_moe, moe_triton, repack_
-from alphaq_vllm.kernels.launches import APART
+from alphaq_vllm.kernels import Gate, PackedExperts, devices, expert_offsets, fused_moe, repack_
 from alphaq_vllm.kernels.tiles import tiles_for
 from benchmarks.peers import PEERS
 from benchmarks.sass import compile_gemm
@@ -160,12 +159,12 @@ def limit(shape: Shape, inputs: Inputs, num_bits: torch.Tensor, machine: dict[st
 @contextmanager
 def launches_apart() -> Iterator[None]:
     """Launch each kernel when the one ahead has ended, for comparison."""
-    device_of = moe_triton.device_of
-    moe_triton.device_of = lambda device: device_of(device)._replace(launches=APART)
+    device_of = devices.device_of
+    devices.device_of = lambda device: device_of(device)._replace(overlap=False)
     try:
         yield
     finally:
-        moe_triton.device_of = device_of
+        devices.device_of = device_of
 
 
 def measure_ours(
@@ -283,7 +282,7 @@ def print_table(rows: Sequence[dict]) -> None:
 def run_static(arguments: argparse.Namespace) -> None:
     """Print one line for every kernel that serves an average of 2 to 4 bits."""
     if not arguments.json:
-        print("  sm width block_m registers spilled shared integer/weight 16-byte loads matrix")
+        print("  sm width block_m registers spilled shared programs integer/weight 16-byte loads matrix")
     for sm in arguments.sm:
         for width in arguments.widths:
             for tiles in tiles_for(sm // 10, width):
@@ -293,7 +292,8 @@ def run_static(arguments: argparse.Namespace) -> None:
                     continue
                 print(
                     f"{sm:4} {width:5} {code.block_m:7} {code.registers:9} {code.spilled_bytes:7} "
-                    f"{code.shared_bytes:6} {code.integer_per_weight:14.2f} {code.wide_loads:13} {code.matrix}",
+                    f"{code.shared_bytes:6} {code.programs:8} {code.integer_per_weight:14.2f} {code.wide_loads:13} "
+                    f"{code.matrix}",
                     flush=True,
                 )
 

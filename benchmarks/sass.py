@@ -13,7 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alphaq_vllm.kernels.gemm import QUADS_GENERATIONS, moe_gemm_kernel
+from alphaq_vllm.kernels.devices import Device
+from alphaq_vllm.kernels.gemm import moe_gemm_kernel
 from alphaq_vllm.kernels.tiles import Tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -37,12 +38,16 @@ MATRIX = re.compile(r"(HMMA|HGMMA|UTCHMMA|UTCMMA)$")
 
 @dataclass
 class KernelCode:
-    """One compiled kernel. Of its inner loop, per thread: integer instructions per weight, and instruction counts."""
+    """One compiled kernel. Of its inner loop, per thread: integer instructions per weight, and instruction counts.
+
+    programs: how many fit a multiprocessor, by their registers and shared memory.
+    """
 
     sm: int
     dtype: str
     block_m: int
     widths: tuple[int, ...]
+    programs: int
     registers: int
     spilled_bytes: int
     shared_bytes: int
@@ -71,18 +76,24 @@ def compile_kernel(kernel, signature: dict[str, str], constants: dict, unaligned
 def compile_gemm(sm: int, dtype: str, tiles: Tiles, widths: tuple[int, ...], group_size: int = 128) -> KernelCode:
     """The matrix product for gate and up. dtype: bf16 or fp16. sm: compute capability, two digits or three."""
     constants = {
+        "ROUTES_PER_ROW": 2,
         "P": 2,
         "GROUP_SIZE": group_size,
         "WIDTHS": widths,
-        "QUADS": sm // 10 in QUADS_GENERATIONS,
+        "QUADS": Device(1, sm // 10).quads,
+        "SCALE_WEIGHTS": tiles.scale_weights,
+        "PTX": True,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
+        "NUM_STAGES": tiles.num_stages,
         "OVERLAP": sm >= 90,
     }
+    if tiles.scale_weights:
+        constants["x_sums_ptr"] = None
     signature = {**POINTERS, "x_ptr": f"*{dtype}"}
     compiled = compile_kernel(
-        moe_gemm_kernel, signature, constants, ("num_routes", "num_splits", "routes_per_row", "bias"), sm,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        moe_gemm_kernel, signature, constants, ("num_routes", "groups_per_split", "bias"), sm,
+        num_warps=tiles.num_warps, maxnreg=tiles.maxnreg,
     )  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -90,7 +101,9 @@ def compile_gemm(sm: int, dtype: str, tiles: Tiles, widths: tuple[int, ...], gro
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    result = KernelCode(sm, dtype, tiles.block_m, widths, int(registers), int(stack), compiled.metadata.shared)
+    shared = compiled.metadata.shared
+    programs = programs_per_multiprocessor(sm, tiles.num_warps, int(registers), shared)
+    result = KernelCode(sm, dtype, tiles.block_m, widths, programs, int(registers), int(stack), shared)
     if len(widths) == 1:
         weights = tiles.block_n * group_size // (32 * tiles.num_warps)
         body = inner_loop(code, weights // 2)
@@ -100,6 +113,16 @@ def compile_gemm(sm: int, dtype: str, tiles: Tiles, widths: tuple[int, ...], gro
         result.matrix = next(op for op in opcodes if MATRIX.match(op))
         result.instructions = dict(opcodes.most_common())
     return result
+
+
+def programs_per_multiprocessor(sm: int, num_warps: int, registers: int, shared_bytes: int) -> int:
+    """By the CUDA programming guide's table of compute capabilities; registers are granted to a warp by 256.
+
+    >>> programs_per_multiprocessor(sm=90, num_warps=4, registers=168, shared_bytes=45312)
+    3
+    """
+    shared = {80: 164, 86: 100, 89: 100, 120: 100}.get(sm, 228) * 1024
+    return min(65536 // (-(-registers * 32 // 256) * 256 * num_warps), shared // (shared_bytes + 1024))
 
 
 def inner_loop(code: str, pairs: int) -> list[str]:

@@ -22,12 +22,12 @@ class Blocks(NamedTuple):
     """Blocks of routes, and the sums that the zero points are multiplied with.
 
     expert_ids: ``[num_blocks]`` int32, -1 for no block. route_ids: ``[num_blocks, block_m]`` int32, -1 for padding.
-    x_sums: ``[num_tokens, hidden_size / group_size]`` float32.
+    x_sums: ``[num_tokens, hidden_size / group_size]`` float32, or None.
     """
 
     expert_ids: torch.Tensor
     route_ids: torch.Tensor
-    x_sums: torch.Tensor
+    x_sums: torch.Tensor | None
 
 
 def max_blocks(num_routes: int, num_experts: int, block_m: int) -> int:
@@ -44,25 +44,28 @@ def make_blocks(
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
     num_experts: int,
-    group_size: int,
+    group_size: int | None,
     block_m: int,
     launches: Launches = APART,
 ) -> Blocks:
     """Put the routes into blocks, by launches and into tensors that depend on shapes alone.
 
     x: ``[num_tokens, hidden_size]``, contiguous. topk_ids: ``[num_tokens, top_k]``, contiguous; -1 is skipped.
-    expert_map: global to local expert ids, -1 for experts of other ranks, which are skipped.
+    expert_map: global to local expert ids, -1 for experts of other ranks, which are skipped. group_size: of the columns
+    that are summed, or None for no sums.
     """
     num_tokens, hidden_size = x.shape
     num_routes = topk_ids.numel()
-    x_sums = x.new_empty(num_tokens, hidden_size // group_size, dtype=torch.float32)
-    sums = (x, x_sums, hidden_size, group_size, triton.next_power_of_2(hidden_size // group_size))
+    num_groups = hidden_size // group_size if group_size else 0
+    x_sums = x.new_empty(num_tokens, num_groups, dtype=torch.float32) if group_size else None
+    sums = (x, x_sums, hidden_size, group_size, triton.next_power_of_2(num_groups))
     if num_routes <= MAX_DIRECT_ROUTES:
         expert_ids = topk_ids.new_empty(num_routes, dtype=torch.int32)
         route_ids = topk_ids.new_empty(num_routes, block_m, dtype=torch.int32)
         padded = max(16, triton.next_power_of_2(num_routes))
-        direct_blocks_kernel[(num_tokens + num_routes,)](
-            *sums, topk_ids, expert_map, expert_ids, route_ids, num_tokens, num_routes, block_m, padded,
+        num_sums = num_tokens if group_size else 0
+        direct_blocks_kernel[(num_sums + num_routes,)](
+            *sums, topk_ids, expert_map, expert_ids, route_ids, num_sums, num_routes, block_m, padded,
             **launches.first,
         )  # fmt: skip
         return Blocks(expert_ids, route_ids, x_sums)
@@ -98,10 +101,10 @@ def _sum_groups(x_ptr, x_sums_ptr, K, GROUP_SIZE: tl.constexpr, NUM_GROUPS: tl.c
     tl.store(x_sums_ptr + row * (K // GROUP_SIZE) + group, tl.sum(x.to(tl.float32), 1), mask=is_group)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_routes"])
+@triton.jit(do_not_specialize=["num_sums", "num_routes"])
 def direct_blocks_kernel(
     x_ptr,  # [num_tokens, K]
-    x_sums_ptr,  # [num_tokens, K / GROUP_SIZE] float32
+    x_sums_ptr,  # [num_tokens, K / GROUP_SIZE] float32, or None
     K,
     GROUP_SIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,  # K / GROUP_SIZE or more
@@ -109,7 +112,7 @@ def direct_blocks_kernel(
     expert_map_ptr,  # [global experts] int32, or None
     expert_ids_ptr,  # [num_routes] int32
     route_ids_ptr,  # [num_routes, BLOCK_M] int32
-    num_tokens,
+    num_sums,  # num_tokens, or 0
     num_routes,
     BLOCK_M: tl.constexpr,
     NUM_ROUTES: tl.constexpr,  # num_routes or more
@@ -117,10 +120,11 @@ def direct_blocks_kernel(
 ):
     """One program per token, for its sums, and one per route: every BLOCK_M-th route of an expert leads a block."""
     wait_for_previous_kernel(OVERLAP)
-    if tl.program_id(0) < num_tokens:
-        _sum_groups(x_ptr, x_sums_ptr, K, GROUP_SIZE, NUM_GROUPS, tl.program_id(0))
-        return
-    leader = tl.program_id(0) - num_tokens
+    if x_sums_ptr is not None:  # noqa: SIM102, for what is None must not be compiled
+        if tl.program_id(0) < num_sums:
+            _sum_groups(x_ptr, x_sums_ptr, K, GROUP_SIZE, NUM_GROUPS, tl.program_id(0))
+            return
+    leader = tl.program_id(0) - num_sums
     route = tl.arange(0, NUM_ROUTES)
     experts = local_experts(tl.load(topk_ids_ptr + route, mask=route < num_routes, other=-1), expert_map_ptr)
     expert = tl.max(tl.where(route == leader, experts, -1), 0)
@@ -153,7 +157,8 @@ def rank_routes_kernel(
     """One program per token: its sums, and the ranks of its routes."""
     wait_for_previous_kernel(OVERLAP)
     token = tl.program_id(0)
-    _sum_groups(x_ptr, x_sums_ptr, K, GROUP_SIZE, NUM_GROUPS, token)
+    if x_sums_ptr is not None:
+        _sum_groups(x_ptr, x_sums_ptr, K, GROUP_SIZE, NUM_GROUPS, token)
     for slot in range(TOP_K):
         expert = local_experts(tl.load(topk_ids_ptr + token * TOP_K + slot), expert_map_ptr)
         if expert >= 0:

@@ -26,7 +26,7 @@ def _gated(gate, up, ACTIVATION: tl.constexpr, alpha, beta):
 def activate_kernel(
     partial_ptr,  # [num_splits, num_routes, 2, N]: gate and up in parts to be summed
     hidden_ptr,  # [num_routes, N] of x's dtype
-    hidden_sums_ptr,  # [num_routes, N / GROUP_SIZE] float32
+    hidden_sums_ptr,  # [num_routes, N / GROUP_SIZE] float32, or None
     topk_ids_ptr,  # [num_routes]
     expert_map_ptr,  # [global experts] int32, or None
     router_weights_ptr,  # [num_routes] float32
@@ -71,9 +71,10 @@ def activate_kernel(
         up = tl.minimum(tl.maximum(up, -limit), limit)
     hidden = tl.where(mask, _gated(gate, up, ACTIVATION, alpha, beta), 0.0).to(hidden_ptr.dtype.element_ty)
     tl.store(hidden_ptr + route * N + offs_n, hidden, mask=mask)
-    group = tl.program_id(1) * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
-    sums = tl.sum(tl.reshape(hidden.to(tl.float32), [BLOCK // GROUP_SIZE, GROUP_SIZE]), 1)
-    tl.store(hidden_sums_ptr + route * (N // GROUP_SIZE) + group, sums, mask=group < N // GROUP_SIZE)
+    if hidden_sums_ptr is not None:
+        group = tl.program_id(1) * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
+        sums = tl.sum(tl.reshape(hidden.to(tl.float32), [BLOCK // GROUP_SIZE, GROUP_SIZE]), 1)
+        tl.store(hidden_sums_ptr + route * (N // GROUP_SIZE) + group, sums, mask=group < N // GROUP_SIZE)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_splits"])

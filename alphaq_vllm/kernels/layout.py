@@ -2,7 +2,9 @@
 
 A *stripe* is 32 consecutive rows of a matrix; it keeps its bytes in memory, in another order. In row ``8 * r + t // 4``
 (r < 4) of a stripe, lane t (t < 32) of a warp owns columns ``32 * c + 8 * s + 2 * (t % 4) + h`` of each group
-(c < group_size / 32, s < 4, h < 2), a 16-bit register pair for every r, s and c: slot ``4 * s + r`` of chunk c.
+(c < group_size / 32, s < 4, h < 2), a 16-bit register pair for every r, s and c: slot ``4 * s + r`` of chunk c. Where
+both operands of a matrix instruction come from registers, Triton deals a lane four columns at a time instead of two if
+they were joined from halves of words: there it owns columns ``32 * c + 16 * (s // 2) + 4 * (t % 4) + 2 * (s % 2) + h``.
 
 The b-bit codes of a lane's 16 slots of one chunk fill b words, stored ``[group, word, lane, chunk]``, so that a warp
 loads a word of every lane and chunk as one contiguous piece, 16 bytes a lane for groups of 128. The low half of a word
@@ -19,6 +21,7 @@ import dataclasses
 
 import torch
 
+from alphaq_vllm.kernels import devices
 from alphaq_vllm.kernels.experts import PackedExperts
 from alphaq_vllm.packing import unpack
 
@@ -29,7 +32,7 @@ PIECE = 2**23
 
 
 def repack_(experts: PackedExperts) -> PackedExperts:
-    """Bring a layer's matrices from the order of the checkpoint into that of the GPU, in their own memory.
+    """Bring a layer's matrices from the order of the checkpoint into that of the GPU they are on, in their own memory.
 
     Returns the same tensors, marked as tiled. Raises ValueError if they are tiled already or N is not a multiple of 32.
     """
@@ -37,24 +40,28 @@ def repack_(experts: PackedExperts) -> PackedExperts:
         raise ValueError("experts: expected the order of the checkpoint, got tiled experts")
     if experts.N % STRIPE:
         raise ValueError(f"experts: expected a multiple of {STRIPE} rows, got {experts.N}")
+    quads = devices.device_of(experts.packed.device).quads
     rows_per_piece = max(1, PIECE // (STRIPE * experts.K)) * STRIPE
     for widths, starts in zip(experts.num_bits.tolist(), experts.offsets.tolist(), strict=True):
         for num_bits, start in zip(widths, starts, strict=True):
             words_per_row = experts.K * num_bits // 32
             matrix = experts.packed[start : start + experts.N * words_per_row].view(experts.N, words_per_row)
             for rows in matrix.split(rows_per_piece):
-                rows.view(-1).copy_(tile_codes(unpack(rows, num_bits), num_bits, experts.group_size))
+                rows.view(-1).copy_(tile_codes(unpack(rows, num_bits), num_bits, experts.group_size, quads))
     for values in (experts.scales, experts.zero_points):
         for matrix in values.flatten(0, 1):
             matrix.view(-1).copy_(matrix.view(-1, 4, 8, matrix.shape[1]).permute(0, 3, 2, 1).flatten())
     return dataclasses.replace(experts, tiled=True)
 
 
-def tile_codes(codes: torch.Tensor, num_bits: int, group_size: int) -> torch.Tensor:
+def tile_codes(codes: torch.Tensor, num_bits: int, group_size: int, quads: bool) -> torch.Tensor:
     """The words of some stripes: ``codes [N, K]`` uint8 to ``[N * K * num_bits / 32]`` int32."""
-    fragments = codes.to(torch.int32).view(-1, 4, 8, codes.shape[1] // group_size, group_size // 32, 4, 4, 2)
-    # stripe, r, t // 4, group, c, s, t % 4, h  ->  stripe, group, t // 4, t % 4, c, (s, r), h
-    slots = fragments.permute(0, 3, 2, 6, 4, 5, 1, 7).flatten(-3, -2)
+    fragments = codes.to(torch.int32).view(-1, 4, 8, codes.shape[1] // group_size, group_size // 32, 2, 2, 4, 2)
+    # stripe, r, t // 4, group, c, s // 2, s % 2, t % 4, h
+    if quads:
+        fragments = fragments.view(*fragments.shape[:-3], 4, 2, 2).transpose(-3, -2)
+    # stripe, group, t // 4, t % 4, c, (s, r), h
+    slots = fragments.permute(0, 3, 2, 7, 4, 5, 6, 1, 8).flatten(-4, -2)
     per_word = SLOTS // num_bits
     halves = torch.tensor([0, 16], dtype=torch.int32, device=codes.device)
     first = torch.arange(per_word, dtype=torch.int32, device=codes.device)[:, None] * num_bits

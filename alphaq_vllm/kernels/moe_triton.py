@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import torch
 import triton
 
+from alphaq_vllm.kernels import devices
 from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES, Blocks, make_blocks
 from alphaq_vllm.kernels.elementwise import activate_kernel, sum_routes_kernel
 from alphaq_vllm.kernels.experts import PackedExperts
-from alphaq_vllm.kernels.gemm import BIASES, QUADS_GENERATIONS, moe_gemm_kernel
-from alphaq_vllm.kernels.launches import APART, Launches
+from alphaq_vllm.kernels.gemm import moe_gemm_kernel
+from alphaq_vllm.kernels.launches import Launches
 from alphaq_vllm.kernels.reference import Gate
-from alphaq_vllm.kernels.tiles import Tiles, choose_num_splits, choose_tiles, tiles_for
+from alphaq_vllm.kernels.tiles import Tiles, choose_groups_per_split, choose_tiles, tiles_for
+from alphaq_vllm.kernels.unpack import BIASES
 
 # Bytes of intermediate results at a time; more tokens than that are taken in turn.
 MAX_WORKSPACE = 2**29
-
-
-class Device(NamedTuple):
-    """What the launches depend on. generation: the first digit of an NVIDIA GPU's compute capability, else 0."""
-
-    num_multiprocessors: int
-    generation: int
-    launches: Launches = APART
-
-
-@lru_cache
-def device_of(device: torch.device) -> Device:
-    """The GPU that a tensor is on; on a CPU, where the interpreter runs, something small."""
-    if device.type != "cuda":
-        return Device(num_multiprocessors=4, generation=9)
-    properties = torch.cuda.get_device_properties(device)
-    # Triton numbers AMD's GPUs otherwise, and none of the choices by generation is meant for them.
-    generation = 0 if torch.version.hip else properties.major
-    return Device(properties.multi_processor_count, generation, Launches(overlap=generation >= 9))
 
 
 def fused_moe_triton(
@@ -87,45 +67,52 @@ def _moe_pass(
     num_tokens, top_k = topk_ids.shape
     num_routes = topk_ids.numel()
     widest = max(*w13.widths, *w2.widths)
-    device = device_of(x.device)
+    device = devices.device_of(x.device)
+    launches = Launches(device.overlap)
     tiles = choose_tiles(num_routes, w13.num_experts, device.generation, widest)
-    blocks = make_blocks(x, topk_ids, expert_map, w13.num_experts, w13.group_size, tiles.block_m, device.launches)
+    needs_sums = not tiles.scale_weights
+    blocks = make_blocks(
+        x, topk_ids, expert_map, w13.num_experts, w13.group_size if needs_sums else None, tiles.block_m, launches
+    )
     gate_up = _gemm(x, blocks.x_sums, w13, blocks, num_routes, tiles)
     hidden = x.new_empty(num_routes, w13.N)
-    hidden_sums = x.new_empty(num_routes, w13.N // w2.group_size, dtype=torch.float32)
+    hidden_sums = x.new_empty(num_routes, w13.N // w2.group_size, dtype=torch.float32) if needs_sums else None
     block = min(512, triton.next_power_of_2(w13.N))
     activate_kernel[(num_routes, triton.cdiv(w13.N, block))](
         gate_up, hidden, hidden_sums, topk_ids, expert_map, router_weights, w13_bias,
         0.0 if gate.limit is None else gate.limit, gate.alpha, gate.beta, num_routes, gate_up.shape[0], w13.N,
         ACTIVATION=gate.activation, CLAMP=gate.limit is not None, MUL_ROUTER_WEIGHT=apply_router_weight_on_input,
-        GROUP_SIZE=w2.group_size, BLOCK=block, **device.launches.next,
+        GROUP_SIZE=w2.group_size, BLOCK=block, **launches.next,
     )  # fmt: skip
     routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, tiles)
     block = min(256, triton.next_power_of_2(w2.N))
     sum_routes_kernel[(num_tokens, triton.cdiv(w2.N, block))](
         routed, out, topk_ids, expert_map, router_weights, w2_bias, num_tokens, routed.shape[0], w2.N,
-        TOP_K=top_k, MUL_ROUTER_WEIGHT=not apply_router_weight_on_input, BLOCK=block, **device.launches.next,
+        TOP_K=top_k, MUL_ROUTER_WEIGHT=not apply_router_weight_on_input, BLOCK=block, **launches.next,
     )  # fmt: skip
 
 
 def _gemm(
-    x: torch.Tensor, x_sums: torch.Tensor, experts: PackedExperts, blocks: Blocks, num_routes: int, tiles: Tiles
+    x: torch.Tensor, x_sums: torch.Tensor | None, experts: PackedExperts, blocks: Blocks, num_routes: int, tiles: Tiles
 ) -> torch.Tensor:
     """Each route's products with its expert's matrices in parts to be summed: ``[num_splits, num_routes, P, N]``."""
-    tiles_n = triton.cdiv(experts.N, tiles.block_n) * experts.num_projections
-    num_blocks = blocks.expert_ids.numel()
+    device = devices.device_of(x.device)
+    P, tiles_n, num_blocks = experts.num_projections, triton.cdiv(experts.N, tiles.block_n), len(blocks.expert_ids)
     num_groups = experts.K // experts.group_size
-    busy = tiles_n * min(num_blocks, experts.num_experts)
-    device = device_of(x.device)
-    num_splits = choose_num_splits(busy, num_groups, device.num_multiprocessors)
+    groups_per_split = choose_groups_per_split(
+        tiles_n * P * min(num_blocks, experts.num_experts), num_groups, device.num_multiprocessors, tiles.num_warps
+    )
+    num_splits = triton.cdiv(num_groups, groups_per_split)
     # For few routes precision costs nothing; for many the results leave the cache.
     dtype = torch.float32 if num_splits > 1 or num_routes <= MAX_DIRECT_ROUTES else x.dtype
-    out = x.new_empty(num_splits, num_routes, experts.num_projections, experts.N, dtype=dtype)
-    moe_gemm_kernel[(num_blocks * num_splits * tiles_n,)](
+    out = x.new_empty(num_splits, num_routes, P, experts.N, dtype=dtype)
+    limits = {"maxnreg": tiles.maxnreg} if device.ptx else {}
+    moe_gemm_kernel[(tiles_n, P * num_splits, num_blocks)](
         x, x_sums, out, *experts.tensors, blocks.expert_ids, blocks.route_ids, num_routes, experts.N, experts.K,
-        num_splits, num_routes // x.shape[0], BIASES[x.dtype], P=experts.num_projections, GROUP_SIZE=experts.group_size,
-        WIDTHS=experts.widths, QUADS=device.generation in QUADS_GENERATIONS, BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **device.launches.next,
+        groups_per_split, BIASES[x.dtype], ROUTES_PER_ROW=num_routes // x.shape[0], P=P,
+        GROUP_SIZE=experts.group_size, WIDTHS=experts.widths, QUADS=device.quads, SCALE_WEIGHTS=tiles.scale_weights,
+        PTX=device.ptx, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps, **limits, **Launches(device.overlap).next,
     )  # fmt: skip
     return out
 
@@ -135,7 +122,7 @@ def warm_up(w13: PackedExperts, w2: PackedExperts, top_k: int, dtype: torch.dtyp
 
     options: of ``fused_moe_triton``, as the layer will be called.
     """
-    generation, widest = device_of(w13.packed.device).generation, max(*w13.widths, *w2.widths)
+    generation, widest = devices.device_of(w13.packed.device).generation, max(*w13.widths, *w2.widths)
     most = max(MAX_DIRECT_ROUTES, tiles_for(generation, widest)[-1].block_m * w13.num_experts) // top_k + 1
     done = set()
     for num_tokens in range(1, most + 1):

@@ -6,11 +6,17 @@ from typing import NamedTuple
 
 
 class Tiles(NamedTuple):
-    """The routes of one program's tile and its launch options; each warp takes 32 rows of a matrix."""
+    """The routes of one program's tile and its launch options; each warp takes 32 rows of a matrix.
+
+    scale_weights: scales are applied to weights, not to products: see ``gemm``. maxnreg: registers that a thread may
+    have, so that more programs fit a multiprocessor (65,536 registers) than the compiler would make room for.
+    """
 
     block_m: int
     num_warps: int
     num_stages: int
+    scale_weights: bool = False
+    maxnreg: int | None = None
 
     @property
     def block_n(self) -> int:
@@ -19,29 +25,39 @@ class Tiles(NamedTuple):
 
 
 # By the first digit of the compute capability, ascending in block_m: what compiles for it without a spilled register
-# or a shuffle of weights. Shared memory stays under the 99 KiB of sm_86 and sm_89.
+# or a shuffle of weights. On generations 8 and 12 shared memory stays under the 99 KiB of sm_86, sm_89 and sm_120.
 TILES_8, TILES_16, TILES_32, TILES_64 = (
-    Tiles(block_m=8, num_warps=4, num_stages=4),
+    Tiles(block_m=8, num_warps=4, num_stages=3),
     Tiles(block_m=16, num_warps=4, num_stages=4),
     Tiles(block_m=32, num_warps=4, num_stages=3),
-    Tiles(block_m=64, num_warps=4, num_stages=3),
+    Tiles(block_m=64, num_warps=4, num_stages=3, scale_weights=True),
 )
+# The more rows and routes a tile has, the less often the other operand is read. With 256 and 128 the matrix units of an
+# H200 ask for less than its L2 cache has been seen to deliver, with 128 and 64 for twice as much.
+TILES_64_WIDE, TILES_128_WIDE = (
+    Tiles(block_m=64, num_warps=8, num_stages=3, scale_weights=True),
+    Tiles(block_m=128, num_warps=8, num_stages=3, scale_weights=True),
+)
+TILES_16_OF_4, TILES_32_OF_3 = TILES_16._replace(maxnreg=128), TILES_32._replace(maxnreg=168)
 TILES = {
-    8: (TILES_8, TILES_16, TILES_32),
-    9: (TILES_16, TILES_32, TILES_64),
-    10: (TILES_16, TILES_32),
-    12: (TILES_8, TILES_16, TILES_32),
+    8: (TILES_8, TILES_16, TILES_32, TILES_64),
+    9: (TILES_16_OF_4, TILES_32_OF_3, TILES_64_WIDE._replace(maxnreg=128), TILES_128_WIDE),
+    10: (TILES_16_OF_4, TILES_32_OF_3, TILES_64._replace(maxnreg=128), TILES_128_WIDE),
+    12: (TILES_8, TILES_16, TILES_32, TILES_64),
 }
-OTHER_TILES = (TILES_16, TILES_32)
-# Programs that a multiprocessor is given before the columns are no longer split among several.
-PROGRAMS_PER_MULTIPROCESSOR = 3
+# The words of wider codes take registers that these leave no room for.
+WIDEST_OF_LARGEST_TILES = 4
+OTHER_TILES = (TILES_16, TILES_32, TILES_64)
+# Warps that a multiprocessor is given before the columns are no longer split among several programs.
+WARPS_PER_MULTIPROCESSOR = 12
 
 
 def tiles_for(generation: int, widest: int) -> tuple[Tiles, ...]:
     """What there is to choose from. generation: the first digit of the compute capability. widest: of the widths."""
     tiles = TILES.get(generation, OTHER_TILES)
-    # 8-bit codes take two products, and so more registers.
-    return tiles if widest < 8 else tuple(t for t in tiles if t.block_m < 64)
+    if widest <= WIDEST_OF_LARGEST_TILES:
+        return tiles
+    return tuple(TILES_64_WIDE if t.num_warps == 8 else t for t in tiles if t.block_m < 128)
 
 
 def choose_tiles(num_routes: int, num_experts: int, generation: int, widest: int) -> Tiles:
@@ -52,18 +68,21 @@ def choose_tiles(num_routes: int, num_experts: int, generation: int, widest: int
     >>> choose_tiles(num_routes=4, num_experts=60, generation=9, widest=4).block_m
     16
     >>> choose_tiles(num_routes=8192, num_experts=8, generation=9, widest=4).block_m
-    64
+    128
     """
     tiles = tiles_for(generation, widest)
     return next((t for t in tiles if 2 * t.block_m * num_experts >= 3 * num_routes), tiles[-1])
 
 
-def choose_num_splits(num_tiles: int, num_groups: int, num_multiprocessors: int) -> int:
-    """Among how many programs to split the columns of a matrix, so that the chip is full once.
+def choose_groups_per_split(num_tiles: int, num_groups: int, num_multiprocessors: int, num_warps: int) -> int:
+    """How many groups of columns one program takes; they are split among several only so that the chip is full once.
 
-    num_tiles: the most programs without a split. Each part has at least two of the num_groups groups of columns.
+    num_tiles: the most programs without a split. num_groups: of a matrix; a program takes at least two. num_warps: of
+    a program.
 
-    >>> choose_num_splits(num_tiles=88, num_groups=16, num_multiprocessors=132)
+    >>> choose_groups_per_split(num_tiles=88, num_groups=16, num_multiprocessors=132, num_warps=4)
     4
     """
-    return max(1, min(num_multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // num_tiles, num_groups // 2))
+    room = num_multiprocessors * WARPS_PER_MULTIPROCESSOR // num_warps
+    num_splits = max(1, min(room // num_tiles, num_groups // 2))
+    return -(-num_groups // num_splits)

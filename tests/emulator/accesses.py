@@ -160,7 +160,7 @@ ACCESSES: dict[str, Callable[..., Step]] = {
     r"ldmatrix\.sync\.aligned\.m8n8\.x(\d)(\.trans)?\.shared\.b16": _load_matrices,
     r"stmatrix\.sync\.aligned\.m8n8\.x(\d)(\.trans)?\.shared\.b16": _store_matrices,
     r"ld\.param\.\w+": _load_parameter,
-    r"ld\.(global|shared)(?:::cta)?(?:\.v(\d))?\.(\w+)": _load,
+    r"ld\.(?:volatile\.)?(global|shared)(?:::cta)?(?:\.v(\d))?\.(\w+)": _load,
     r"st\.(global|shared)(?:::cta)?(?:\.v(\d))?\.(\w+)": _store,
     r"atom\.global\.gpu\.\w+\.add\.(\w+)": _atomic_add,
     r"cp\.async\.c[ag]\.shared\.global": _copy,

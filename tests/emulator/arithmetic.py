@@ -26,6 +26,8 @@ def arithmetic(instruction: Instruction) -> Step:
     flags = set(modifiers[:-1]) - {"ftz", "rn", "approx", "full", "lo"}
     if modifiers[-2:] in (["f32", "bf16"], ["f32", "f16"]) and name in ("add", "sub", "fma"):
         return _mixed(ARITHMETIC[(name,)][0], modifiers[-1], instruction)
+    if instruction.opcode in ("fma.rn.bf16x2", "fma.rn.f16x2"):
+        return _fma_pairs(modifiers[-1].removesuffix("x2"), *instruction.operands)
     if modifiers and modifiers[-1] == "f32x2":
         return _paired(ARITHMETIC[(name, *flags)][0], instruction)
     if dtype is not None and (name, *flags) in ARITHMETIC:
@@ -65,6 +67,19 @@ def _paired(compute: Callable[..., Value], instruction: Instruction) -> Step:
     def run(block: Block, active: Value) -> None:
         floats = [read(block).view(np.float32) for read in reads]
         block.write(target, compute(*floats).view(np.uint64), active)
+
+    return run
+
+
+def _fma_pairs(kind: str, target: str, *sources: str) -> Step:
+    """Of both 16-bit floats of each register: exact in float64, in which the product has all its digits."""
+    reads = [operand(text, np.uint32) for text in sources]
+
+    def run(block: Block, active: Value) -> None:
+        a, b, c = (floats(read(block).view(np.uint16), kind) for read in reads)
+        result = a * b + c
+        bits = to_bfloat16(result) if kind == "bf16" else result.astype(np.float16).view(np.uint16)
+        block.write(target, np.ascontiguousarray(bits).view(np.uint32), active)
 
     return run
 

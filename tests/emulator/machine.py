@@ -152,10 +152,13 @@ class Block:
 
     def wait_products(self, pending: int) -> None:
         """Finish the groups of matrix products but for the last ``pending`` ones that were committed."""
-        finished, self.products = self.products[: -1 - pending], self.products[-1 - pending :]
+        finished, others = self.products[: -1 - pending], self.products[-1 - pending :]
+        # A product may add to registers that those behind it add to as well.
+        self.products = []
         for group in finished:
             for product in group:
                 product.compute(self)
+        self.products = others
 
 
 # What one instruction does to a block, for the threads that are active.

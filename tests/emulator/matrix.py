@@ -102,10 +102,11 @@ def _wgmma(match: re.Match, target: str, first: str, second: str, keep: str, *si
     descriptor, kept = operand(second, np.uint64), operand(keep, bool)
 
     def run(block: Block, active: Value) -> None:
-        if len(block.threads) != WARPGROUP or not active.all():
-            raise NotEmulated("wgmma of other than four warps")
+        places, keeps = np.unique(descriptor(block)), np.unique(kept(block))
+        if len(block.threads) % WARPGROUP or not active.all() or len(places) > 1 or len(keeps) > 1:
+            raise NotEmulated("wgmma of other than all warpgroups, by one matrix")
         weights = _first_operand(block, first_names, kind)
-        place, add = int(descriptor(block)[0]), bool(kept(block)[0])
+        place, add = int(places[0]), bool(keeps[0])
 
         def compute(block: Block) -> None:
             values = floats(matrix_in_shared_memory(block, place, columns), kind).T

@@ -1,6 +1,6 @@
 """Generation 10's matrix instructions, whose first operand and sum are in tensor memory: 128 lanes of 512 words.
 
-Warp w reaches lanes 32 * w and on. A product of 64 rows uses 16 lanes of each warp's.
+Warp w reaches lanes 32 * (w % 4) and on. A product of 64 rows uses 16 lanes of each four warps', one of 128 all.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def _places(block: Block, addresses: Value, active: Value, shape: str, count: in
     if shape == "16x128b":
         # As the first operand of mma holds 16 rows of 8 16-bit numbers, repeated along the columns.
         lane, column = thread // 4 + register % 2 * 8, thread % 4 + register // 2 * 4
+    elif shape == "32x32b":
+        lane, column = thread + 0 * register, 0 * thread + register
     else:
         # 16x32bx2: 16 threads have a lane each, the other 16 the same lanes some columns further on.
         lane, column = thread % 16 + 0 * register, thread // 16 * split + register
     lane = lane + (base >> 16)
-    if (lane // 32 != warp).any():
+    if (lane // 32 != warp % 4).any():
         raise MemoryFault("tensor memory: a lane of another warp's")
     return lane, column + (base & 0xFFFF)
 
@@ -70,11 +72,11 @@ def _load(match: re.Match, target: str, source: str, split: str = "0") -> Step:
     return run
 
 
-def _rows_from(place: int, columns: int) -> tuple[Value, Value]:
-    """Lanes and columns of 64 rows; in the first 16 lanes of each warp's, or in the others."""
-    lanes = (place >> 16) + (np.arange(4)[:, None] * 32 + np.arange(16)).reshape(-1, 1)
-    if place >> 16 not in (0, 16):
-        raise NotEmulated(f"tcgen05.mma of lanes from {place >> 16} on")
+def _rows_from(place: int, rows: int, columns: int) -> tuple[Value, Value]:
+    """Lanes and columns of 128 rows, or of 64; these in the first 16 lanes of each warp's, or in the others."""
+    lanes = (place >> 16) + (np.arange(4)[:, None] * 32 + np.arange(rows // 4)).reshape(-1, 1)
+    if place >> 16 not in range(0, 32, rows // 4):
+        raise NotEmulated(f"tcgen05.mma of {rows} rows in lanes from {place >> 16} on")
     return lanes, (place & 0xFFFF) + np.arange(columns)
 
 
@@ -86,16 +88,16 @@ def _multiply(match: re.Match, target: str, first: str, second: str, form: str, 
         thread = int(np.flatnonzero(active)[0])
         to_place, weight_place = int(to(block)[thread]), int(weights(block)[thread])
         place, add, bits = int(descriptor(block)[thread]), bool(kept(block)[thread]), int(form_of(block)[thread])
-        # Instruction descriptor: float32 sums, 16-bit operands of one type, 64 rows, columns in eights.
+        # Instruction descriptor: float32 sums, 16-bit operands of one type, 64 or 128 rows, columns in eights.
         kind, rows, columns = ("f16", "bf16")[bits >> 7 & 1], (bits >> 24 & 31) * 16, (bits >> 17 & 63) * 8
-        if (bits >> 4 & 3) != 1 or (bits >> 7 & 7) != (bits >> 10 & 7) or rows != 64 or bits >> 13 & 15:
+        if (bits >> 4 & 3) != 1 or (bits >> 7 & 7) != (bits >> 10 & 7) or rows not in (64, 128) or bits >> 13 & 15:
             raise NotEmulated(f"tcgen05.mma of the form {bits:#x}")
 
         def compute(block: Block) -> None:
-            words = block.tensor_memory[_rows_from(weight_place, 8)]
+            words = block.tensor_memory[_rows_from(weight_place, rows, 8)]
             matrix = floats(np.ascontiguousarray(words).view(np.uint16), kind)
             result = matrix @ floats(matrix_in_shared_memory(block, place, columns), kind).T
-            at = _rows_from(to_place, columns)
+            at = _rows_from(to_place, rows, columns)
             if add:
                 result = result + block.tensor_memory[at].view(np.float32)
             block.tensor_memory[at] = result.astype(np.float32).view(np.uint32)
@@ -157,8 +159,8 @@ def _nothing(match: re.Match, *_: str) -> Step:
 
 TENSOR_MEMORY: dict[str, Callable[..., Step]] = {
     r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32": _allocate,
-    r"tcgen05\.st\.sync\.aligned\.(16x128b|16x32bx2)\.x\d+\.b32": _store,
-    r"tcgen05\.ld\.sync\.aligned\.(16x128b|16x32bx2)\.x\d+\.b32": _load,
+    r"tcgen05\.st\.sync\.aligned\.(16x128b|16x32bx2|32x32b)\.x\d+\.b32": _store,
+    r"tcgen05\.ld\.sync\.aligned\.(16x128b|16x32bx2|32x32b)\.x\d+\.b32": _load,
     r"tcgen05\.mma\.cta_group::1\.kind::f16": _multiply,
     r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?:\.shared::cluster)?\.b64": _commit,
     r"mbarrier\.init\.shared(?:::cta)?\.b64": _initialize,

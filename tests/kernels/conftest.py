@@ -41,6 +41,10 @@ class Case:
     apply_router_weight_on_input: bool = False
     routing: str = "random"
     ids_dtype: torch.dtype = torch.int32
+    # Of the greatest code.
+    zero_points: tuple[float, float] = (0.3, 0.7)
+    # How many times smaller than usual weights are, and how many times larger x.
+    shrink: int = 1
 
 
 CASES = [
@@ -66,6 +70,17 @@ CASES = [
     Case("gelu-tanh", gate=Gate("gelu_tanh")),
     Case("clamped-swiglu-and-bias", gate=Gate("silu", limit=0.75, alpha=1.702, beta=1.0), has_bias=True),
     Case("bias-and-weight-on-input", top_k=1, has_bias=True, apply_router_weight_on_input=True),
+    Case("zero-points-beyond-the-codes", widths=(3, 8, 5), zero_points=(-20.0, 21.0)),
+    # Tiles in which weights are scaled, not products.
+    Case("80-tokens-all-widths", num_tokens=80, widths=ALL_WIDTHS),
+    Case("80-tokens-padding", num_tokens=80, widths=(2, 3, 4), routing="padding", group_size=32),
+    Case("80-tokens-clamped-swiglu-and-bias", num_tokens=80, gate=Gate("silu", 0.75, 1.702, 1.0), has_bias=True),
+    Case("80-tokens-zero-points-beyond-the-codes", num_tokens=80, widths=(3, 8, 5), zero_points=(-20.0, 21.0)),
+    # float16 has no number as small as these scales with all its digits.
+    Case("80-tokens-small-weights", num_tokens=80, shrink=1024),
+    Case(
+        "200-tokens", num_tokens=200, hidden_size=128, intermediate_size=192, group_size=64, widths=(1, 2, 3, 4, 5, 6)
+    ),
 ]
 
 
@@ -95,18 +110,26 @@ def to_device(value, device: str):
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def random_matrix(out_features: int, in_features: int, num_bits: int, group_size: int):
-    """A stored matrix whose weights are about normal with variance 1 / in_features."""
+def random_matrix(
+    out_features: int,
+    in_features: int,
+    num_bits: int,
+    group_size: int,
+    zero_points: tuple[float, float] = Case.zero_points,
+    shrink: int = 1,
+):
+    """A stored matrix whose weights are about normal with variance 1 / in_features, but for the last two options."""
     groups = (out_features, in_features // group_size)
     codes = torch.randint(0, 2**num_bits, (out_features, in_features), dtype=torch.uint8)
-    scale = (torch.rand(groups) + 0.5) * 3 / 2**num_bits / in_features**0.5
-    zero_point = (torch.rand(groups) * 0.4 + 0.3) * (2**num_bits - 1)
+    low, high = zero_points
+    scale = (torch.rand(groups) + 0.5) * 3 / 2**num_bits / in_features**0.5 / max(1, high - low) / shrink
+    zero_point = (torch.rand(groups) * (high - low) + low) * (2**num_bits - 1)
     return pack(codes, num_bits), scale.bfloat16(), zero_point.half(), num_bits
 
 
-def random_experts(num_bits: list[list[int]], N: int, K: int, group_size: int) -> PackedExperts:
+def random_experts(num_bits: list[list[int]], N: int, K: int, group_size: int, *options) -> PackedExperts:
     return PackedExperts.from_matrices(
-        [[random_matrix(N, K, bits, group_size) for bits in projections] for projections in num_bits]
+        [[random_matrix(N, K, bits, group_size, *options) for bits in projections] for projections in num_bits]
     )
 
 
@@ -146,9 +169,10 @@ def make_problem():
         deal = iter(case.widths * 3 * case.num_experts)
         bits = [[next(deal) for _ in range(3)] for _ in range(case.num_experts)]
         hidden, intermediate, group = case.hidden_size, case.intermediate_size, case.group_size
-        w13 = random_experts([projections[:2] for projections in bits], intermediate, hidden, group)
-        w2 = random_experts([projections[2:] for projections in bits], hidden, intermediate, group)
-        x = torch.randn(case.num_tokens, hidden).to(dtype)
+        options = (case.zero_points, case.shrink)
+        w13 = random_experts([projections[:2] for projections in bits], intermediate, hidden, group, *options)
+        w2 = random_experts([projections[2:] for projections in bits], hidden, intermediate, group, *options)
+        x = (torch.randn(case.num_tokens, hidden) * case.shrink).to(dtype)
         topk_ids, expert_map = random_routing(case)
         inputs = (x, w13, w2, torch.rand(topk_ids.shape), topk_ids)
         options = {

@@ -26,9 +26,26 @@ def correct_bfloat16_dot() -> None:
     InterpreterBuilder.create_dot = create_float_dot
 
 
+def correct_bfloat16_rounding() -> None:
+    """The interpreter cuts float32's last bits off."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast_impl = InterpreterBuilder.cast_impl
+
+    def cast_to_nearest(self, source, target):
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast_impl(self, source, target)
+        rounded = torch.tensor(source.data).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+
+    InterpreterBuilder.cast_impl = cast_to_nearest
+
+
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
     correct_bfloat16_dot()
+    correct_bfloat16_rounding()
     torch.set_num_threads(1)
     # torch.empty yields NaN, so that reading what was never written shows.
     torch.use_deterministic_algorithms(True)

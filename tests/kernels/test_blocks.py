@@ -5,7 +5,7 @@ import torch
 
 from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES, make_blocks, max_blocks
 from alphaq_vllm.kernels.cpu import local_expert_ids
-from alphaq_vllm.kernels.tiles import OTHER_TILES, TILES, choose_num_splits, choose_tiles
+from alphaq_vllm.kernels.tiles import OTHER_TILES, TILES, choose_groups_per_split, choose_tiles
 
 ROUTINGS = {
     "one route": [[3]],
@@ -42,6 +42,10 @@ def test_make_blocks_puts_each_route_into_one_block_of_its_expert(name, block_m,
     assert sorted(found) == sorted(wanted)
     assert used == sum(-(-(ids == expert).sum().item() // block_m) for expert in range(5))
     torch.testing.assert_close(blocks.x_sums, x.float().view(len(ids), 3, 32).sum(-1))
+    without_sums = interpreter.submit(make_blocks, x, ids, None, 5, None, block_m).result()
+    assert without_sums.x_sums is None
+    assert torch.equal(without_sums.expert_ids, blocks.expert_ids)
+    assert torch.equal(without_sums.route_ids >= 0, blocks.route_ids >= 0)
 
 
 @pytest.mark.parametrize("num_tokens", [3, 150])
@@ -82,14 +86,18 @@ def test_local_expert_ids_skips_padding_and_foreign_experts():
 
 @pytest.mark.parametrize("generation", [*TILES, 0])
 def test_choose_tiles_grows_with_the_routes_per_expert(generation):
-    chosen = [choose_tiles(num_routes, 8, generation, 7) for num_routes in (1, 40, 44, 80, 88, 160, 176, 10**6)]
+    chosen = [choose_tiles(num_routes, 8, generation, 4) for num_routes in (1, 40, 44, 80, 88, 160, 176, 512, 10**6)]
     assert [tiles.block_m for tiles in chosen] == sorted(tiles.block_m for tiles in chosen)
     assert set(chosen) == set(TILES.get(generation, OTHER_TILES))
-    assert choose_tiles(10**6, 8, generation, widest=8).block_m == 32
+    assert choose_tiles(10**6, 8, generation, widest=8).block_m == 64
 
 
-def test_choose_num_splits_fills_the_chip_once_and_no_more():
-    assert choose_num_splits(num_tiles=448, num_groups=32, num_multiprocessors=132) == 1
-    assert choose_num_splits(num_tiles=64, num_groups=112, num_multiprocessors=132) == 6
-    assert choose_num_splits(num_tiles=1, num_groups=8, num_multiprocessors=132) == 4
-    assert choose_num_splits(num_tiles=1, num_groups=1, num_multiprocessors=132) == 1
+def test_choose_groups_per_split_fills_the_chip_once_and_no_more():
+    def choose(num_tiles, num_groups, num_warps=4):
+        return choose_groups_per_split(num_tiles, num_groups, num_multiprocessors=132, num_warps=num_warps)
+
+    assert choose(num_tiles=448, num_groups=32) == 32
+    assert choose(num_tiles=64, num_groups=112) == 19
+    assert choose(num_tiles=64, num_groups=112, num_warps=8) == 38
+    assert choose(num_tiles=1, num_groups=8) == 2
+    assert choose(num_tiles=1, num_groups=1) == 1

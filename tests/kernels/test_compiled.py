@@ -8,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from alphaq_vllm.kernels import moe_triton
+from alphaq_vllm.kernels import devices, moe_triton
 from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES
-from alphaq_vllm.kernels.launches import Launches
 from tests.emulator import driver
 from tests.emulator.driver import emulated
 from tests.emulator.memory import MemoryFault
@@ -18,7 +17,10 @@ from tests.emulator.memory import MemoryFault
 # Compute capabilities that differ in matrix instructions or tiles.
 CAPABILITIES = [80, 90, 100, 120]
 # What generation 9 runs all of, the others run these of; `make test-long` all.
-SHORT = {"width-3", "width-8", "group-64", "group-128-many-tokens", "300-tokens", "foreign-experts", "no-token"}
+SHORT = {
+    *("width-3", "width-8", "group-64", "group-128-many-tokens", "300-tokens", "foreign-experts", "no-token"),
+    *("80-tokens-all-widths", "200-tokens"),
+}
 
 
 @pytest.fixture
@@ -26,8 +28,9 @@ def run_compiled(monkeypatch):
     """``fused_moe_triton`` on an emulated GPU."""
 
     def run(problem, sm: int) -> torch.Tensor:
-        device = moe_triton.Device(4, sm // 10, Launches(overlap=sm >= 90))
-        monkeypatch.setattr(moe_triton, "device_of", lambda _: device)
+        device = devices.Device(4, sm // 10, overlap=sm >= 90, ptx=True)
+        monkeypatch.setattr(devices, "device_of", lambda _: device)
+        problem = problem.to("cpu")
         with emulated(sm):
             return moe_triton.fused_moe_triton(*problem.inputs, **problem.options)
 
@@ -43,7 +46,7 @@ def matches_reference(run_compiled, problem, dtype, sm, assert_close):
 def test_compiled_kernels_match_reference(case, sm, run_compiled, make_problem, assert_close, poisoned_empty):
     if sm != 90 and case.name not in SHORT:
         pytest.skip("make test-long runs it")
-    problem = make_problem(case, torch.bfloat16).to("cpu")
+    problem = make_problem(case, torch.bfloat16)
     matches_reference(run_compiled, problem, torch.bfloat16, sm, assert_close)
 
 
@@ -53,12 +56,12 @@ def test_compiled_kernels_match_reference(case, sm, run_compiled, make_problem, 
 def test_compiled_kernels_match_reference_in_every_case(
     case, sm, dtype, run_compiled, make_problem, assert_close, poisoned_empty
 ):
-    matches_reference(run_compiled, make_problem(case, dtype).to("cpu"), dtype, sm, assert_close)
+    matches_reference(run_compiled, make_problem(case, dtype), dtype, sm, assert_close)
 
 
 @pytest.mark.parametrize("sm", [80, 90])
 def test_compiled_kernels_repeat_to_the_bit(sm, cases, run_compiled, make_problem):
-    problem = make_problem(cases["63-tokens"], torch.float16).to("cpu")
+    problem = make_problem(cases["63-tokens"], torch.float16)
     assert torch.equal(run_compiled(problem, sm), run_compiled(problem, sm))
 
 
@@ -85,7 +88,7 @@ def test_the_emulator_notices_missing_order(sm, ordering, cases, run_compiled, m
         kernel.instructions = kept
         return kernel
 
-    problem = make_problem(cases["group-128-many-tokens"], torch.bfloat16).to("cpu")
+    problem = make_problem(cases["group-128-many-tokens"], torch.bfloat16)
     monkeypatch.setattr(driver, "parse", parse_without)
     with pytest.raises(MemoryFault):
         run_compiled(problem, sm)

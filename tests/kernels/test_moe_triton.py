@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alphaq_vllm.kernels import fused_moe
+from alphaq_vllm.kernels import devices, fused_moe
 from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES
 from alphaq_vllm.kernels.moe_triton import fused_moe_triton, tokens_per_pass, warm_up
 from alphaq_vllm.kernels.tiles import TILES
@@ -31,10 +31,11 @@ def test_fused_moe_triton_refuses_float32(make_problem, default_case):
 
 @pytest.mark.parametrize("name", ["group-64", "width-8", "group-128-many-tokens"])
 def test_fused_moe_triton_deals_columns_in_fours_where_registers_feed_the_matrix_unit(
-    name, cases, make_problem, assert_close, interpreter
+    name, cases, make_problem, assert_close, interpreter, monkeypatch
 ):
+    monkeypatch.setattr(devices, "device_of", lambda _: devices.Device(4, 8))
     problem = make_problem(cases[name], torch.bfloat16).to("cpu")
-    patch = "import alphaq_vllm.kernels.moe_triton as m; m.device_of = lambda _, device=m.Device(4, {}): device"
+    patch = "import alphaq_vllm.kernels.devices as d; d.device_of = lambda _, device=d.Device(4, {}): device"
     interpreter.submit(exec, patch.format(8)).result()
     try:
         actual = interpreter.submit(fused_moe_triton, *problem.inputs, **problem.options).result()
