@@ -73,11 +73,16 @@ def compile_kernel(kernel, signature: dict[str, str], constants: dict, unaligned
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
-def compile_gemm(sm: int, dtype: str, tiles: Tiles, widths: tuple[int, ...], group_size: int = 128) -> KernelCode:
-    """The matrix product for gate and up. dtype: bf16 or fp16. sm: compute capability, two digits or three."""
+def compile_gemm(
+    sm: int, dtype: str, tiles: Tiles, widths: tuple[int, ...], group_size: int = 128, projections: int = 2
+) -> KernelCode:
+    """The matrix product. dtype: bf16 or fp16. sm: compute capability, two digits or three.
+
+    projections: 2 for gate and up, 1 for down.
+    """
     constants = {
-        "ROUTES_PER_ROW": 2,
-        "P": 2,
+        "ROUTES_PER_ROW": 2 if projections == 2 else 1,
+        "P": projections,
         "GROUP_SIZE": group_size,
         "WIDTHS": widths,
         "QUADS": Device(1, sm // 10).quads,

@@ -8,6 +8,9 @@ import triton.language as tl
 from alphaq_vllm.kernels.blocks import local_experts
 from alphaq_vllm.kernels.launches import wait_for_previous_kernel
 
+# Parts that are on their way at a time, before any is waited for.
+LOADS_AT_A_TIME = tl.constexpr(4)
+
 
 @triton.jit
 def _gated(gate, up, ACTIVATION: tl.constexpr, alpha, beta):
@@ -45,19 +48,21 @@ def activate_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program per (route, block of features)."""
-    wait_for_previous_kernel(OVERLAP)
     route = tl.program_id(0).to(tl.int64)
     expert = local_experts(tl.load(topk_ids_ptr + route), expert_map_ptr)
+    wait_for_previous_kernel(OVERLAP)
     if expert < 0:
         return
     offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_n < N
     gate = tl.zeros([BLOCK], tl.float32)
     up = tl.zeros([BLOCK], tl.float32)
-    for split in range(num_splits):
-        ptrs = partial_ptr + (split * num_routes + route) * 2 * N + offs_n
-        gate += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        up += tl.load(ptrs + N, mask=mask, other=0.0).to(tl.float32)
+    for first_split in range(0, num_splits, LOADS_AT_A_TIME):
+        for i in tl.static_range(LOADS_AT_A_TIME):
+            ptrs = partial_ptr + ((first_split + i) * num_routes + route) * 2 * N + offs_n
+            is_part = offs_n < tl.where(first_split + i < num_splits, N, 0)
+            gate += tl.load(ptrs, mask=is_part, other=0.0).to(tl.float32)
+            up += tl.load(ptrs + N, mask=is_part, other=0.0).to(tl.float32)
     if MUL_ROUTER_WEIGHT:
         router_weight = tl.load(router_weights_ptr + route)
         gate *= router_weight
@@ -89,27 +94,33 @@ def sum_routes_kernel(
     num_splits,
     N,
     TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,  # TOP_K or more
     MUL_ROUTER_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program per (token, block of features); a fixed order of float32 additions, so no run differs."""
-    wait_for_previous_kernel(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    is_slot = slot < TOP_K
+    ids = tl.load(topk_ids_ptr + token * TOP_K + slot, mask=is_slot, other=-1)
+    experts = local_experts(ids, expert_map_ptr)
+    weights = tl.load(router_weights_ptr + token * TOP_K + slot, mask=is_slot, other=0.0)
+    wait_for_previous_kernel(OVERLAP)
     offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK], tl.float32)
-    for slot in range(TOP_K):
-        route = token * TOP_K + slot
-        expert = local_experts(tl.load(topk_ids_ptr + route), expert_map_ptr)
-        # Rows of skipped routes were not written.
-        mask = offs_n < tl.where(expert >= 0, N, 0)
-        routed = tl.zeros([BLOCK], tl.float32)
-        for split in range(num_splits):
-            ptrs = partial_ptr + (split * num_tokens * TOP_K + route) * N + offs_n
-            routed += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-        if bias_ptr is not None:
-            routed += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=mask, other=0.0).to(tl.float32)
-        if MUL_ROUTER_WEIGHT:
-            routed *= tl.load(router_weights_ptr + route)
-        acc += routed
-    tl.store(out_ptr + token * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=offs_n < N)
+    routes = (token * TOP_K + slot)[:, None]
+    # Rows of skipped routes were not written.
+    mask = (experts >= 0)[:, None] & (offs_n < N)[None, :]
+    routed = tl.zeros([SLOTS, BLOCK], tl.float32)
+    for first_split in range(0, num_splits, LOADS_AT_A_TIME):
+        for i in tl.static_range(LOADS_AT_A_TIME):
+            ptrs = partial_ptr + ((first_split + i) * num_tokens * TOP_K + routes) * N + offs_n[None, :]
+            is_part = (offs_n < tl.where(first_split + i < num_splits, N, 0))[None, :]
+            routed += tl.load(ptrs, mask=mask & is_part, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + experts.to(tl.int64)[:, None] * N + offs_n[None, :]
+        routed += tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if MUL_ROUTER_WEIGHT:
+        routed *= weights[:, None]
+    out = tl.sum(routed, 0)
+    tl.store(out_ptr + token * N + offs_n, out.to(out_ptr.dtype.element_ty), mask=offs_n < N)

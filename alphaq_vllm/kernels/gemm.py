@@ -108,6 +108,16 @@ def _project(
     return first, last
 
 
+@triton.jit
+def _prefetch(ptrs, num_steps, STEP: tl.constexpr):
+    """Bring what is at ``ptrs``, and num_steps - 1 times STEP elements further on, into the L2 cache."""
+    for i in range(num_steps):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(ptrs + i * STEP).to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_routes", "groups_per_split", "bias"])
 def moe_gemm_kernel(
     x_ptr,  # [rows, K] bfloat16 or float16; route r takes row r // ROUTES_PER_ROW
@@ -138,13 +148,17 @@ def moe_gemm_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program per (block of rows, part of the columns and matrix, block of routes)."""
-    wait_for_previous_kernel(OVERLAP)
+    # Before gate and up, the kernel ahead makes the blocks of routes; before down, it makes x.
+    if P == 2:
+        wait_for_previous_kernel(OVERLAP)
     block_n = tl.program_id(0)
     projection = tl.program_id(1) % P
     split = tl.program_id(1) // P
     block_m = tl.program_id(2)
     expert = tl.load(expert_ids_ptr + block_m)
     if expert < 0:
+        if P == 1:
+            wait_for_previous_kernel(OVERLAP)
         return
     routes = tl.load(route_ids_ptr + block_m * BLOCK_M + tl.arange(0, BLOCK_M))
     is_route = routes >= 0
@@ -157,17 +171,24 @@ def moe_gemm_kernel(
     thread = tl.arange(0, BLOCK_N)
     # Stripes behind the last one repeat it: they need no mask until they are stored.
     stripe = tl.minimum(block_n * (BLOCK_N // 32) + thread // 32, N // 32 - 1)
-    chunk = tl.arange(0, GROUP_SIZE // 32)
     offset = tl.load(offsets_ptr + matrix)
     # Unchanged, for no offset is that large, but no longer known to be an argument: LOP3 does not take one beside a
     # mask, and would be two instructions on generation 8.
     bias += (offset >> 62).to(tl.int32)
-    word_ptrs = packed_ptr + tl.multiple_of(offset, 4)
-    word_ptrs = word_ptrs + (thread % 32 * (GROUP_SIZE // 32))[:, None] + chunk[None, :]
+    word_ptrs = packed_ptr + tl.multiple_of(offset, 4) + thread % 32 * (GROUP_SIZE // 32)
     row_values = (matrix.to(tl.int64) * N + stripe * 32) * num_groups + thread % 32 // 4 * 4
-    row_values = row_values[:, None] + tl.arange(0, 4)[None, :]
     first_group = split * groups_per_split
     end_group = tl.minimum(first_group + groups_per_split, num_groups)
+    if P == 1:
+        if OVERLAP and PTX:
+            num_ahead = tl.minimum(end_group - first_group, NUM_STAGES - 1)
+            _prefetch(scales_ptr + row_values + first_group * 32, num_ahead, 32)
+            _prefetch(zero_points_ptr + row_values + first_group * 32, num_ahead, 32)
+            first_word = (stripe * K + first_group * GROUP_SIZE) * num_bits
+            _prefetch(word_ptrs + first_word, num_ahead * num_bits, GROUP_SIZE)
+        wait_for_previous_kernel(OVERLAP)
+    word_ptrs = word_ptrs[:, None] + tl.arange(0, GROUP_SIZE // 32)[None, :]
+    row_values = row_values[:, None] + tl.arange(0, 4)[None, :]
 
     first = tl.zeros([BLOCK_N // 2, BLOCK_M], tl.float32)
     last = tl.zeros([BLOCK_N // 2, BLOCK_M], tl.float32)

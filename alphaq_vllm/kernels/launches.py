@@ -1,8 +1,8 @@
 """Kernels that follow one another without a gap, where the GPU can (CUDA's programmatic dependent launch).
 
-Every kernel first lets the next one start, as soon as there is room; every kernel but a layer's first was launched so
-early that it must wait for the one ahead. As each waits before it touches memory, the one ahead has waited too, and so
-everything before it has ended. A layer's first kernel is launched as any other, for who comes before it is unknown.
+A kernel lets the next one start as soon as it has waited for the one ahead, which has waited itself; so before its own
+wait it may read what earlier kernels than the one ahead have written, and must not write. A layer's first kernel is
+launched as any other, for who comes before it is unknown.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ APART = Launches(overlap=False)
 
 @triton.jit
 def wait_for_previous_kernel(OVERLAP: tl.constexpr):
-    """To be called before any access to memory; of no effect where kernels do not overlap."""
+    """Every program calls this once, before it reads what the kernel ahead writes, writes anything, or ends."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()

@@ -85,10 +85,12 @@ def _moe_pass(
         GROUP_SIZE=w2.group_size, BLOCK=block, **launches.next,
     )  # fmt: skip
     routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, tiles)
-    block = min(256, triton.next_power_of_2(w2.N))
+    slots = triton.next_power_of_2(top_k)
+    block = min(max(1, 2048 // slots), 512, triton.next_power_of_2(w2.N))
     sum_routes_kernel[(num_tokens, triton.cdiv(w2.N, block))](
         routed, out, topk_ids, expert_map, router_weights, w2_bias, num_tokens, routed.shape[0], w2.N,
-        TOP_K=top_k, MUL_ROUTER_WEIGHT=not apply_router_weight_on_input, BLOCK=block, **launches.next,
+        TOP_K=top_k, SLOTS=slots, MUL_ROUTER_WEIGHT=not apply_router_weight_on_input,
+        BLOCK=block, **launches.next,
     )  # fmt: skip
 
 

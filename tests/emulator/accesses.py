@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.emulator.machine import TYPES, Block, Copy, NotEmulated, Step, Value, address_of, operand, split_vector
-from tests.emulator.memory import WARP
+from tests.emulator.memory import WARP, MemoryFault
 
 
 def _load_parameter(match: re.Match, target: str, source: str) -> Step:
@@ -104,9 +104,22 @@ def _barrier(match: re.Match, *_: str) -> Step:
     return run
 
 
+def _prefetch(match: re.Match, source: str) -> Step:
+    address = address_of(source, np.uint64)
+    return lambda block, active: block.global_memory.check(address(block)[active])
+
+
 def _wait_for_previous_kernel(match: re.Match) -> Step:
     def run(block: Block, active: Value) -> None:
-        block.early = False
+        block.global_memory.early = False
+
+    return run
+
+
+def _launch_dependents(match: re.Match) -> Step:
+    def run(block: Block, active: Value) -> None:
+        if block.global_memory.early:
+            raise MemoryFault("griddepcontrol.launch_dependents before griddepcontrol.wait")
 
     return run
 
@@ -168,5 +181,7 @@ ACCESSES: dict[str, Callable[..., Step]] = {
     r"cp\.async\.wait_group": _wait_copies,
     r"(?:bar|barrier)\.sync": _barrier,
     r"griddepcontrol\.wait": _wait_for_previous_kernel,
-    r"griddepcontrol\.launch_dependents|bar\.warp\.sync|fence\.proxy\.async\.shared::cta": _nothing,
+    r"griddepcontrol\.launch_dependents": _launch_dependents,
+    r"prefetch\.global\.L2": _prefetch,
+    r"bar\.warp\.sync|fence\.proxy\.async\.shared::cta": _nothing,
 }

@@ -16,7 +16,7 @@ from triton.runtime.cache import get_cache_manager
 
 from tests.emulator.instructions import step
 from tests.emulator.machine import Block, compile_kernel
-from tests.emulator.memory import GlobalMemory, SharedMemory
+from tests.emulator.memory import GlobalMemory, MemoryFault, SharedMemory
 from tests.emulator.ptx import parse
 
 # Largest shared memory of one program (CUDA programming guide, table of compute capabilities).
@@ -26,7 +26,8 @@ SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024,
 class Launcher:
     """Runs one compiled kernel, program by program."""
 
-    def __init__(self, source, metadata) -> None:
+    def __init__(self, driver: Driver, source, metadata) -> None:
+        self.driver = driver
         self.signature = [str(kind) for kind in source.signature.values()]
         self.shared, self.early = metadata.shared, metadata.launch_pdl
         ptx = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
@@ -37,14 +38,18 @@ class Launcher:
     def __call__(self, x: int, y: int, z: int, stream, function, packed, metadata, enter, leave, *arguments) -> None:
         given = [a for a, kind in zip(arguments, self.signature, strict=True) if kind != "constexpr"]
         tensors = [a for a in given if isinstance(a, torch.Tensor)]
-        memory = GlobalMemory(tensors)
+        memory = GlobalMemory(tensors, self.driver.written)
         # Behind them, two pointers to scratch memory that no kernel here asks for.
         values = [_bits(a) for a in given] + [np.uint64(0)] * 2
         named = {name: value for (_, name), value in zip(self.kernel.parameters, values, strict=True)}
         for index in itertools.product(range(z), range(y), range(x)):
-            block = Block(self.kernel, index[::-1], named, memory, SharedMemory(self.shared), early=self.early)
+            memory.early = self.early
+            block = Block(self.kernel, index[::-1], named, memory, SharedMemory(self.shared))
             block.run(*self.code)
+            if memory.early:
+                raise MemoryFault("the end of a block before griddepcontrol.wait")
             self.executed += block.executed
+        self.driver.written = sorted(memory.written)
 
 
 def _bits(argument: torch.Tensor | float) -> np.generic:
@@ -56,16 +61,20 @@ def _bits(argument: torch.Tensor | float) -> np.generic:
 
 
 class Driver:
-    """What Triton asks of a driver. sm: compute capability, two digits or three; also the device's number."""
+    """What Triton asks of a driver. sm: compute capability, two digits or three; also the device's number.
+
+    written: first and last address of each tensor that the last kernel wrote.
+    """
 
     def __init__(self, sm: int) -> None:
         self.sm = sm
         self.utils = self
         self.launchers: dict[str, Launcher] = {}
+        self.written: list[tuple[int, int]] = []
 
     def launcher_cls(self, source, metadata) -> Launcher:
         if metadata.hash not in self.launchers:
-            self.launchers[metadata.hash] = Launcher(source, metadata)
+            self.launchers[metadata.hash] = Launcher(self, source, metadata)
         return self.launchers[metadata.hash]
 
     def get_current_target(self) -> GPUTarget:

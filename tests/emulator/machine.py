@@ -57,28 +57,19 @@ class Block:
     kernel: Kernel
     index: tuple[int, int, int]
     arguments: dict[str, np.ndarray]
-    tensors: GlobalMemory
+    global_memory: GlobalMemory
     shared: SharedMemory
     registers: dict[str, Value] = field(default_factory=dict)
     copies: list[list[Copy]] = field(default_factory=lambda: [[]])
     products: list[list[Product]] = field(default_factory=lambda: [[]])
     tensor_memory: Value = field(default_factory=lambda: np.zeros((128, 512), np.uint32))
     barriers: dict[int, int] = field(default_factory=dict)  # by address, the parity of the phase they are in
-    # Whether the kernel was launched before the one ahead of it has ended, and has not waited for that yet.
-    early: bool = False
     executed: Counter = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.threads = np.arange(self.kernel.num_threads)
         self.program_counters = np.zeros(self.kernel.num_threads, np.int64)
         self.waiting = np.zeros(self.kernel.num_threads, bool)
-
-    @property
-    def global_memory(self) -> GlobalMemory:
-        """The tensors, once everything ahead of this kernel has ended."""
-        if self.early:
-            raise MemoryFault("global memory: access before griddepcontrol.wait")
-        return self.tensors
 
     def run(self, code: Sequence[Step], ends: frozenset[int]) -> None:
         """Run to the end. code: one step per instruction. ends: where threads may part or meet again.

@@ -20,9 +20,16 @@ class MemoryFault(Exception):
 
 
 class GlobalMemory:
-    """Tensors on the CPU, at their own addresses."""
+    """Tensors on the CPU, at their own addresses.
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    early: whether the running block was launched before the kernel ahead has ended, and has not waited for that yet.
+    ahead: first and last address of the tensors that the kernel ahead writes. written: those that this one writes.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], ahead: Sequence[tuple[int, int]] = ()) -> None:
+        self.early = False
+        self.ahead = ahead
+        self.written: set[tuple[int, int]] = set()
         spans = {t.data_ptr(): t.view(torch.uint8).view(-1).numpy() for t in tensors if t.numel()}
         self.starts = np.array(sorted(spans), dtype=np.int64)
         self.pieces = [spans[start] for start in self.starts.tolist()]
@@ -46,8 +53,14 @@ class GlobalMemory:
             found.append((chosen, words, (addresses[chosen] - self.starts[piece]) // size))
         return found
 
+    def check(self, addresses: np.ndarray) -> None:
+        """Raise MemoryFault if one of the addresses is outside of every tensor."""
+        self._locate(addresses, 1)
+
     def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """The bytes at each address: ``[len(addresses), size]`` uint8."""
+        if self.early and any(((addresses >= first) & (addresses <= last)).any() for first, last in self.ahead):
+            raise MemoryFault("global memory: read of what the kernel ahead writes, before griddepcontrol.wait")
         out = np.zeros((len(addresses), size), np.uint8)
         for chosen, words, indices in self._locate(addresses, size):
             out[chosen] = words[indices].view(np.uint8).reshape(-1, size)
@@ -55,8 +68,11 @@ class GlobalMemory:
 
     def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
         """Write ``values [len(addresses), size]`` uint8."""
+        if self.early:
+            raise MemoryFault("global memory: write before griddepcontrol.wait")
         size = values.shape[1]
         for chosen, words, indices in self._locate(addresses, size):
+            self.written.add((words.ctypes.data, words.ctypes.data + words.nbytes - 1))
             words[indices] = np.ascontiguousarray(values[chosen]).view(words.dtype).reshape(-1)
 
 

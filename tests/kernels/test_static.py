@@ -64,12 +64,15 @@ def test_other_widths_and_dtypes_compile_without_spills(sm, dtype, widths):
         assert row["shared_bytes"] <= SHARED_MEMORY[sm], row
 
 
-@pytest.mark.parametrize(("sm", "widths"), [(80, (2, 3, 4)), (90, (2, 3, 4)), (90, (3, 8)), (100, (2, 3, 4))])
-def test_mixed_widths_compile_without_spills(sm, widths):
+@pytest.mark.parametrize(
+    ("sm", "widths", "projections"),
+    [(80, (2, 3, 4), 2), (90, (2, 3, 4), 2), (90, (2, 3, 4), 1), (90, (3, 8), 2), (100, (2, 3, 4), 2)],
+)
+def test_mixed_widths_compile_without_spills(sm, widths, projections):
     code = (
         "import json; from benchmarks.sass import compile_gemm; from alphaq_vllm.kernels.tiles import tiles_for\n"
         f"for tiles in tiles_for({sm // 10}, {max(widths)}):\n"
-        f"    print(json.dumps(compile_gemm({sm}, 'bf16', tiles, {widths}).as_dict()))"
+        f"    print(json.dumps(compile_gemm({sm}, 'bf16', tiles, {widths}, 128, {projections}).as_dict()))"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
     rows = [json.loads(line) for line in output.splitlines()]
@@ -104,7 +107,7 @@ for sm, (ids, absent) in product((80, 90, 100), (("*i32", ("expert_map_ptr", "bi
     compile(activate_kernel, **activate, ACTIVATION="silu", CLAMP=True, MUL_ROUTER_WEIGHT=False)
     compile(activate_kernel, **activate, ACTIVATION="gelu", CLAMP=False, MUL_ROUTER_WEIGHT=True)
     compile(activate_kernel, **activate, ACTIVATION="gelu_tanh", CLAMP=False, MUL_ROUTER_WEIGHT=False)
-    compile(sum_routes_kernel, TOP_K=4, MUL_ROUTER_WEIGHT=True, BLOCK=256)
+    compile(sum_routes_kernel, TOP_K=3, SLOTS=4, MUL_ROUTER_WEIGHT=True, BLOCK=256)
 """
 
 
