@@ -59,18 +59,19 @@ def make_blocks(
     num_groups = hidden_size // group_size if group_size else 0
     x_sums = x.new_empty(num_tokens, num_groups, dtype=torch.float32) if group_size else None
     sums = (x, x_sums, hidden_size, group_size, triton.next_power_of_2(num_groups))
+    num_blocks = max_blocks(num_routes, num_experts, block_m)
     if num_routes <= MAX_DIRECT_ROUTES:
-        expert_ids = topk_ids.new_empty(num_routes, dtype=torch.int32)
-        route_ids = topk_ids.new_empty(num_routes, block_m, dtype=torch.int32)
-        padded = max(16, triton.next_power_of_2(num_routes))
+        expert_ids = topk_ids.new_empty(num_blocks, dtype=torch.int32)
+        route_ids = topk_ids.new_empty(num_blocks, block_m, dtype=torch.int32)
         num_sums = num_tokens if group_size else 0
-        direct_blocks_kernel[(num_sums + num_routes,)](
+        padded = max(16, triton.next_power_of_2(num_routes))
+        direct_blocks_kernel[(num_sums + num_blocks,)](
             *sums, topk_ids, expert_map, expert_ids, route_ids, num_sums, num_routes, block_m, padded,
-            **launches.first,
+            min(padded, 4096 // padded), **launches.first,
         )  # fmt: skip
         return Blocks(expert_ids, route_ids, x_sums)
     # Four at a time, so that every part of the buffer starts aligned and no kernel is compiled once more for another.
-    num_blocks = (max_blocks(num_routes, num_experts, block_m) + 3) // 4 * 4
+    num_blocks = (num_blocks + 3) // 4 * 4
     sizes = (num_blocks * block_m, num_blocks, num_experts)
     route_ids, expert_ids, last_ranks = topk_ids.new_full((sum(sizes),), -1, dtype=torch.int32).split(sizes)
     ranks = topk_ids.new_empty(num_routes, dtype=torch.int32)
@@ -110,34 +111,42 @@ def direct_blocks_kernel(
     NUM_GROUPS: tl.constexpr,  # K / GROUP_SIZE or more
     topk_ids_ptr,  # [num_routes]
     expert_map_ptr,  # [global experts] int32, or None
-    expert_ids_ptr,  # [num_routes] int32
-    route_ids_ptr,  # [num_routes, BLOCK_M] int32
+    expert_ids_ptr,  # [num_blocks] int32
+    route_ids_ptr,  # [num_blocks, BLOCK_M] int32
     num_sums,  # num_tokens, or 0
     num_routes,
     BLOCK_M: tl.constexpr,
     NUM_ROUTES: tl.constexpr,  # num_routes or more
+    CHUNK: tl.constexpr,  # of NUM_ROUTES, to which all of these are compared at a time
     OVERLAP: tl.constexpr,
 ):
-    """One program per token, for its sums, and one per route: every BLOCK_M-th route of an expert leads a block."""
+    """One program per token, for its sums, and one per block: every BLOCK_M-th route of an expert leads the next."""
     wait_for_previous_kernel(OVERLAP)
     if x_sums_ptr is not None:  # noqa: SIM102, for what is None must not be compiled
         if tl.program_id(0) < num_sums:
             _sum_groups(x_ptr, x_sums_ptr, K, GROUP_SIZE, NUM_GROUPS, tl.program_id(0))
             return
-    leader = tl.program_id(0) - num_sums
+    block = tl.program_id(0) - num_sums
     route = tl.arange(0, NUM_ROUTES)
     experts = local_experts(tl.load(topk_ids_ptr + route, mask=route < num_routes, other=-1), expert_map_ptr)
-    expert = tl.max(tl.where(route == leader, experts, -1), 0)
-    is_same = (experts == expert).to(tl.int32)
-    rank = tl.sum(tl.where(route < leader, is_same, 0), 0)
-    leads = (expert >= 0) & (rank % BLOCK_M == 0)
-    tl.store(expert_ids_ptr + leader, tl.where(leads, expert, -1))
-    if leads:
-        column = tl.cumsum(is_same, 0) - 1 - rank
-        column = tl.where((is_same != 0) & (column >= 0) & (column < BLOCK_M), column, -1)
-        columns = tl.arange(0, BLOCK_M)
-        routes = tl.max(tl.where(column[:, None] == columns[None, :], route[:, None], -1), 0)
-        tl.store(route_ids_ptr + leader * BLOCK_M + columns, routes)
+    # How many of the expert's routes came before.
+    rank = tl.zeros([NUM_ROUTES], tl.int32)
+    for first in range(0, num_routes, CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        others = local_experts(tl.load(topk_ids_ptr + other, mask=other < num_routes, other=-1), expert_map_ptr)
+        comes_before = (others[None, :] == experts[:, None]) & (other[None, :] < route[:, None])
+        rank += tl.sum(comes_before.to(tl.int32), 1)
+    leads = (experts >= 0) & (rank % BLOCK_M == 0)
+    is_leader = leads & (tl.cumsum(leads.to(tl.int32), 0) - 1 == block)
+    expert = tl.max(tl.where(is_leader, experts, -1), 0)
+    tl.store(expert_ids_ptr + block, expert)
+    if expert >= 0:
+        column = rank - tl.max(tl.where(is_leader, rank, 0), 0)
+        is_member = (experts == expert) & (column >= 0) & (column < BLOCK_M)
+        tl.store(route_ids_ptr + block * BLOCK_M + column, route, mask=is_member)
+        padding = tl.arange(0, BLOCK_M)
+        num_members = tl.sum(is_member.to(tl.int32), 0)
+        tl.store(route_ids_ptr + block * BLOCK_M + padding, -1, mask=padding >= num_members)
 
 
 @triton.jit

@@ -101,7 +101,7 @@ for sm, (ids, absent) in product((80, 90, 100), (("*i32", ("expert_map_ptr", "bi
         constants |= {name: None for name in absent if name in kernel.arg_names} | {"OVERLAP": sm >= 90}
         compile_kernel(kernel, {**types, "topk_ids_ptr": ids}, constants, unaligned, sm)
 
-    compile(direct_blocks_kernel, **sums, BLOCK_M=16, NUM_ROUTES=256)
+    compile(direct_blocks_kernel, **sums, BLOCK_M=16, NUM_ROUTES=256, CHUNK=16)
     compile(rank_routes_kernel, **sums, TOP_K=4)
     compile(place_routes_kernel, BLOCK_M=16, NUM_EXPERTS=64, BLOCK=256)
     compile(activate_kernel, **activate, ACTIVATION="silu", CLAMP=True, MUL_ROUTER_WEIGHT=False)
