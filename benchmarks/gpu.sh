@@ -15,7 +15,7 @@ check)
     "$PYTHON" -m pytest -q $workers -m gpu tests/kernels
     if command -v compute-sanitizer > /dev/null; then
         compute-sanitizer --error-exitcode 1 "$PYTHON" -m pytest -q -m gpu tests/kernels \
-            -k "gpu_matches and bfloat16 and (63-tokens or 80-tokens-all-widths or 130-tokens-foreign or 200-tokens or group-64)"
+            -k "gpu_matches and bfloat16 and (63-tokens or 100-tokens-all-widths or 130-tokens-foreign or 300-tokens-group-64 or group-64)"
     fi
     ;;
 time) "$PYTHON" -m benchmarks.kernels "$@" ;;

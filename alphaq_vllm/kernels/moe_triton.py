@@ -12,7 +12,7 @@ from alphaq_vllm.kernels.experts import PackedExperts
 from alphaq_vllm.kernels.gemm import moe_gemm_kernel
 from alphaq_vllm.kernels.launches import Launches
 from alphaq_vllm.kernels.reference import Gate
-from alphaq_vllm.kernels.tiles import Tiles, choose_groups_per_split, choose_tiles, tiles_for
+from alphaq_vllm.kernels.tiles import ROUTES_PER_EXPERT, Tiles, choose_groups_per_split, choose_tiles
 from alphaq_vllm.kernels.unpack import BIASES
 
 # Bytes of intermediate results at a time; more tokens than that are taken in turn.
@@ -125,7 +125,7 @@ def warm_up(w13: PackedExperts, w2: PackedExperts, top_k: int, dtype: torch.dtyp
     options: of ``fused_moe_triton``, as the layer will be called.
     """
     generation, widest = devices.device_of(w13.packed.device).generation, max(*w13.widths, *w2.widths)
-    most = max(MAX_DIRECT_ROUTES, tiles_for(generation, widest)[-1].block_m * w13.num_experts) // top_k + 1
+    most = max(MAX_DIRECT_ROUTES, max(ROUTES_PER_EXPERT.values()) * w13.num_experts) // top_k + 1
     done = set()
     for num_tokens in range(1, most + 1):
         routes = num_tokens * top_k

@@ -45,6 +45,10 @@ TILES = {
     10: (TILES_16_OF_4, TILES_32_OF_3, TILES_64._replace(maxnreg=128), TILES_128_WIDE),
     12: (TILES_8, TILES_16, TILES_32, TILES_64),
 }
+# Up to how many routes per expert, on average, each block_m is used. Every block unpacks its expert's weights, and an
+# expert's last block is half empty. Up to 32 routes unpacking takes more time than products, so an expert should seldom
+# need two blocks; from 64 on products do, those of padding too.
+ROUTES_PER_EXPERT = {8: 5, 16: 11, 32: 40, 64: 192}
 # The words of wider codes take registers that these leave no room for.
 WIDEST_OF_LARGEST_TILES = 4
 OTHER_TILES = (TILES_16, TILES_32, TILES_64)
@@ -61,9 +65,7 @@ def tiles_for(generation: int, widest: int) -> tuple[Tiles, ...]:
 
 
 def choose_tiles(num_routes: int, num_experts: int, generation: int, widest: int) -> Tiles:
-    """The smallest tile that holds half as many routes again as an expert has on average, else the largest.
-
-    Narrow tiles waste no work; wide ones dequantize each weight less often.
+    """The smallest tile that is meant for so many routes per expert, else the largest.
 
     >>> choose_tiles(num_routes=4, num_experts=60, generation=9, widest=4).block_m
     16
@@ -71,7 +73,7 @@ def choose_tiles(num_routes: int, num_experts: int, generation: int, widest: int
     128
     """
     tiles = tiles_for(generation, widest)
-    return next((t for t in tiles if 2 * t.block_m * num_experts >= 3 * num_routes), tiles[-1])
+    return next((t for t in tiles if num_routes <= num_experts * ROUTES_PER_EXPERT.get(t.block_m, 0)), tiles[-1])
 
 
 def choose_groups_per_split(num_tiles: int, num_groups: int, num_multiprocessors: int, num_warps: int) -> int:

@@ -52,7 +52,6 @@ CASES = [
     Case("group-32-all-widths", num_experts=8, widths=ALL_WIDTHS),
     Case("group-64", hidden_size=192, intermediate_size=64, group_size=64, widths=(1, 2, 4, 8, 3)),
     Case("group-128", hidden_size=128, intermediate_size=384, group_size=128, widths=(7, 3, 5, 6)),
-    # A tile whose block_k is a part of a group.
     Case("group-128-many-tokens", num_tokens=50, num_experts=2, hidden_size=256, intermediate_size=128, group_size=128),
     Case("one-token", num_tokens=1),
     Case("no-token", num_tokens=0),
@@ -72,15 +71,13 @@ CASES = [
     Case("bias-and-weight-on-input", top_k=1, has_bias=True, apply_router_weight_on_input=True),
     Case("zero-points-beyond-the-codes", widths=(3, 8, 5), zero_points=(-20.0, 21.0)),
     # Tiles in which weights are scaled, not products.
-    Case("80-tokens-all-widths", num_tokens=80, widths=ALL_WIDTHS),
-    Case("80-tokens-padding", num_tokens=80, widths=(2, 3, 4), routing="padding", group_size=32),
-    Case("80-tokens-clamped-swiglu-and-bias", num_tokens=80, gate=Gate("silu", 0.75, 1.702, 1.0), has_bias=True),
-    Case("80-tokens-zero-points-beyond-the-codes", num_tokens=80, widths=(3, 8, 5), zero_points=(-20.0, 21.0)),
+    Case("100-tokens-all-widths", num_tokens=100, widths=ALL_WIDTHS),
+    Case("100-tokens-padding", num_tokens=100, widths=(2, 3, 4), routing="padding", group_size=32),
+    Case("100-tokens-clamped-swiglu-and-bias", num_tokens=100, gate=Gate("silu", 0.75, 1.702, 1.0), has_bias=True),
+    Case("100-tokens-zero-points-beyond-the-codes", num_tokens=100, widths=(3, 8, 5), zero_points=(-20.0, 21.0)),
     # float16 has no number as small as these scales with all its digits.
-    Case("80-tokens-small-weights", num_tokens=80, shrink=1024),
-    Case(
-        "200-tokens", num_tokens=200, hidden_size=128, intermediate_size=192, group_size=64, widths=(1, 2, 3, 4, 5, 6)
-    ),
+    Case("100-tokens-small-weights", num_tokens=100, shrink=1024),
+    Case("300-tokens-group-64", 300, 2, 3, hidden_size=128, intermediate_size=192, group_size=64, widths=(1, 2, 3, 4)),
 ]
 
 

@@ -87,7 +87,7 @@ def test_local_expert_ids_skips_padding_and_foreign_experts():
 
 @pytest.mark.parametrize("generation", [*TILES, 0])
 def test_choose_tiles_grows_with_the_routes_per_expert(generation):
-    chosen = [choose_tiles(num_routes, 8, generation, 4) for num_routes in (1, 40, 44, 80, 88, 160, 176, 512, 10**6)]
+    chosen = [choose_tiles(num_routes, 8, generation, 4) for num_routes in (1, 40, 41, 88, 89, 320, 321, 1536, 1537)]
     assert [tiles.block_m for tiles in chosen] == sorted(tiles.block_m for tiles in chosen)
     assert set(chosen) == set(TILES.get(generation, OTHER_TILES))
     assert choose_tiles(10**6, 8, generation, widest=8).block_m == 64

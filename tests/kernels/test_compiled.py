@@ -19,7 +19,7 @@ CAPABILITIES = [80, 90, 100, 120]
 # What generation 9 runs all of, the others run these of; `make test-long` all.
 SHORT = {
     *("width-3", "width-8", "group-64", "group-128-many-tokens", "300-tokens", "foreign-experts", "no-token"),
-    *("80-tokens-all-widths", "200-tokens"),
+    *("100-tokens-all-widths", "300-tokens-group-64"),
 }
 
 
