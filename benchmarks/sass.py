@@ -126,7 +126,7 @@ def programs_per_multiprocessor(sm: int, num_warps: int, registers: int, shared_
     >>> programs_per_multiprocessor(sm=90, num_warps=4, registers=168, shared_bytes=45312)
     3
     """
-    shared = {80: 164, 86: 100, 89: 100, 120: 100}.get(sm, 228) * 1024
+    shared = {80: 164, 86: 100, 87: 164, 89: 100, 120: 100, 121: 100}.get(sm, 228) * 1024
     return min(65536 // (-(-registers * 32 // 256) * 256 * num_warps), shared // (shared_bytes + 1024))
 
 

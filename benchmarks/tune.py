@@ -29,8 +29,12 @@ MAXNREG = (None, 168, 128)
 WARPS_PER_MULTIPROCESSOR = (8, 12, 16)
 
 
-def _compile(sm: int, candidate: tiles.Tiles) -> KernelCode:
-    return compile_gemm(sm, "bf16", candidate, (2, 3, 4))
+def _compile(sm: int, candidate: tiles.Tiles) -> KernelCode | None:
+    try:
+        return compile_gemm(sm, "bf16", candidate, (2, 3, 4))
+    except Exception as error:
+        print(f"{candidate} does not compile: {type(error).__name__}", flush=True)
+        return None
 
 
 def candidates(sm: int) -> list[tiles.Tiles]:
@@ -43,13 +47,14 @@ def candidates(sm: int) -> list[tiles.Tiles]:
         for (block_m, scale_weights), num_warps, num_stages, maxnreg in product(blocks, NUM_WARPS, NUM_STAGES, MAXNREG)
     ]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        compiled = dict(zip(possible, pool.map(partial(_compile, sm), possible), strict=True))
+        results = zip(possible, pool.map(partial(_compile, sm), possible), strict=True)
+        compiled = {tile: code for tile, code in results if code}
     return [
         t
         for t, code in compiled.items()
         if not code.spilled_bytes
         and code.shared_bytes <= limit
-        and (t.maxnreg is None or code.programs > compiled[t._replace(maxnreg=None)].programs)
+        and (t.maxnreg is None or code.programs != compiled[t._replace(maxnreg=None)].programs)
     ]
 
 

@@ -9,7 +9,7 @@ import torch
 
 
 class Device(NamedTuple):
-    """One GPU. generation: the first digit of an NVIDIA GPU's compute capability, else 0.
+    """One GPU. generation: the major number of an NVIDIA GPU's compute capability, else 0.
 
     overlap: kernels may be launched before the one ahead has ended, as ``launches`` says. ptx: kernels may contain PTX,
     which neither other GPUs nor Triton's interpreter know.

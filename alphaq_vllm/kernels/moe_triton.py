@@ -34,7 +34,8 @@ def fused_moe_triton(
     """``fused_moe`` on GPU tensors: launches depend on shapes alone, so it may be captured in a CUDA graph."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"x: expected bfloat16 or float16 on a GPU, got {x.dtype}: use --dtype bfloat16")
-    x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.contiguous()
+    # Kernels are compiled for the ids' type, and warm_up has met this one.
+    x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.to(torch.int32).contiguous()
     out = torch.empty_like(x)
     piece = tokens_per_pass(topk_ids.shape[1], w13, x.element_size())
     for i in range(0, x.shape[0], piece):
@@ -44,6 +45,11 @@ def fused_moe_triton(
             gate, apply_router_weight_on_input,
         )  # fmt: skip
     return out
+
+
+def num_routed_experts(w13: PackedExperts, expert_map: torch.Tensor | None) -> int:
+    """Among how many experts the routes are shared, those of other ranks included."""
+    return w13.num_experts if expert_map is None else len(expert_map)
 
 
 def tokens_per_pass(top_k: int, w13: PackedExperts, itemsize: int) -> int:
@@ -69,7 +75,7 @@ def _moe_pass(
     widest = max(*w13.widths, *w2.widths)
     device = devices.device_of(x.device)
     launches = Launches(device.overlap)
-    tiles = choose_tiles(num_routes, w13.num_experts, device.generation, widest)
+    tiles = choose_tiles(num_routes, num_routed_experts(w13, expert_map), device.generation, widest)
     needs_sums = not tiles.scale_weights
     blocks = make_blocks(
         x, topk_ids, expert_map, w13.num_experts, w13.group_size if needs_sums else None, tiles.block_m, launches
@@ -100,13 +106,14 @@ def _gemm(
     """Each route's products with its expert's matrices in parts to be summed: ``[num_splits, num_routes, P, N]``."""
     device = devices.device_of(x.device)
     P, tiles_n, num_blocks = experts.num_projections, triton.cdiv(experts.N, tiles.block_n), len(blocks.expert_ids)
-    num_groups = experts.K // experts.group_size
-    groups_per_split = choose_groups_per_split(
-        tiles_n * P * min(num_blocks, experts.num_experts), num_groups, device.num_multiprocessors, tiles.num_warps
-    )
+    num_groups = groups_per_split = experts.K // experts.group_size
+    # For few routes precision costs nothing; for many the results leave the cache, and parts of them would be too many.
+    dtype = x.dtype
+    if num_routes <= MAX_DIRECT_ROUTES:
+        busy = tiles_n * P * min(num_blocks, experts.num_experts)
+        groups_per_split = choose_groups_per_split(busy, num_groups, device.num_multiprocessors, tiles.num_warps)
+        dtype = torch.float32
     num_splits = triton.cdiv(num_groups, groups_per_split)
-    # For few routes precision costs nothing; for many the results leave the cache.
-    dtype = torch.float32 if num_splits > 1 or num_routes <= MAX_DIRECT_ROUTES else x.dtype
     out = x.new_empty(num_splits, num_routes, P, experts.N, dtype=dtype)
     limits = {"maxnreg": tiles.maxnreg} if device.ptx else {}
     moe_gemm_kernel[(tiles_n, P * num_splits, num_blocks)](
@@ -125,12 +132,13 @@ def warm_up(w13: PackedExperts, w2: PackedExperts, top_k: int, dtype: torch.dtyp
     options: of ``fused_moe_triton``, as the layer will be called.
     """
     generation, widest = devices.device_of(w13.packed.device).generation, max(*w13.widths, *w2.widths)
-    most = max(MAX_DIRECT_ROUTES, max(ROUTES_PER_EXPERT.values()) * w13.num_experts) // top_k + 1
+    num_experts = num_routed_experts(w13, options["expert_map"])
+    most = max(MAX_DIRECT_ROUTES, max(ROUTES_PER_EXPERT.values()) * num_experts) // top_k + 1
     done = set()
     for num_tokens in range(1, most + 1):
         routes = num_tokens * top_k
         padded = triton.next_power_of_2(routes) if routes <= MAX_DIRECT_ROUTES else 0
-        bucket = (choose_tiles(routes, w13.num_experts, generation, widest), padded)
+        bucket = (choose_tiles(routes, num_experts, generation, widest), padded)
         if bucket in done:
             continue
         done.add(bucket)

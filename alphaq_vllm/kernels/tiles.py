@@ -9,7 +9,7 @@ class Tiles(NamedTuple):
     """The routes of one program's tile and its launch options; each warp takes 32 rows of a matrix.
 
     scale_weights: scales are applied to weights, not to products: see ``gemm``. maxnreg: registers that a thread may
-    have, so that more programs fit a multiprocessor (65,536 registers) than the compiler would make room for.
+    have, where the compiler by itself leaves room for another number of programs than is best.
     """
 
     block_m: int
@@ -24,7 +24,7 @@ class Tiles(NamedTuple):
         return 32 * self.num_warps
 
 
-# By the first digit of the compute capability, ascending in block_m: what compiles for it without a spilled register
+# By the major number of the compute capability, ascending in block_m: what compiles for it without a spilled register
 # or a shuffle of weights. On generations 8 and 12 shared memory stays under the 99 KiB of sm_86, sm_89 and sm_120.
 TILES_8, TILES_16, TILES_32, TILES_64 = (
     Tiles(block_m=8, num_warps=4, num_stages=3),
@@ -43,11 +43,11 @@ TILES = {
     8: (TILES_8, TILES_16, TILES_32, TILES_64),
     9: (TILES_16_OF_4, TILES_32_OF_3, TILES_64_WIDE._replace(maxnreg=128), TILES_128_WIDE),
     10: (TILES_16_OF_4, TILES_32_OF_3, TILES_64._replace(maxnreg=128), TILES_128_WIDE),
-    12: (TILES_8, TILES_16, TILES_32, TILES_64),
+    12: (TILES_8, TILES_16, TILES_32, TILES_64._replace(maxnreg=255)),
 }
 # Up to how many routes per expert, on average, each block_m is used. Every block unpacks its expert's weights, and an
-# expert's last block is half empty. Up to 32 routes unpacking takes more time than products, so an expert should seldom
-# need two blocks; from 64 on products do, those of padding too.
+# expert's last block is half empty. Up to 32 routes unpacking takes more time than products, so a tile is used until
+# second blocks cost as much as the next tile; from 64 on products take the time, those of padding too.
 ROUTES_PER_EXPERT = {8: 5, 16: 11, 32: 40, 64: 192}
 # The words of wider codes take registers that these leave no room for.
 WIDEST_OF_LARGEST_TILES = 4
@@ -57,7 +57,7 @@ WARPS_PER_MULTIPROCESSOR = 12
 
 
 def tiles_for(generation: int, widest: int) -> tuple[Tiles, ...]:
-    """What there is to choose from. generation: the first digit of the compute capability. widest: of the widths."""
+    """What there is to choose from. generation: the major number of the compute capability. widest: of the widths."""
     tiles = TILES.get(generation, OTHER_TILES)
     if widest <= WIDEST_OF_LARGEST_TILES:
         return tiles
@@ -79,8 +79,8 @@ def choose_tiles(num_routes: int, num_experts: int, generation: int, widest: int
 def choose_groups_per_split(num_tiles: int, num_groups: int, num_multiprocessors: int, num_warps: int) -> int:
     """How many groups of columns one program takes; they are split among several only so that the chip is full once.
 
-    num_tiles: the most programs without a split. num_groups: of a matrix; a program takes at least two. num_warps: of
-    a program.
+    num_tiles: the most programs without a split. num_groups: of a matrix; a program takes about two or more.
+    num_warps: of a program.
 
     >>> choose_groups_per_split(num_tiles=88, num_groups=16, num_multiprocessors=132, num_warps=4)
     4

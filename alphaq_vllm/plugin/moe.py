@@ -266,7 +266,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         moe = self.moe
         if moe.swiglu_limit is None:
             return Gate(moe.activation.value)
-        return Gate("silu", moe.swiglu_limit, moe.swiglu_alpha or 1.0, moe.swiglu_beta or 0.0)
+        return Gate("silu", float(moe.swiglu_limit), float(moe.swiglu_alpha or 1), float(moe.swiglu_beta or 0))
 
     def _experts(self, layer: RoutedExperts, stem: str, tiled: bool) -> PackedExperts:
         packed, scales, zero_points = (getattr(layer, f"{stem}_{suffix}") for suffix in SUFFIXES)

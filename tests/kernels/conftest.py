@@ -56,6 +56,9 @@ CASES = [
     Case("one-token", num_tokens=1),
     Case("no-token", num_tokens=0),
     Case("63-tokens", num_tokens=63, ids_dtype=torch.int64),
+    Case("16-tokens", num_tokens=16),
+    Case("40-tokens-group-128", num_tokens=40, hidden_size=128, intermediate_size=256, group_size=128),
+    Case("40-tokens-of-32-experts", num_tokens=40, top_k=8, num_experts=32, hidden_size=64, intermediate_size=64),
     # More routes per expert than the largest tile holds.
     Case("300-tokens", num_tokens=300, num_experts=3, hidden_size=32, intermediate_size=32),
     Case("130-tokens-foreign", num_tokens=130, num_experts=2, hidden_size=32, intermediate_size=32, routing="foreign"),
@@ -77,6 +80,7 @@ CASES = [
     Case("100-tokens-zero-points-beyond-the-codes", num_tokens=100, widths=(3, 8, 5), zero_points=(-20.0, 21.0)),
     # float16 has no number as small as these scales with all its digits.
     Case("100-tokens-small-weights", num_tokens=100, shrink=1024),
+    Case("200-tokens-group-128", 200, num_experts=2, hidden_size=256, intermediate_size=128, group_size=128),
     Case("300-tokens-group-64", 300, 2, 3, hidden_size=128, intermediate_size=192, group_size=64, widths=(1, 2, 3, 4)),
 ]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from alphaq_vllm.kernels import devices, moe_triton
+from alphaq_vllm.kernels import Gate, PackedExperts, devices, moe_triton
 from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES
+from alphaq_vllm.kernels.gemm import moe_gemm_kernel
+from alphaq_vllm.kernels.tiles import TILES, choose_tiles
 from tests.emulator import driver
 from tests.emulator.driver import emulated
 from tests.emulator.memory import MemoryFault
@@ -19,7 +23,7 @@ CAPABILITIES = [80, 90, 100, 120]
 # What generation 9 runs all of, the others run these of; `make test-long` all.
 SHORT = {
     *("width-3", "width-8", "group-64", "group-128-many-tokens", "300-tokens", "foreign-experts", "no-token"),
-    *("100-tokens-all-widths", "300-tokens-group-64"),
+    *("16-tokens", "40-tokens-group-128", "100-tokens-all-widths", "200-tokens-group-128", "300-tokens-group-64"),
 }
 
 
@@ -69,7 +73,7 @@ def test_compiled_kernels_repeat_to_the_bit(sm, cases, run_compiled, make_proble
     ("sm", "ordering"),
     [
         *((80, o) for o in ("bar.sync", "cp.async.wait_group")),
-        *((90, o) for o in ("bar.sync", "cp.async.wait_group", "wgmma.wait_group", "griddepcontrol.wait")),
+        *((90, o) for o in ("bar.sync", "cp.async.wait_group", "wgmma.wait_group", "griddepcontrol.wait", "griddep")),
         *((100, o) for o in ("bar.sync", "cp.async.wait_group", "mbarrier.try_wait")),
     ],
 )
@@ -90,8 +94,73 @@ def test_the_emulator_notices_missing_order(sm, ordering, cases, run_compiled, m
 
     problem = make_problem(cases["group-128-many-tokens"], torch.bfloat16)
     monkeypatch.setattr(driver, "parse", parse_without)
-    with pytest.raises(MemoryFault):
+    # Without either instruction that orders kernels, it is the early read itself that shows.
+    with pytest.raises(MemoryFault, match="kernel ahead writes" if ordering == "griddep" else None):
         run_compiled(problem, sm)
+
+
+def test_cases_reach_every_tile(cases):
+    """Of each generation, the largest but for widths that it is not meant for, by both ways to make blocks."""
+    for generation in TILES:
+        chosen = {
+            choose_tiles(case.num_tokens * case.top_k, case.num_experts, generation, max(case.widths))
+            for case in cases.values()
+            if case.num_tokens and case.routing != "foreign"
+        }
+        assert chosen >= set(TILES[generation])
+        in_short = {name for name in SHORT if max(cases[name].widths) <= 4}
+        assert {
+            choose_tiles(cases[n].num_tokens * cases[n].top_k, cases[n].num_experts, generation, 4) for n in in_short
+        } >= set(TILES[generation])
+
+
+def empty_experts(num_experts: int, projections: int, N: int, K: int) -> PackedExperts:
+    """For launches that are recorded and not run."""
+    matrices = (num_experts, projections)
+    values = torch.empty(*matrices, N, K // 128, dtype=torch.bfloat16)
+    num_bits = torch.empty(matrices, dtype=torch.int32)
+    packed = torch.empty(128, dtype=torch.int32)
+    return PackedExperts(packed, values, values.half(), num_bits, num_bits.long(), 128, (2, 3, 4), True)
+
+
+@pytest.mark.parametrize("expert_map", [None, torch.zeros(64, dtype=torch.int32)], ids=["all-experts", "some-experts"])
+def test_warm_up_leaves_nothing_to_compile(expert_map, monkeypatch):
+    keys = set()
+
+    def record(kernel, *args, grid, warmup, **options):
+        *_, bind = kernel.device_caches[90]
+        keys.add((kernel.__name__, *map(str, bind(*args, **options)[1:])))
+
+    monkeypatch.setattr(triton.JITFunction, "run", record)
+    monkeypatch.setattr(devices, "device_of", lambda _: devices.Device(132, 9, overlap=True, ptx=True))
+    w13, w2 = empty_experts(8, 2, 1408, 2048), empty_experts(8, 1, 2048, 1408)
+    options = dict.fromkeys(("w13_bias", "w2_bias")) | {"expert_map": expert_map, "gate": Gate()}
+    options["apply_router_weight_on_input"] = False
+    with emulated(90):
+        moe_triton.warm_up(w13, w2, 4, torch.bfloat16, **options)
+        warm = set(keys)
+        for num_tokens, dtype in product([*range(1, 300), 511, 512, 1000, 5000, 32768], (torch.int32, torch.int64)):
+            x, ids = torch.empty(num_tokens, 2048, dtype=torch.bfloat16), torch.empty(num_tokens, 4, dtype=dtype)
+            moe_triton.fused_moe_triton(x, w13, w2, topk_weights=torch.empty(num_tokens, 4), topk_ids=ids, **options)
+    assert len(warm) > 10
+    assert keys == warm
+
+
+@pytest.mark.parametrize(("num_tokens", "dtype", "split"), [(32, torch.float32, True), (33, torch.bfloat16, False)])
+def test_columns_are_split_for_few_routes_only(num_tokens, dtype, split, monkeypatch):
+    """Parts of many routes' results would not fit the workspace, however few the experts of a rank are."""
+    outputs = []
+
+    def record(kernel, *args, grid, warmup, **options):
+        if kernel is moe_gemm_kernel:
+            outputs.append(args[2])
+
+    monkeypatch.setattr(triton.JITFunction, "run", record)
+    monkeypatch.setattr(devices, "device_of", lambda _: devices.Device(132, 9, overlap=True, ptx=True))
+    w13, w2 = empty_experts(1, 2, 512, 2048), empty_experts(1, 1, 2048, 512)
+    x, ids = torch.empty(num_tokens, 2048, dtype=torch.bfloat16), torch.zeros(num_tokens, 8, dtype=torch.int32)
+    moe_triton.fused_moe_triton(x, w13, w2, ids.float(), ids, None, None, None, Gate(), False)
+    assert [(out.dtype, out.shape[0] > 1) for out in outputs] == [(dtype, split)] * 2
 
 
 @triton.jit

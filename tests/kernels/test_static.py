@@ -66,7 +66,7 @@ def test_other_widths_and_dtypes_compile_without_spills(sm, dtype, widths):
 
 @pytest.mark.parametrize(
     ("sm", "widths", "projections"),
-    [(80, (2, 3, 4), 2), (90, (2, 3, 4), 2), (90, (2, 3, 4), 1), (90, (3, 8), 2), (100, (2, 3, 4), 2)],
+    [*((sm, (2, 3, 4), 2) for sm in (80, 90, 100, 120)), (90, (2, 3, 4), 1), (90, (3, 8), 2)],
 )
 def test_mixed_widths_compile_without_spills(sm, widths, projections):
     code = (
