@@ -33,7 +33,7 @@ TILES_8, TILES_16, TILES_32, TILES_64 = (
     Tiles(block_m=64, num_warps=4, num_stages=3, scale_weights=True),
 )
 # The more rows and routes a tile has, the less often the other operand is read. With 256 and 128 the matrix units of an
-# H200 ask for less than its L2 cache has been seen to deliver, with 128 and 64 for twice as much.
+# H200 ask for about what its L2 cache is said to deliver, with 128 and 64 for twice as much.
 TILES_64_WIDE, TILES_128_WIDE = (
     Tiles(block_m=64, num_warps=8, num_stages=3, scale_weights=True),
     Tiles(block_m=128, num_warps=8, num_stages=3, scale_weights=True),
