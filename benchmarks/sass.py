@@ -98,7 +98,7 @@ def compile_gemm(
     signature = {**POINTERS, "x_ptr": f"*{dtype}"}
     compiled = compile_kernel(
         moe_gemm_kernel, signature, constants, ("num_routes", "groups_per_split", "bias"), sm,
-        num_warps=tiles.num_warps, maxnreg=tiles.maxnreg,
+        num_warps=tiles.num_warps, maxnreg=tiles.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

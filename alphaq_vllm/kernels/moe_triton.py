@@ -115,13 +115,14 @@ def _gemm(
         dtype = torch.float32
     num_splits = triton.cdiv(num_groups, groups_per_split)
     out = x.new_empty(num_splits, num_routes, P, experts.N, dtype=dtype)
-    limits = {"maxnreg": tiles.maxnreg} if device.ptx else {}
+    # Scales and sums meet in multiply-adds, which Triton 3.10 no longer makes by itself.
+    options = {"maxnreg": tiles.maxnreg, "enable_fp_fusion": True} if device.ptx else {}
     moe_gemm_kernel[(tiles_n, P * num_splits, num_blocks)](
         x, x_sums, out, *experts.tensors, blocks.expert_ids, blocks.route_ids, num_routes, experts.N, experts.K,
         groups_per_split, BIASES[x.dtype], ROUTES_PER_ROW=num_routes // x.shape[0], P=P,
         GROUP_SIZE=experts.group_size, WIDTHS=experts.widths, QUADS=device.quads, SCALE_WEIGHTS=tiles.scale_weights,
         PTX=device.ptx, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps, **limits, **Launches(device.overlap).next,
+        num_warps=tiles.num_warps, **options, **Launches(device.overlap).next,
     )  # fmt: skip
     return out
 
