@@ -80,7 +80,7 @@ def _moe_pass(
     blocks = make_blocks(
         x, topk_ids, expert_map, w13.num_experts, w13.group_size if needs_sums else None, tiles.block_m, launches
     )
-    gate_up = _gemm(x, blocks.x_sums, w13, blocks, num_routes, tiles)
+    gate_up = _gemm(x, blocks.x_sums, w13, blocks, num_routes, tiles, device)
     hidden = x.new_empty(num_routes, w13.N)
     hidden_sums = x.new_empty(num_routes, w13.N // w2.group_size, dtype=torch.float32) if needs_sums else None
     block = min(512, triton.next_power_of_2(w13.N))
@@ -90,21 +90,25 @@ def _moe_pass(
         ACTIVATION=gate.activation, CLAMP=gate.limit is not None, MUL_ROUTER_WEIGHT=apply_router_weight_on_input,
         GROUP_SIZE=w2.group_size, BLOCK=block, **launches.next,
     )  # fmt: skip
-    routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, tiles)
+    routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, tiles, device)
     slots = triton.next_power_of_2(top_k)
     block = min(max(1, 2048 // slots), 512, triton.next_power_of_2(w2.N))
     sum_routes_kernel[(num_tokens, triton.cdiv(w2.N, block))](
         routed, out, topk_ids, expert_map, router_weights, w2_bias, num_tokens, routed.shape[0], w2.N,
-        TOP_K=top_k, SLOTS=slots, MUL_ROUTER_WEIGHT=not apply_router_weight_on_input,
-        BLOCK=block, **launches.next,
+        TOP_K=top_k, SLOTS=slots, MUL_ROUTER_WEIGHT=not apply_router_weight_on_input, BLOCK=block, **launches.next,
     )  # fmt: skip
 
 
 def _gemm(
-    x: torch.Tensor, x_sums: torch.Tensor | None, experts: PackedExperts, blocks: Blocks, num_routes: int, tiles: Tiles
+    x: torch.Tensor,
+    x_sums: torch.Tensor | None,
+    experts: PackedExperts,
+    blocks: Blocks,
+    num_routes: int,
+    tiles: Tiles,
+    device: devices.Device,
 ) -> torch.Tensor:
     """Each route's products with its expert's matrices in parts to be summed: ``[num_splits, num_routes, P, N]``."""
-    device = devices.device_of(x.device)
     P, tiles_n, num_blocks = experts.num_projections, triton.cdiv(experts.N, tiles.block_n), len(blocks.expert_ids)
     num_groups = groups_per_split = experts.K // experts.group_size
     # For few routes precision costs nothing; for many the results leave the cache, and parts of them would be too many.

@@ -38,6 +38,7 @@ TILES_64_WIDE, TILES_128_WIDE = (
     Tiles(block_m=64, num_warps=8, num_stages=3, scale_weights=True),
     Tiles(block_m=128, num_warps=8, num_stages=3, scale_weights=True),
 )
+# Of these, four and three fit a multiprocessor.
 TILES_16_OF_4, TILES_32_OF_3 = TILES_16._replace(maxnreg=128), TILES_32._replace(maxnreg=168)
 TILES = {
     8: (TILES_8, TILES_16, TILES_32, TILES_64),

@@ -72,7 +72,7 @@ def _paired(compute: Callable[..., Value], instruction: Instruction) -> Step:
 
 
 def _fma_pairs(kind: str, target: str, *sources: str) -> Step:
-    """Of both 16-bit floats of each register: exact in float64, in which the product has all its digits."""
+    """Of both 16-bit floats of each register, in float64; rounded to bfloat16 by way of float32, to float16 at once."""
     reads = [operand(text, np.uint32) for text in sources]
 
     def run(block: Block, active: Value) -> None:

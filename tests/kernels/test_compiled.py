@@ -100,7 +100,7 @@ def test_the_emulator_notices_missing_order(sm, ordering, cases, run_compiled, m
 
 
 def test_cases_reach_every_tile(cases):
-    """Of each generation, the largest but for widths that it is not meant for, by both ways to make blocks."""
+    """Of each generation, and so do those that are run for all generations."""
     for generation in TILES:
         chosen = {
             choose_tiles(case.num_tokens * case.top_k, case.num_experts, generation, max(case.widths))
