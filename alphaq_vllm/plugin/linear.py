@@ -20,6 +20,7 @@ from alphaq_vllm.plugin._compat import (
     weight_loader,
 )
 from alphaq_vllm.plugin.report import LoadReport
+from alphaq_vllm.plugin.support import check_linear_kernel
 
 DTYPES = {PACKED: PACKED_DTYPE, SCALE: SCALE_DTYPE}
 QKV: dict[Any, Any] = {"q": 0, "k": 1, "v": 2}
@@ -94,6 +95,7 @@ class AlphaQLinearMethod(LinearMethodBase):
                 f"{self.prefix}: expected bfloat16 or float16 activations for a linear layer of {self.num_bits} bits, "
                 f"got {dtype}: serve with --dtype bfloat16 or convert with --linear-bits 16"
             )
+        check_linear_kernel(self.prefix, self.num_bits)
 
     def _load(
         self,

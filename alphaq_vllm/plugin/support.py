@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import vllm
 
 from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS
 from alphaq_vllm.plugin._compat import FusedMoEConfig, current_platform, get_current_vllm_config
@@ -17,6 +18,25 @@ GPT_OSS_ACTIVATION = "swigluoai"
 ALL2ALL_BACKENDS = ("allgather_reducescatter", "deepep_high_throughput", "deepep_v2")
 # In bytes, what DeepEP copies at once.
 DEEPEP_UNIT = 512
+
+
+def has_cpu_int4_kernel() -> bool:
+    """Whether this build of vLLM can multiply with 4-bit linear layers on a CPU: on processors without AVX-512 it
+    loads them, and dies at the first request.
+    """
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
+def check_linear_kernel(prefix: str, num_bits: int) -> None:
+    """Raise ValueError if vLLM would find out only while serving that it cannot compute a linear layer.
+
+    Where it has no kernel at all for a width it says so itself, when the layer is created.
+    """
+    if num_bits == 4 and current_platform.is_cpu() and not has_cpu_int4_kernel():
+        raise ValueError(
+            f"{prefix}: vLLM {vllm.__version__} has no kernel for 4-bit linear layers on this processor, which takes "
+            "AVX-512: convert with --linear-bits 16, or serve on a GPU or another processor"
+        )
 
 
 def check_experts(moe: FusedMoEConfig, prefix: str, group_size: int, num_experts: int) -> None:

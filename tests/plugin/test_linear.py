@@ -1,5 +1,8 @@
 """Linear layers as vLLM builds, loads and computes them, in this process."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -18,6 +21,7 @@ from vllm.model_executor.layers.linear import (
 
 from alphaq_vllm.format import AlphaQSpec, LinearFormat
 from alphaq_vllm.linear_packing import dequantize
+from alphaq_vllm.plugin import support
 from alphaq_vllm.plugin.config import AlphaQConfig
 from offline.quantizers.symmetric import quantize_symmetric
 
@@ -27,6 +31,9 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's GPU build"
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = [pytest.param("cpu", marks=on_cpu), pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
 LINEAR = LinearFormat(4, 64)
+needs_kernel = pytest.mark.skipif(
+    not torch.cuda.is_available() and not support.has_cpu_int4_kernel(), reason="vLLM has no kernel for this processor"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,6 +45,12 @@ def one_rank(tmp_path_factory):
         ensure_model_parallel_initialized(1, 1)
         yield
     cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Layers are created, loaded and checked alike on every processor; only computing takes a kernel."""
+    monkeypatch.setattr(support, "has_cpu_int4_kernel", lambda: True)
 
 
 def config_of(modules, linear_format=LINEAR):
@@ -89,6 +102,7 @@ def loaded(kind, linear_format, dtype=torch.bfloat16):
     return layer, torch.cat(weights)
 
 
+@needs_kernel
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_bits", [4, 8])
 @pytest.mark.parametrize("group_size", [32, 64])
@@ -113,6 +127,7 @@ def test_layer_computes_with_the_dequantized_weights(device, num_bits, group_siz
 
 
 @on_cpu
+@needs_kernel
 def test_layer_runs_vllms_own_kernel_on_a_cpu():
     layer, _ = loaded("down", LINEAR)
     assert type(layer.quant_method.scheme.kernel).__module__.startswith("vllm.model_executor.kernels.linear")
@@ -132,7 +147,7 @@ def test_layer_without_an_entry_stays_unquantized():
     assert isinstance(layer.quant_method, UnquantizedLinearMethod)
 
 
-def test_layer_fused_on_disk_loads_as_one_tensor():
+def test_layer_fused_on_disk_loads_as_one_tensor(kernel):
     layer = build("gate_up", config_of([f"{MLP}.gate_up_proj"]))
     quantized = quantize_symmetric(torch.randn(384, 256), 4, 64)
     load(layer, "weight_packed", quantized.packed, None)
@@ -150,6 +165,25 @@ def test_fused_layer_whose_parts_disagree_is_refused():
 def test_width_without_a_kernel_is_refused():
     with pytest.raises(ValueError, match=r"mlp\.down_proj: vLLM has no kernel for a linear layer of 8 bits"):
         build("down", config_of(names("down"), LinearFormat(8, 64)))
+
+
+@on_cpu
+def test_processor_without_a_kernel_is_refused(monkeypatch):
+    monkeypatch.setattr(support, "has_cpu_int4_kernel", lambda: False)
+    with pytest.raises(ValueError, match=r"mlp\.down_proj: vLLM .* no kernel for 4-bit .* AVX-512: convert with --li"):
+        build("down", config_of(names("down")))
+
+
+@on_cpu
+def test_kernel_is_missing_from_what_vllm_loads_without_avx512():
+    code = """
+import torch
+torch.cpu._is_avx512_supported = lambda: False
+import vllm._custom_ops
+from alphaq_vllm.plugin.support import has_cpu_int4_kernel
+assert not has_cpu_int4_kernel()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_float32_is_refused():
@@ -170,13 +204,13 @@ def test_group_that_tensor_parallelism_breaks_is_refused():
         ("weight_scale", torch.zeros(64, 5, dtype=torch.bfloat16), "expected torch.bfloat16 with 4 columns"),
     ],
 )
-def test_tensor_that_disagrees_with_the_config_is_refused(suffix, tensor, message):
+def test_tensor_that_disagrees_with_the_config_is_refused(kernel, suffix, tensor, message):
     layer = build("qkv", config_of(names("qkv")))
     with pytest.raises(ValueError, match=rf"self_attn\.k_proj\.{suffix}: {message}"):
         load(layer, suffix, tensor, "k")
 
 
-def test_missing_tensor_is_refused():
+def test_missing_tensor_is_refused(kernel):
     layer = build("qkv", config_of(names("qkv")))
     for _, shard, shape in PARTS["qkv"]:
         quantized = quantize_symmetric(torch.randn(shape), 4, 64)
@@ -187,7 +221,7 @@ def test_missing_tensor_is_refused():
         layer.quant_method.process_weights_after_loading(layer)
 
 
-def test_infinite_scale_is_refused():
+def test_infinite_scale_is_refused(kernel):
     layer = build("gate_up", config_of(names("gate_up")))
     for _, shard, shape in PARTS["gate_up"]:
         quantized = quantize_symmetric(torch.randn(shape), 4, 64)

@@ -6,6 +6,7 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
+from alphaq_vllm.plugin.support import has_cpu_int4_kernel
 from offline.allocation.widths import Budget
 from offline.convert import convert
 from tests.conftest import MODEL
@@ -14,9 +15,9 @@ from tests.reliability.loading import one_rank, reload, same, state
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
-    """Experts of several widths and linear layers of 4 bits."""
+    """Experts of several widths, and linear layers of 4 bits where vLLM has a kernel for them."""
     folder = tmp_path_factory.mktemp("quantized") / "checkpoint"
-    convert(str(MODEL), folder, Budget(average_bits=3), 64, linear_bits=4)
+    convert(str(MODEL), folder, Budget(average_bits=3), 64, linear_bits=4 if has_cpu_int4_kernel() else 16)
     return folder
 
 
