@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import vllm
 
 from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS
 from alphaq_vllm.plugin._compat import FusedMoEConfig, current_platform, get_current_vllm_config
@@ -34,7 +33,7 @@ def check_linear_kernel(prefix: str, num_bits: int) -> None:
     """
     if num_bits == 4 and current_platform.is_cpu() and not has_cpu_int4_kernel():
         raise ValueError(
-            f"{prefix}: vLLM {vllm.__version__} has no kernel for 4-bit linear layers on this processor, which takes "
+            f"{prefix}: vLLM has no kernel for 4-bit linear layers on this processor, which takes "
             "AVX-512: convert with --linear-bits 16, or serve on a GPU or another processor"
         )
 
