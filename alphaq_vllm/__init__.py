@@ -1,10 +1,53 @@
 """AlphaQ for vLLM: Mixture-of-Experts checkpoints in which every expert matrix has a width of its own.
 
+    from alphaq_vllm import convert
+
+    print(convert("Qwen/Qwen1.5-MoE-A2.7B", "OUT", bits=3.5))
+
+``convert``, ``measure``, ``allocate``, ``inspect``, ``validate`` and ``dequantize`` do what the commands of the same
+names do, with the same defaults. They are imported when they are first used.
+
 Importing this also lets ``from_pretrained`` of transformers load such checkpoints, whichever of the two is imported
 first, without importing transformers.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from alphaq_vllm._offline import check_offline
 from alphaq_vllm.transformers_registry import register_when_imported
+
+if TYPE_CHECKING:
+    from offline.operations.allocate import allocate as allocate
+    from offline.operations.convert import convert as convert
+    from offline.operations.dequantize import dequantize as dequantize
+    from offline.operations.inspect import inspect as inspect
+    from offline.operations.measure import measure as measure
+    from offline.operations.options import ConvertOptions as ConvertOptions
+    from offline.operations.options import MeasureOptions as MeasureOptions
+    from offline.operations.options import WidthOptions as WidthOptions
+    from offline.operations.validate import validate as validate
+
+__version__ = "0.1.0"
+# Where each public name is defined.
+_PUBLIC = {
+    **{name: name for name in ("allocate", "convert", "dequantize", "inspect", "measure", "validate")},
+    **dict.fromkeys(("ConvertOptions", "MeasureOptions", "WidthOptions"), "options"),
+}
+__all__ = [*_PUBLIC, "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    check_offline()
+    return getattr(import_module(f"offline.operations.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
 
 
 def register() -> None:

@@ -71,10 +71,10 @@ class AlphaQHfQuantizer(HfQuantizer):
         self, model: torch.nn.Module, checkpoint_files: Sequence[str], **kwargs: Any
     ) -> None:
         # Only here, because vLLM imports this module too, and needs none of these.
+        from offline.source.alphaq import check_alphaq
         from offline.source.architectures import family_of
         from offline.source.checkpoint import open_checkpoint
         from offline.source.fused import FusedPart
-        from offline.validate import check_alphaq
 
         checkpoint = open_checkpoint(str(Path(checkpoint_files[0]).parent))
         check_alphaq(checkpoint)

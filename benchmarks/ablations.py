@@ -34,12 +34,11 @@ from benchmarks.alternatives import (
 )
 from benchmarks.quality import RESULTS, Bench, Variant, record
 from offline.allocation.knapsack import allocate, auto_gamma, importance
-from offline.allocation.measure import load_weight
-from offline.allocation.propagation import expert_gains
-from offline.allocation.spectra import choose_block_size, hill_alpha
 from offline.quantizers.grids import GRIDS
+from offline.sensitivity.propagation import expert_gains
+from offline.sensitivity.spectra import choose_block_size, hill_alpha
 from offline.source.checkpoint import Checkpoint
-from offline.source.families import Experts
+from offline.source.families import Experts, load_weight
 
 WIDTHS = (2, 3, 4)
 # Made-up inputs of each layer for the sensitivities from weights alone, and what an expert that none reaches counts.

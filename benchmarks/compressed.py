@@ -14,8 +14,9 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from offline.messages import some
 from offline.source.architectures import family_of
-from offline.source.checkpoint import Checkpoint, some
+from offline.source.checkpoint import Checkpoint
 
 # What llm-compressor calls the matrices of an expert in every model.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

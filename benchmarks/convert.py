@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.machine import machine
-from offline.allocation.spectra import hill_alpha
+from offline.sensitivity.spectra import hill_alpha
 from offline.threads import available_cores, one_thread
 
 RESULTS = Path(__file__).parent / "results" / "convert.jsonl"

@@ -1,5 +1,14 @@
 """From a Hugging Face checkpoint to an AlphaQ checkpoint: measure, allocate, quantize, pack, write."""
 
-from importlib.metadata import version
+from importlib.util import find_spec
 
-VERSION = version("alphaq-vllm")
+from alphaq_vllm import __version__ as VERSION
+
+if find_spec("torch") is None:
+    # With this name, ``python -m offline.COMMAND`` prints the sentence alone.
+    raise ModuleNotFoundError(
+        "the packages that AlphaQ needs are not installed: run python3 .ci/install.py VENV, then VENV/bin/python",
+        name="offline",
+    )
+
+__all__ = ["VERSION"]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from alphaq_vllm.format import stored_bits_per_weight
-from offline.allocation.sizes import Room
-from offline.allocation.stats import Statistics, read_statistics
-from offline.allocation.widths import Budget, Choice, average_bits, choose
-from offline.cli import Parser, add_json_option, run
-from offline.options import add_choice_options, budget_from, room_from
+from offline.allocation.bit_map import average_bits
+from offline.allocation.widths import Choice
+from offline.cli import Parser, add_choice_options, add_json_option, given, run
+from offline.operations.allocate import allocate
+from offline.operations.options import WidthOptions
+from offline.operations.summary import count_widths, histogram
 from offline.progress import format_bytes
-from offline.summary import count_widths, histogram
+from offline.sensitivity.stats import Statistics, read_statistics
 
 _DESCRIPTION = """Choose a width for every expert matrix from the statistics that `measure` wrote.
 
@@ -37,30 +37,11 @@ def main(arguments: Sequence[str]) -> None:
     add_choice_options(parser, bit_map=False)
     add_json_option(parser)
     args = parser.parse_args(arguments)
-    statistics = read_statistics(args.stats)
-    budget = budget_from(args, "propagated" if statistics.has_gains else "measured")
-    room = room_from(args)
-    choice = allocate(statistics, budget, room)
-    args.output.write_text(json.dumps(choice.bits, indent=0) + "\n")
+    statistics, options = read_statistics(args.stats), given(args, "stats", "output")
+    choice = allocate(statistics, args.output, **options)
+    room = WidthOptions(**options).room()
     result = {**_result(statistics, choice, args.output), "room": str(room) if room else None}
     print(json.dumps(result) if args.json else _text(result))
-
-
-def allocate(statistics: Statistics, budget: Budget, room: Room | None) -> Choice:
-    """Choose widths for all matrices; room: in place of the budget's average.
-
-    Raises ValueError if the statistics lack the errors at a candidate width, and for a room that is too small.
-    """
-    origin, matrices = statistics.origin, statistics.matrices
-    statistics.check(
-        origin.fingerprint, origin.group_size, budget.measured_widths, origin.quantizer, budget.needs_gains
-    )
-    if room:
-        others = origin.other_tensors if room.in_memory else origin.other_files
-        numel = sum(matrix.numel for matrix in matrices)
-        bits = room.average_bits(others, numel, origin.group_size, budget.widths[0], budget.widths[-1])
-        budget = replace(budget, average_bits=bits)
-    return choose(matrices, budget)
 
 
 def _result(statistics: Statistics, choice: Choice, output: Path) -> dict[str, Any]:

@@ -1,21 +1,35 @@
-"""What the commands share: how arguments are parsed and how errors end a command."""
+"""What the commands share: their arguments, how those become options, and how errors end a command."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 from alphaq_vllm.format import SUPPORTED_GROUP_SIZES
-from offline.progress import parse_bytes
-from offline.writing.writer import DEFAULT_SHARD_BYTES
+from offline.allocation.modes import GRANULARITIES
+from offline.allocation.widths import MODES, NOISE_KINDS
+from offline.model.text import MAX_TOKENS, TOKENS_PER_FEATURE, Calibration
+from offline.operations.options import MANUAL
+from offline.quantizers.quantize import QUANTIZERS
+
+_NOISE = (
+    "error to minimise: propagated (default where the converter can run the model, or the statistics have it), of the "
+    "layers' outputs, on text that the model writes itself; measured, of the weights; analytic, of the paper"
+)
+_RESERVE = "with --fit-memory, for KV cache, activations and vLLM itself (default a fifth of it)"
+_SHARES = "of experts with the greatest and the least width in mode ratio (default 0.25,0.25)"
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ValueErrors and whose help keeps its examples' lines.
+
+    Arguments that are not given are absent from the result: the defaults are those of the operations' options.
 
     name: of the command; summary: what it does; examples: command lines for the help.
     """
@@ -26,6 +40,7 @@ class Parser(argparse.ArgumentParser):
             description=summary,
             epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -33,32 +48,85 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+def given(args: argparse.Namespace, *others: str) -> dict[str, Any]:
+    """The options that were given, by field; others: arguments that are not options."""
+    return {name: value for name, value in vars(args).items() if name not in (*others, "json")}
+
+
+def add_choice_options(parser: argparse.ArgumentParser, bit_map: bool) -> None:
+    """Add the fields of ``WidthOptions``; bit_map: and that of ``ConvertOptions`` which takes their place."""
+    group = parser.add_argument_group("choice of widths")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--bits", metavar="AVERAGE", help="at most (default 3.5)")
+    either.add_argument("--target-size", metavar="SIZE", help="of all files together, at most")
+    either.add_argument("--fit-memory", metavar="SIZE", help="of all GPUs that will serve the model")
+    if bit_map:
+        either.add_argument("--bit-map", type=Path, metavar="FILE", help='JSON file {"<matrix name>": bits}')
+    modes = (*MODES, MANUAL) if bit_map else MODES
+    group.add_argument("--reserve", metavar="SIZE", help=_RESERVE)
+    group.add_argument("--mode", choices=modes, help="how widths are chosen (default alphaq, or manual with a bit map)")
+    group.add_argument("--candidate-bits", metavar="LIST", help="default 2,3,4")
+    group.add_argument(
+        "--gamma", metavar="auto|NUMBER", help="exponent of importance (default auto: by the spread of alpha)"
+    )
+    group.add_argument("--noise", choices=NOISE_KINDS, help=_NOISE)
+    group.add_argument("--granularity", choices=GRANULARITIES, help="what shares a width (default projection)")
+    group.add_argument("--shares", metavar="TOP,BOTTOM", help=_SHARES)
+    group.add_argument("--seed", help="of mode random (default 0)")
+
+
+def add_quantizer_options(parser: argparse.ArgumentParser) -> None:
+    """Add the quantizer, and the text that it may need."""
+    group = parser.add_argument_group("quantizer")
+    group.add_argument(
+        "--quantizer",
+        choices=QUANTIZERS,
+        help="gptq (default where the converter can run the model): least error of what the model computes; mse "
+        "(default elsewhere): least squared error; rtn: round to nearest; hqq: half-quadratic",
+    )
+    group.add_argument(
+        "--calibration", nargs="+", metavar="FILE", help="text for gptq (default: what the model writes itself)"
+    )
+    group.add_argument(
+        "--calibration-tokens",
+        type=int,
+        metavar="N",
+        help=f"to use at most (default {MAX_TOKENS}, or {TOKENS_PER_FEATURE} for each input feature of an expert, if "
+        "that is less); each takes 12 bytes of memory times the hidden size",
+    )
+    group.add_argument(
+        "--calibration-length",
+        type=int,
+        metavar="N",
+        help=f"tokens that the model sees together (default {Calibration.length})",
+    )
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add what every command that writes a checkpoint offers."""
-    parser.add_argument(
-        "--max-shard-size",
-        type=parse_bytes,
-        default=DEFAULT_SHARD_BYTES,
-        metavar="SIZE",
-        help="of a file (default 4GiB)",
-    )
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="of a file (default 4GiB)")
     add_json_option(parser)
 
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:
     """Add how the work of a long command is done, which changes no result."""
     parser.add_argument("--resume", action="store_true", help="continue what an interrupted run has left")
+    add_workers(parser)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add the number of processes."""
     parser.add_argument("--workers", type=int, metavar="N", help="processes to use (default: as many as help)")
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add what every command offers."""
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--json", action="store_true", default=False, help="print the result as one JSON object")
 
 
 def add_group_size(parser: argparse.ArgumentParser) -> None:
     """Add the group size."""
-    parser.add_argument("--group-size", type=int, choices=SUPPORTED_GROUP_SIZES, default=128, help="default 128")
+    parser.add_argument("--group-size", type=int, choices=SUPPORTED_GROUP_SIZES, help="default 128")
 
 
 def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -68,7 +136,7 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
     try:
         command(sys.argv[1:] if arguments is None else arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {spelled(str(error))}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -80,9 +148,23 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
         )
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        print(f"error: {spelled(str(error)) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def spelled(message: str) -> str:
+    """A message with the fields of options as the command line spells them.
+
+    >>> spelled("`candidate_bits`: expected three with `mode=ratio`")
+    '--candidate-bits: expected three with --mode ratio'
+    """
+
+    def option(match: re.Match[str]) -> str:
+        value = f" {match[2]}" if match[2] else ""
+        return f"--{match[1].replace('_', '-')}{value}"
+
+    return re.sub(r"`([a-z_]+)(?:=([^`]+))?`", option, message)
 
 
 def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:

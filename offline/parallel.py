@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -18,6 +19,7 @@ from itertools import islice
 from multiprocessing import context, forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +31,7 @@ Result = TypeVar("Result")
 
 # One that is worked on and one that waits, so that a worker is not idle while its result is dealt with.
 TASKS_IN_FLIGHT = 2
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 
 def run_all(
@@ -81,7 +84,7 @@ def _death(process: context.ForkServerProcess) -> ChildProcessError:
     process.join()
     code = process.exitcode or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-    hint = ", as happens when memory runs out: set --workers lower" if code == -signal.SIGKILL else ""
+    hint = ", as happens when memory runs out: set `workers` lower" if code == -signal.SIGKILL else ""
     return ChildProcessError(f"a worker process {how}{hint}")
 
 
@@ -97,7 +100,8 @@ def _started(workers: int, function: bytes, shared: object) -> Iterator[dict[Con
             ours, theirs = forked.Pipe()
             process = forked.Process(target=_work, args=(theirs, *start), daemon=True)
             processes[ours] = process
-            process.start()
+            with _without_main():
+                process.start()
             theirs.close()
         yield processes
     finally:
@@ -110,14 +114,36 @@ def _started(workers: int, function: bytes, shared: object) -> Iterator[dict[Con
 
 def _start_server() -> None:
     """Start the server of processes with SIGINT blocked, as they inherit it: this process decides when to end."""
-    forkserver.set_forkserver_preload(["offline.allocation.measure", "offline.writing.writer"])
+    # The server looks for modules in the working directory first, unless it is told not to, which older versions of
+    # Python cannot be: there each process imports torch itself.
+    if sys.version_info >= (3, 11):
+        forkserver.set_forkserver_preload(["offline.sensitivity.matrices", "offline.writing.writer"])
     # Once it has been started: starting it unblocks SIGINT.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    safe = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
     try:
         forkserver.ensure_running()
     finally:
+        if safe is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = safe
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Let processes start without running the user's script, which need not have a main guard: nothing of it is sent
+    to them.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _work(connection: Connection, shared_bytes: bytes, function_bytes: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import time
@@ -65,15 +64,15 @@ def format_bytes(number: float) -> str:
     return f"{number:.1f} GB"
 
 
-def parse_bytes(text: str) -> int:
-    """The inverse, also of binary units.
+def parse_bytes(size: str | int) -> int:
+    """The inverse, also of binary units; a number stays as it is.
 
     >>> parse_bytes("4GiB"), parse_bytes("1.5 MB"), parse_bytes("1024")
     (4294967296, 1500000, 1024)
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text.strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", str(size).strip().upper())
     if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"expected a size such as 4GiB or 500MB, got {text!r}")
+        raise ValueError(f"expected a size such as 4GiB or 500MB, got {size!r}")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -28,7 +28,7 @@ def choose_workers(requested: int | None, numel: int) -> int:
     Raises ValueError for a number under 1.
     """
     if requested is not None and requested < 1:
-        raise ValueError(f"--workers: expected a number of processes from 1 up, got {requested}")
+        raise ValueError(f"`workers`: expected a number of processes from 1 up, got {requested}")
     if compute_device().type != "cpu":
         return 1
     return requested or (available_cores() if numel >= WORTH_PROCESSES else 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from alphaq_vllm._offline import check_offline
 from alphaq_vllm.format import QUANT_METHOD, SHARD_IDS, AlphaQSpec
 from alphaq_vllm.plugin._compat import (
     LinearBase,
@@ -65,6 +66,7 @@ class AlphaQConfig(QuantizationConfig):
         """None: no other method's checkpoint is AlphaQ's. Raises ValueError if the user says that it is."""
         method = hf_quant_cfg.get("quant_method")
         if user_quant == QUANT_METHOD != method:
+            check_offline()
             from alphaq_vllm.plugin.online import refuse_quantized
 
             refuse_quantized(method)
@@ -78,6 +80,7 @@ class AlphaQConfig(QuantizationConfig):
         if self.decided:
             check_files(Path(model_name))
             return
+        check_offline()
         from alphaq_vllm.plugin.online import choose_online
 
         online = choose_online(model_name, revision, self.settings)

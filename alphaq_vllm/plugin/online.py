@@ -22,22 +22,21 @@ import torch
 from alphaq_vllm.format import PACKED, QUANT_METHOD, SCALE, ZERO, AlphaQSpec, matrix_tensors
 from alphaq_vllm.plugin._compat import RoutedExperts, logger, set_weight_attrs, weight_loader
 from alphaq_vllm.plugin.moe import SHARDS, AlphaQMoEMethod
-from offline.allocation.selection import Selection
-from offline.allocation.splitting import check_group_size
-from offline.allocation.widths import Budget, check_bit_map, to_spec
-from offline.cache import cached_statistics
-from offline.choosing import choose_widths
-from offline.cli import Parser, add_group_size
-from offline.options import add_choice_options, room_from, widths_from
+from offline.allocation.bit_map import check_bit_map
+from offline.allocation.widths import Budget
+from offline.operations.cache import cached_statistics
+from offline.operations.choosing import choose_widths
+from offline.operations.options import ConvertOptions, options_from
+from offline.operations.plan import Job, to_spec
 from offline.progress import format_bytes
 from offline.quantizers.grids import GRIDS
 from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import find_experts
+from offline.source.splitting import check_group_size
 from offline.threads import one_thread
-from offline.writing.plan import Job
 
-# Options of offline.convert, with underscores, that quantization_config of --hf-overrides may have.
+# Fields of ConvertOptions that quantization_config of --hf-overrides may have.
 SETTINGS = (
     "bits", "fit_memory", "reserve", "bit_map", "mode", "candidate_bits", "gamma", "noise", "granularity", "shares",
     "seed", "group_size", "quantizer", "exclude",
@@ -61,20 +60,25 @@ def choose_online(model: str, revision: str | None, settings: Mapping[str, Any])
     Raises ValueError or OSError for settings that are wrong, and for a model that cannot be quantized while it loads.
     """
     start = time.monotonic()
-    args = _parse(settings)
-    widths, room = widths_from(args), room_from(args)
+    options = _options(settings)
+    widths, room, group_size, quantizer = (
+        options.widths(),
+        options.room(),
+        options.group_size,
+        options.quantizer or "mse",
+    )
     source = open_checkpoint(model, revision)
     _check_source(source)
     every_expert = find_experts(source)
-    experts = Selection(exclude=tuple(args.exclude)).quantized(every_expert)
+    experts = options.selection().quantized(every_expert)
     # vLLM hands out the experts of other fused tensors one by one.
     if transposed := [matrix for matrix in experts.matrices if matrix.fused and matrix.fused.layout.transposed]:
         raise ValueError(
             f"{transposed[0].tensor}: expected matrices [out_features, in_features] to quantize while loading, got "
             f"transposed ones: run python -m offline.convert {model} OUT, and serve OUT"
         )
-    check_group_size(args.group_size, experts.matrices)
-    job = Job(model, source, experts, args.group_size, quantizer=args.quantizer)
+    check_group_size(group_size, experts.matrices)
+    job = Job(model, source, experts, group_size, quantizer=quantizer)
     statistics, how = None, "bit map given"
     if isinstance(widths, Budget):
         how = f"mode {widths.mode}"
@@ -95,29 +99,18 @@ def choose_online(model: str, revision: str | None, settings: Mapping[str, Any])
         how,
         time.monotonic() - start,
     )
-    return Online(to_spec(plan.bits, experts, args.group_size), args.quantizer)
+    return Online(to_spec(plan.bits, experts, group_size), quantizer)
 
 
-def _parse(settings: Mapping[str, Any]) -> Any:
-    """The settings as ``offline.convert`` parses them."""
-    if unknown := sorted(set(settings) - set(SETTINGS)):
-        raise ValueError(
-            f"quantization_config of --hf-overrides: expected settings out of {', '.join(SETTINGS)}, got "
-            f"{', '.join(unknown)}: leave them out, or use python -m offline.convert"
-        )
-    parser = Parser("convert", "", "")
-    add_choice_options(parser, bit_map=True)
-    add_group_size(parser)
-    parser.add_argument("--quantizer", choices=GRIDS, default="mse")
-    parser.add_argument("--exclude", action="append", default=[])
-    arguments = []
-    for name, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        texts = list(map(str, values)) if name == "exclude" else [",".join(map(str, values))]
-        arguments += [f"--{name.replace('_', '-')}={text}" for text in texts]
+def _options(settings: Mapping[str, Any]) -> ConvertOptions:
     try:
-        return parser.parse_args(arguments)
-    except ValueError as error:
+        options = options_from(settings, SETTINGS)
+        if options.quantizer not in (None, *GRIDS):
+            raise ValueError(
+                f"`quantizer`: expected one of {', '.join(GRIDS)} to quantize while loading, got {options.quantizer}"
+            )
+        return options
+    except (ValueError, OSError) as error:
         raise ValueError(f"quantization_config of --hf-overrides: {error}") from error
 
 

@@ -48,7 +48,7 @@ def importance(alphas: np.ndarray, gamma: float) -> np.ndarray:
     Source: AlphaQ, arXiv 2606.04980. Raises ValueError for an alpha that is not positive and finite.
     """
     if not math.isfinite(gamma) or gamma < 0:
-        raise ValueError(f"gamma: expected a finite number of at least 0, got {gamma}: set --gamma auto or a number")
+        raise ValueError(f"gamma: expected a finite number of at least 0, got {gamma}: set `gamma=auto` or a number")
     log_alphas = _log(alphas)
     return np.exp(np.clip(gamma * (np.median(log_alphas) - log_alphas), -MAX_LOG_IMPORTANCE, MAX_LOG_IMPORTANCE))
 
@@ -108,7 +108,7 @@ def _check(costs: np.ndarray, numel: np.ndarray, widths: Sequence[int], average_
     unsupported = [b for b in widths if b not in SUPPORTED_BITS]
     if unsupported or not widths or list(widths) != sorted(set(widths)):
         raise ValueError(
-            f"widths: expected some of {SUPPORTED_BITS}, ascending, got {list(widths)}: see --candidate-bits"
+            f"widths: expected some of {SUPPORTED_BITS}, ascending, got {list(widths)}: see `candidate_bits`"
         )
     if costs.ndim != 2 or costs.shape != (len(numel), len(widths)) or not costs.size:
         raise ValueError(f"costs: expected shape {(len(numel), len(widths))} and not empty, got {costs.shape}")
@@ -118,11 +118,11 @@ def _check(costs: np.ndarray, numel: np.ndarray, widths: Sequence[int], average_
     if numel.min() <= 0:
         raise ValueError(f"numel: expected positive integers, got {int(numel.min())}")
     if not (math.isfinite(average_bits) and average_bits > 0):
-        raise ValueError(f"average_bits: expected a positive number, got {average_bits}: set --bits")
+        raise ValueError(f"average_bits: expected a positive number, got {average_bits}: set `bits`")
     if not widths[0] <= average_bits <= widths[-1]:
         raise ValueError(
             f"average_bits: expected {widths[0]} to {widths[-1]}, the range of the widths {list(widths)}, got "
-            f"{average_bits}: change --bits, or --candidate-bits to include a width beyond it"
+            f"{average_bits}: change `bits`, or `candidate_bits` to include a width beyond it"
         )
 
 

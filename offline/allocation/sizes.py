@@ -17,11 +17,11 @@ RESERVED_SHARE = Fraction(1, 5)
 class Room:
     """What a converted checkpoint may take, in bytes.
 
-    option: that set it; limit: bytes; reserve: bytes of memory that are left free beside the tensors, None if the limit
-    is of all files instead.
+    field: of the options, that set it; limit: bytes; reserve: bytes of memory that are left free beside the tensors,
+    None if the limit is of all files instead.
     """
 
-    option: str
+    field: str
     limit: int
     reserve: int | None = None
 
@@ -49,9 +49,9 @@ class Room:
         if bits < least:
             needed = others + math.ceil(numel * (least + overhead) / 8)
             raise ValueError(
-                f"{self.option}: expected room for at least {format_bytes(needed)}, which is what the experts take at "
+                f"`{self.field}`: expected room for at least {format_bytes(needed)}, which is what the experts take at "
                 f"{least} bits ({format_bytes(needed - others)}) and all that is not quantized "
-                f"({format_bytes(others)}), got {format_bytes(self.limit)}: allow more, lower --candidate-bits, or "
+                f"({format_bytes(others)}), got {format_bytes(self.limit)}: allow more, lower `candidate_bits`, or "
                 "exclude less"
             )
         return min(float(greatest), math.floor(bits * 10**9) / 10**9)
@@ -59,7 +59,7 @@ class Room:
 
 def target_size(nbytes: int) -> Room:
     """Room for the files of a checkpoint."""
-    return Room("--target-size", nbytes)
+    return Room("target_size", nbytes)
 
 
 def fit_memory(memory: int, reserve: int | None) -> Room:
@@ -71,6 +71,6 @@ def fit_memory(memory: int, reserve: int | None) -> Room:
     reserve = math.ceil(memory * RESERVED_SHARE) if reserve is None else reserve
     if reserve >= memory:
         raise ValueError(
-            f"--reserve: expected less than the memory of {format_bytes(memory)}, got {format_bytes(reserve)}"
+            f"`reserve`: expected less than the memory of {format_bytes(memory)}, got {format_bytes(reserve)}"
         )
-    return Room("--fit-memory", memory - reserve, reserve)
+    return Room("fit_memory", memory - reserve, reserve)

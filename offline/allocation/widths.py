@@ -1,26 +1,20 @@
-"""How many bits each expert matrix gets: chosen from its statistics under a budget, or read from a file."""
+"""How many bits each expert matrix gets: chosen from its statistics under a budget."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
-from alphaq_vllm.format import SUPPORTED_BITS, AlphaQSpec
+from alphaq_vllm.format import SUPPORTED_BITS
 from offline.allocation import modes
+from offline.allocation.costs import Sensitivity, noise
 from offline.allocation.knapsack import auto_gamma, importance
-from offline.allocation.measure import MatrixStats, noise
 from offline.allocation.modes import GRANULARITIES, Sized
-from offline.allocation.spectra import relative_noise
-from offline.source.checkpoint import some
-from offline.source.families import ExpertMatrix, Experts
-from offline.source.header import unique
 
 NOISE_KINDS = ("measured", "propagated", "analytic")
 MODES = ("alphaq", "uniform", "ratio", "random")
@@ -53,26 +47,26 @@ class Budget:
         unsupported = sorted(set(self.widths) - set(SUPPORTED_BITS))
         if not self.widths or unsupported or sorted(set(self.widths)) != list(self.widths):
             raise ValueError(
-                f"--candidate-bits: expected ascending widths out of {SUPPORTED_BITS}, "
+                f"`candidate_bits`: expected ascending widths out of {SUPPORTED_BITS}, "
                 f"got {','.join(map(str, self.widths))}"
             )
         if not self.widths[0] <= self.average_bits <= self.widths[-1]:
             raise ValueError(
-                f"--bits: expected an average from {self.widths[0]} to {self.widths[-1]}, the least and the greatest "
-                f"candidate, got {self.average_bits:g}: change --bits or --candidate-bits"
+                f"`bits`: expected an average from {self.widths[0]} to {self.widths[-1]}, the least and the greatest "
+                f"candidate, got {self.average_bits:g}: change `bits` or `candidate_bits`"
             )
         if self.gamma is not None and not 0 <= self.gamma < math.inf:
-            raise ValueError(f"--gamma: expected 'auto' or a finite number from 0 up, got {self.gamma:g}")
-        choices = {"--noise": NOISE_KINDS, "--granularity": GRANULARITIES, "--mode": MODES}
-        for option, allowed in choices.items():
-            given = getattr(self, option.removeprefix("--"))
+            raise ValueError(f"`gamma`: expected 'auto' or a finite number from 0 up, got {self.gamma:g}")
+        choices = {"noise": NOISE_KINDS, "granularity": GRANULARITIES, "mode": MODES}
+        for field, allowed in choices.items():
+            given = getattr(self, field)
             if given not in allowed:
-                raise ValueError(f"{option}: expected one of {allowed}, got {given!r}")
+                raise ValueError(f"`{field}`: expected one of {allowed}, got {given!r}")
         if not (min(self.shares) >= 0 and sum(self.shares) <= 1):
-            raise ValueError(f"--shares: expected two shares from 0 up with a sum of at most 1, got {self.shares}")
+            raise ValueError(f"`shares`: expected two shares from 0 up with a sum of at most 1, got {self.shares}")
         if self.mode == "ratio" and len(self.widths) != 3:
             raise ValueError(
-                f"--candidate-bits: --mode ratio expects three widths, got {','.join(map(str, self.widths))}"
+                f"`candidate_bits`: `mode=ratio` expects three widths, got {','.join(map(str, self.widths))}"
             )
 
     @property
@@ -138,13 +132,13 @@ def choose(matrices: Sequence[Sized], budget: Budget, fixed: Mapping[str, int] =
 
 
 def _allocate(
-    matrices: Sequence[MatrixStats], free: Sequence[MatrixStats], budget: Budget, average_bits: float, result: Choice
+    matrices: Sequence[Sensitivity], free: Sequence[Sensitivity], budget: Budget, average_bits: float, result: Choice
 ) -> tuple[np.ndarray, Choice]:
     """The widths of ``free`` whose sum of importance times noise times numel is least."""
     alphas = np.array([matrix.alpha for matrix in matrices])
     gamma = budget.gamma
     if gamma is None:
-        gamma = auto_gamma(alphas, _alpha_noise(alphas, matrices)) * (PROPAGATED_SHARE if budget.needs_gains else 1)
+        gamma = auto_gamma(alphas, _alpha_noise(matrices)) * (PROPAGATED_SHARE if budget.needs_gains else 1)
     weights = dict(zip((matrix.name for matrix in matrices), importance(alphas, gamma), strict=True))
     weighted = np.array([weights[matrix.name] * matrix.numel for matrix in free])
     costs = weighted[:, None] * noise(free, budget.widths, budget.noise)
@@ -152,14 +146,13 @@ def _allocate(
     return chosen, replace(result, noise=budget.noise, gamma=gamma, cost=allocation.cost, gap=allocation.gap)
 
 
-def _alpha_noise(alphas: np.ndarray, matrices: Sequence[Sized]) -> float:
+def _alpha_noise(matrices: Sequence[Sensitivity]) -> float:
     """The relative standard deviation of the estimate of a typical alpha."""
-    sizes = [matrix.numel for matrix in matrices]
-    return float(np.median([relative_noise(alpha, numel) for alpha, numel in zip(alphas, sizes, strict=True)]))
+    return float(np.median([matrix.alpha_noise for matrix in matrices]))
 
 
-def _measured(matrices: Sequence[Sized]) -> list[MatrixStats]:
-    measured = [matrix for matrix in matrices if isinstance(matrix, MatrixStats)]
+def _measured(matrices: Sequence[Sized]) -> list[Sensitivity]:
+    measured = [matrix for matrix in matrices if isinstance(matrix, Sensitivity)]
     if len(measured) != len(matrices):
         raise TypeError("matrices: expected their statistics, got only names and sizes: measure them first")
     return measured
@@ -178,45 +171,7 @@ def average_left(matrices: Sequence[Sized], fixed: Mapping[str, int], budget: Bu
     left = (Fraction(str(budget.average_bits)) * total - spent) / free
     if left < budget.widths[0]:
         raise ValueError(
-            f"--override: expected to leave the other matrices an average of at least {budget.widths[0]} bits, the "
-            f"least candidate, got {float(left):.4g}: raise --bits, lower --candidate-bits or change the overrides"
+            f"`override`: expected to leave the other matrices an average of at least {budget.widths[0]} bits, the "
+            f"least candidate, got {float(left):.4g}: raise `bits`, lower `candidate_bits` or change the overrides"
         )
     return min(math.floor(left * 10**9) / 10**9, float(budget.widths[-1]))
-
-
-def read_bit_map(path: Path) -> dict[str, int]:
-    """Read ``{"<matrix name>": bits}``. Raises ValueError for anything but names, each once, and supported widths."""
-    try:
-        bits = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON object of matrix names and widths, got {error}") from error
-    if not isinstance(bits, dict):
-        raise ValueError(f"{path}: expected a JSON object of matrix names and widths, got {bits!r:.80}")
-    for name, width in bits.items():
-        if type(width) is not int or width not in SUPPORTED_BITS:
-            raise ValueError(f"{path}: {name}: expected one of the widths {SUPPORTED_BITS}, got {width!r:.80}")
-    return bits
-
-
-def check_bit_map(bits: Mapping[str, int], matrices: Sequence[ExpertMatrix]) -> None:
-    """Raise ValueError unless the bit map names every expert matrix and nothing else."""
-    names = {matrix.name: None for matrix in matrices}
-    missing, unknown = [name for name in names if name not in bits], [name for name in bits if name not in names]
-    if missing:
-        raise ValueError(f"bit map: expected all {len(names)} expert matrices, got no width for {some(missing)}")
-    if unknown:
-        raise ValueError(f"bit map: expected only the expert matrices of this model, got also {some(unknown)}")
-
-
-def average_bits(bits: Mapping[str, int], matrices: Sequence[Sized]) -> float:
-    """The average width, weighted by numel."""
-    return sum(bits[m.name] * m.numel for m in matrices) / sum(m.numel for m in matrices)
-
-
-def to_spec(bits: Mapping[str, int], experts: Experts, group_size: int) -> AlphaQSpec:
-    """The checkpoint's ``quantization_config`` for these widths."""
-    num_bits: dict[str, dict[str, tuple[int, ...]]] = {module: {} for module in experts.modules}
-    for matrix in experts.matrices:
-        projections = num_bits[matrix.module]
-        projections[matrix.projection] = (*projections.get(matrix.projection, ()), bits[matrix.name])
-    return AlphaQSpec(group_size, num_bits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from alphaq_vllm.format import TensorSpec
+from offline.messages import some
 from offline.source.fp8 import BlockScaledTensor, join_scales, weight_block_size
 from offline.source.header import read_header, refuse_lfs_pointer
 from offline.source.stored import StoredTensor
@@ -82,16 +83,6 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     for sidecar in checkpoint.sidecars:
         refuse_lfs_pointer(sidecar)
     return checkpoint
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few of many names, for an error message.
-
-    >>> some(["a", "b", "c", "d", "e"])
-    'a, b, c and 2 more'
-    """
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _locate(model: str, revision: str | None) -> Path:

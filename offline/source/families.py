@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from offline.messages import some
 from offline.source.architectures import Family, family_of, num_experts, num_layers, text_config
-from offline.source.checkpoint import Checkpoint, some
+from offline.source.checkpoint import Checkpoint
 from offline.source.fp8 import weight_block_size
 from offline.source.fused import FusedPart
+from offline.threads import compute_device
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -100,6 +102,21 @@ def load_matrix(source: Checkpoint, matrix: ExpertMatrix) -> torch.Tensor:
     if matrix.fused is None:
         return tensor.load_float32()
     return matrix.fused.view(tensor.load_float32(matrix.expert)).contiguous()
+
+
+def load_weight(source: Checkpoint, matrix: ExpertMatrix) -> torch.Tensor:
+    """A matrix of the source, ``[out_features, in_features]`` float32, on the device that computes.
+
+    Raises ValueError for NaN or infinite weights.
+    """
+    weight = load_matrix(source, matrix).to(compute_device())
+    # Unlike isfinite of all of it, this takes no memory.
+    if not bool(torch.stack(weight.aminmax()).isfinite().all()):
+        bad = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"{matrix.name}.weight: expected finite weights, got {bad} NaN or infinite: the source is damaged"
+        )
+    return weight
 
 
 def matrix_nbytes(source: Checkpoint, matrix: ExpertMatrix) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from alphaq_vllm.format import TensorSpec
 from offline.source.stored import StoredTensor
+from offline.strict_json import unique
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -79,16 +80,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{path}: header: expected a JSON object, got {type(entries).__name__}")
     entries.pop(_METADATA, None)
     return _place(path, entries, _LENGTH_BYTES + length, size)
-
-
-def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """An ``object_pairs_hook`` for json that refuses a key that occurs twice."""
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the key {key!r} twice")
-        content[key] = value
-    return content
 
 
 def layout(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:

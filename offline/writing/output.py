@@ -22,11 +22,11 @@ import torch
 
 from alphaq_vllm.format import FORMAT_VERSION
 from offline import VERSION
+from offline.journal import Journal, sync
 from offline.progress import format_bytes
 from offline.source.checkpoint import CONFIG, Checkpoint
 from offline.source.fingerprint import fingerprint
 from offline.threads import compute_device
-from offline.writing.journal import Journal, sync
 
 JOURNAL, DIRECTORY, RESULTS = "journal.jsonl", "checkpoint", "gptq"
 
@@ -62,7 +62,7 @@ def check_output(out: Path, source: Path, needed_bytes: int, resume: bool = Fals
     if free < needed_bytes:
         raise ValueError(
             f"{existing}: expected {format_bytes(needed_bytes)} of free disk space, got {format_bytes(free)}: "
-            "free some, lower --bits or choose another output directory"
+            "free some, lower `bits` or choose another output directory"
         )
 
 
@@ -102,7 +102,7 @@ def open_output(out: Path, depends_on: Mapping[str, Any], resume: bool = False) 
         if not resume:
             raise ValueError(
                 f"{partial}: exists already, so another run is writing it or was interrupted: "
-                "add --resume to continue that one, or remove this directory to start again"
+                "add `resume` to continue that one, or remove this directory to start again"
             ) from None
     if resumed and not (partial / JOURNAL).exists() and any(partial.iterdir()):
         raise ValueError(f"{partial}: expected what an interrupted run left, got no {JOURNAL}: remove this directory")
@@ -186,7 +186,7 @@ def _difference(before: Any, now: Any) -> str:
 
 def _resumable(error: OSError | KeyboardInterrupt, partial: Path) -> BaseException:
     """The same error with the way out."""
-    way_out = f"{partial} keeps what is done: run the same command with --resume to continue"
+    way_out = f"{partial} keeps what is done: run the same command with `resume` to continue"
     if isinstance(error, KeyboardInterrupt):
         return KeyboardInterrupt(f"interrupted: {way_out}")
     if error.errno is None:

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from alphaq_vllm.format import TensorSpec
+from offline.journal import sync
 from offline.parallel import run_all
 from offline.progress import Progress
 from offline.source.checkpoint import CONFIG, INDEX, Checkpoint
 from offline.source.fp8 import BlockScaledTensor
 from offline.source.header import layout
 from offline.source.stored import StoredTensor
-from offline.writing.journal import sync
 from offline.writing.output import Output
 
 DEFAULT_SHARD_BYTES = 4 * 2**30

@@ -1,12 +1,10 @@
 """How commands end, and what they print on the way."""
 
-import argparse
-
 import pytest
 
 from offline.cli import Parser, run
+from offline.operations.summary import histogram
 from offline.progress import format_bytes, parse_bytes
-from offline.summary import histogram
 
 
 def raiser(error):
@@ -59,7 +57,7 @@ def test_parse_bytes(text, number):
 
 @pytest.mark.parametrize("text", ["", "0", "-1GB", "4 parsecs", "GiB", "1e9", "nan"])
 def test_parse_bytes_refuses_what_is_not_a_size(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as"):
+    with pytest.raises(ValueError, match="expected a size such as"):
         parse_bytes(text)
 
 

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from offline import measure
-from offline.allocation.stats import read_statistics
-from offline.allocation.widths import read_bit_map
+from offline.allocation.bit_map import read_bit_map
+from offline.sensitivity.stats import read_statistics
 
 COMMANDS = ("measure", "allocate", "convert", "inspect", "validate", "dequantize")
 
@@ -324,7 +324,10 @@ def test_overrides_and_exclusions_reach_the_checkpoint(alphaq, tiny_model, stats
 
 BAD = {
     "manual without a map": (("--mode", "manual"), "--mode manual: expected a bit map"),
-    "a map in another mode": (("--mode", "random", "--bit-map", "m.json"), "--mode random: expected a bit map in mode"),
+    "a map in another mode": (
+        ("--mode", "random", "--bit-map", "m.json"),
+        "--mode random: expected no bit map, which only --mode manual takes",
+    ),
     "an override with a map": (("--bit-map", "MAP", "--override", "*=4"), "--override: expected a budget"),
     "bits in ratio": (("--mode", "ratio", "--bits", "3"), "--mode ratio: .* got also --bits"),
     "a size in ratio": (("--mode", "ratio", "--target-size", "1GB"), "--mode ratio: .* got also --target-size"),

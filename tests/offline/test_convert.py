@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alphaq_vllm import convert
 from alphaq_vllm.format import AlphaQSpec
 from offline import convert as command
-from offline.allocation.widths import Budget
 from offline.cli import run
-from offline.convert import convert
+from offline.operations import plan
 from offline.quantizers.quantize import quantize
-from offline.writing import plan, writer
+from offline.writing import writer
 
-QUICK = Budget(3.0, noise="analytic")
+QUICK = {"bits": 3.0, "noise": "analytic", "quantizer": "mse"}
 
 
 def call(*arguments, monkeypatch):
@@ -51,7 +51,7 @@ def every_width(source):
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral", "deepseek_v2"])
 def test_convert_quantizes_the_experts_and_copies_the_rest(tiny_model, tmp_path, model_type):
     source, out = tiny_model(model_type), tmp_path / "out"
-    convert(str(source), out, every_width(source))
+    convert(source, out, bit_map=every_width(source), quantizer="mse")
     originals, tensors = load_file(source / "model.safetensors"), stored(out)
     for name, num_bits in every_width(source).items():
         expected = quantize(originals.pop(f"{name}.weight").float(), num_bits, 128)
@@ -68,7 +68,7 @@ def test_convert_writes_the_config_with_the_bit_map_and_copies_sidecars(model, t
     (model / "tokenizer.json").write_text('{"a": 1}')
     (model / "modeling.py").write_text("raise SystemExit")
     bits = every_width(model)
-    convert(str(model), tmp_path / "out", bits, group_size=64)
+    convert(model, tmp_path / "out", bit_map=bits, group_size=64, quantizer="mse")
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())
     spec = AlphaQSpec.from_dict(config.pop("quantization_config"))
     assert config == json.loads((model / "config.json").read_bytes())
@@ -94,7 +94,7 @@ def test_convert_writes_the_config_with_the_bit_map_and_copies_sidecars(model, t
 
 @pytest.mark.parametrize("noise", ["measured", "analytic"])
 def test_convert_keeps_to_the_budget(tiny_model, tmp_path, noise):
-    summary = convert(str(tiny_model("qwen2_moe")), tmp_path / "out", Budget(3.5, noise=noise))
+    summary = convert(tiny_model("qwen2_moe"), tmp_path / "out", bits=3.5, noise=noise, quantizer="mse")
     assert 3.45 < summary.bits <= 3.5
     assert sum(summary.widths.values()) == 24
     assert set(summary.widths) <= {2, 3, 4}
@@ -110,7 +110,7 @@ def test_convert_gives_more_bits_to_heavier_tails(model, tmp_path):
     weight = orthogonal @ torch.diag(spectrum) @ orthogonal.T
     tensors[f"{heavy}.weight"] = (weight * 0.02 / weight.std()).bfloat16()
     save_file(tensors, model / "model.safetensors")
-    convert(str(model), tmp_path / "out", Budget(2.2, gamma=8.0, noise="analytic"))
+    convert(model, tmp_path / "out", bits=2.2, gamma=8.0, noise="analytic", quantizer="mse")
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())
     spec = AlphaQSpec.from_dict(config["quantization_config"])
     assert spec.num_bits["model.layers.1.mlp.experts"]["up_proj"][2] == 4
@@ -119,8 +119,8 @@ def test_convert_gives_more_bits_to_heavier_tails(model, tmp_path):
 def test_convert_reads_shards_and_writes_shards(sharded_model, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     bits = every_width_of_sharded(sharded_model)
-    convert(str(sharded_model), whole, bits)
-    summary = convert(str(sharded_model), parts, bits, max_shard_bytes=50_000)
+    convert(sharded_model, whole, bit_map=bits, quantizer="mse")
+    summary = convert(sharded_model, parts, bit_map=bits, max_shard_size=50_000, quantizer="mse")
     files = sorted(parts.glob("*.safetensors"))
     assert len(files) > 3
     assert summary.size_after == sum(file.stat().st_size for file in files)
@@ -139,14 +139,14 @@ def every_width_of_sharded(sharded_model):
 
 def test_convert_is_deterministic(tiny_model, tmp_path):
     for name in ("one", "two"):
-        convert(str(tiny_model("qwen2_moe")), tmp_path / name, QUICK)
+        convert(tiny_model("qwen2_moe"), tmp_path / name, **QUICK)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 def test_convert_reports_the_sizes_of_the_files(tiny_model, tmp_path):
     source, out = tiny_model("qwen2_moe"), tmp_path / "out"
     bits = every_width(source)
-    summary = convert(str(source), out, bits)
+    summary = convert(source, out, bit_map=bits, quantizer="mse")
     experts = {name: tensor for name, tensor in stored(out).items() if ".experts." in name}
     numel = 24 * 128 * 128
     assert summary.size_before == (source / "model.safetensors").stat().st_size
@@ -229,7 +229,7 @@ def test_convert_refuses_a_bit_map_that_disagrees_before_writing(tiny_model, tmp
     bits = every_width(tiny_model("qwen2_moe"))
     del bits["model.layers.1.mlp.experts.2.up_proj"]
     with pytest.raises(ValueError, match=r"got no width for model\.layers\.1\.mlp\.experts\.2\.up_proj"):
-        convert(str(tiny_model("qwen2_moe")), tmp_path / "out", bits)
+        convert(tiny_model("qwen2_moe"), tmp_path / "out", bit_map=bits, quantizer="mse")
     assert not list(tmp_path.iterdir())
 
 
@@ -241,8 +241,8 @@ def test_convert_refuses_a_group_size_that_does_not_divide(model, tmp_path):
         tensors[name] = tensors[name][:rows, :columns].contiguous()
     save_file(tensors, model / "model.safetensors")
     (model / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 96}))
-    with pytest.raises(ValueError, match=r"down_proj: in_features=96 .* convert with --group-size 32"):
-        convert(str(model), tmp_path / "out", QUICK, group_size=64)
+    with pytest.raises(ValueError, match=r"down_proj: in_features=96 .* convert with `group_size=32`"):
+        convert(model, tmp_path / "out", **QUICK, group_size=64)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -253,31 +253,31 @@ def test_convert_refuses_weights_that_are_not_finite(model, tmp_path, value, giv
     tensors[f"{name}.weight"][5, 7] = value
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{name}.weight: expected finite weights, got 1 NaN or infinite"):
-        convert(str(model), tmp_path / "out", every_width(model) if given else QUICK)
+        convert(model, tmp_path / "out", **({"bit_map": every_width(model), "quantizer": "mse"} if given else QUICK))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_convert_refuses_its_own_source_and_an_output_with_files(model, tmp_path):
     for out in (model, model / "out"):
         with pytest.raises(ValueError, match="outside the source"):
-            convert(str(model), out, QUICK)
+            convert(model, out, **QUICK)
     with pytest.raises(ValueError, match="got one with files"):
-        convert(str(model), tmp_path, QUICK)
+        convert(model, tmp_path, **QUICK)
 
 
 def test_convert_refuses_too_small_a_disk(tiny_model, tmp_path, monkeypatch):
     free = 500_000
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     with pytest.raises(ValueError, match=r"of free disk space, got 500\.0 KB"):
-        convert(str(tiny_model("qwen2_moe")), tmp_path / "out", QUICK)
+        convert(tiny_model("qwen2_moe"), tmp_path / "out", **QUICK)
     assert not list(tmp_path.iterdir())
 
 
 def test_convert_refuses_a_second_conversion_of_its_output(tiny_model, tmp_path):
     out = tmp_path / "out"
-    convert(str(tiny_model("qwen2_moe")), out, QUICK)
+    convert(tiny_model("qwen2_moe"), out, **QUICK)
     with pytest.raises(ValueError, match=r"already quantized \(quant_method 'alphaq'\)"):
-        convert(str(out), tmp_path / "again", QUICK)
+        convert(out, tmp_path / "again", **QUICK)
 
 
 @pytest.mark.parametrize("calls_before", [0, 1, 20])
@@ -290,8 +290,8 @@ def test_convert_leaves_no_checkpoint_when_quantization_fails(tiny_model, tmp_pa
         return quantize(*arguments, **options)
 
     monkeypatch.setattr(plan, "quantize", fail_late)
-    with pytest.raises(OSError, match=r"No space left.*--resume"):
-        convert(str(tiny_model("qwen2_moe")), tmp_path / "out", QUICK, max_shard_bytes=50_000)
+    with pytest.raises(OSError, match=r"No space left.*`resume`"):
+        convert(tiny_model("qwen2_moe"), tmp_path / "out", **QUICK, max_shard_size=50_000)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
@@ -305,7 +305,7 @@ def test_convert_writes_the_config_last(tiny_model, tmp_path, monkeypatch):
         write_file(path, content)
 
     monkeypatch.setattr(writer, "_write_file", record)
-    convert(str(tiny_model("qwen2_moe")), tmp_path / "out", QUICK)
+    convert(tiny_model("qwen2_moe"), tmp_path / "out", **QUICK)
     assert written[-1] == "config.json"
     assert sorted(written) == [
         "README.md",
@@ -345,7 +345,7 @@ def test_command_reports_that_memory_ran_out_and_resumes(tmp_path):
     assert re.fullmatch(r"error: memory ran out: .*--workers.*--resume.*\n", result.stderr.splitlines(True)[-1])
     assert "Traceback" not in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out.partial"}
-    convert(str(source), out, Budget(2.0, mode="uniform"), resume=True, workers=1)
+    convert(source, out, bits=2.0, mode="uniform", resume=True, workers=1, quantizer="mse")
 
 
 def test_command_runs_as_a_module():

@@ -8,27 +8,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offline.allocation.measure import load_weight
-from offline.allocation.selection import Selection
-from offline.allocation.stats import read_statistics
-from offline.allocation.widths import Budget
-from offline.convert import convert
-from offline.quantizers import sequential
-from offline.quantizers.calibration import Calibration
+from alphaq_vllm import convert, validate
+from offline.layerwise import sequential
+from offline.model.text import Calibration
+from offline.operations import plan
 from offline.quantizers.quantize import quantization_mse, quantize
+from offline.sensitivity.stats import read_statistics
 from offline.source.checkpoint import open_checkpoint
-from offline.source.families import find_experts
+from offline.source.families import find_experts, load_weight
 from offline.threads import one_thread
-from offline.validate import validate
-from offline.writing import plan
 
 DOCS_MOE = Path(__file__).parents[1] / "models" / "docs-moe"
-UNIFORM = Budget(2.0, mode="uniform")
+UNIFORM = {"bits": 2.0, "mode": "uniform", "quantizer": "mse"}
 
 
 @pytest.fixture
 def calibration(text):
-    return Calibration((text,), tokens=256, length=64)
+    return {"calibration": [text], "calibration_tokens": 256, "calibration_length": 64}
 
 
 def stored(out):
@@ -43,7 +39,7 @@ def contents(directory):
 @one_thread()
 def test_convert_stores_and_measures_its_quantizer(tiny_model, tmp_path, quantizer):
     source, out = open_checkpoint(str(tiny_model("qwen2_moe"))), tmp_path / "out"
-    summary = convert(str(source.path), out, Budget(3.0), quantizer=quantizer)
+    summary = convert(source.path, out, bits=3.0, noise="measured", quantizer=quantizer)
     tensors, statistics = stored(out), read_statistics(out / "alphaq_stats.csv")
     bits = json.loads((out / "config.json").read_bytes())["quantization_config"]["num_bits"]
     for matrix, measured in zip(find_experts(source).matrices, statistics.matrices, strict=True):
@@ -60,11 +56,11 @@ def test_convert_stores_and_measures_its_quantizer(tiny_model, tmp_path, quantiz
 
 def test_convert_refuses_statistics_of_another_quantizer(tiny_model, tmp_path):
     path = str(tiny_model("qwen2_moe"))
-    convert(path, tmp_path / "out", Budget(3.0))
+    convert(path, tmp_path / "out", bits=3.0, noise="measured", quantizer="mse")
     stats = tmp_path / "out" / "alphaq_stats.csv"
     with pytest.raises(ValueError, match="out of date: quantizer: expected rtn, got mse"):
-        convert(path, tmp_path / "rtn", Budget(3.0), quantizer="rtn", stats=stats)
-    convert(path, tmp_path / "rtn", Budget(3.0, noise="analytic"), quantizer="rtn", stats=stats)
+        convert(path, tmp_path / "rtn", bits=3.0, noise="measured", quantizer="rtn", stats=stats)
+    convert(path, tmp_path / "rtn", bits=3.0, noise="analytic", quantizer="rtn", stats=stats)
 
 
 def test_convert_accepts_statistics_of_its_quantizer(tiny_model, tmp_path, alphaq):
@@ -72,16 +68,16 @@ def test_convert_accepts_statistics_of_its_quantizer(tiny_model, tmp_path, alpha
     assert alphaq("measure", path, "-o", stats, "--quantizer", "rtn", "--noise", "measured")[0] == 0
     assert alphaq("measure", path, "-o", stats, "--quantizer", "hqq")[0] == 2
     assert alphaq("convert", path, tmp_path / "out", "--quantizer", "rtn", "--stats", stats)[0] == 0
-    convert(str(path), tmp_path / "measured", Budget(), quantizer="rtn")
+    convert(path, tmp_path / "measured", noise="measured", quantizer="rtn")
     assert contents(tmp_path / "out").keys() == contents(tmp_path / "measured").keys()
     one, two = stored(tmp_path / "out"), stored(tmp_path / "measured")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_convert_with_gptq_stores_its_results(speaking_model, tmp_path, calibration):
+def test_convert_with_gptq_stores_its_results(speaking_model, tmp_path, text, calibration):
     path = speaking_model("qwen2_moe")
     source, out = open_checkpoint(str(path)), tmp_path / "out"
-    summary = convert(str(path), out, Budget(3.0), 64, quantizer="gptq", calibration=calibration)
+    summary = convert(path, out, bits=3.0, noise="measured", group_size=64, quantizer="gptq", **calibration)
     statistics = read_statistics(out / "alphaq_stats.csv")
     assert statistics.origin.quantizer == "mse"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -92,7 +88,9 @@ def test_convert_with_gptq_stores_its_results(speaking_model, tmp_path, calibrat
     experts = find_experts(source)
     spec = json.loads((out / "config.json").read_bytes())["quantization_config"]["num_bits"]
     bits = {m.name: int(spec[m.module][m.projection][m.expert]) for m in experts.matrices}
-    sequential.SequentialGptq(source, experts, calibration).run(bits, 64, tmp_path / "gptq")
+    sequential.SequentialGptq(source, experts, Calibration((text,), tokens=256, length=64)).run(
+        bits, 64, tmp_path / "gptq"
+    )
     tensors = stored(out)
     for matrix in experts.matrices:
         for name, tensor in sequential.load_quantized(tmp_path / "gptq", matrix).items():
@@ -102,11 +100,19 @@ def test_convert_with_gptq_stores_its_results(speaking_model, tmp_path, calibrat
 
 def test_convert_with_gptq_calibrates_on_the_models_own_text_without_any(tmp_path):
     results = []
-    for name, settings in (("a", Calibration(tokens=512, length=64)), ("b", Calibration(tokens=64, length=32))):
-        summary = convert(str(DOCS_MOE), tmp_path / name, Budget(3.0), quantizer="gptq", calibration=settings)
-        assert (summary.own_text, summary.calibration_tokens) == (True, settings.tokens)
+    for name, (tokens, length) in (("a", (512, 64)), ("b", (64, 32))):
+        summary = convert(
+            DOCS_MOE,
+            tmp_path / name,
+            bits=3.0,
+            noise="measured",
+            quantizer="gptq",
+            calibration_tokens=tokens,
+            calibration_length=length,
+        )
+        assert (summary.own_text, summary.calibration_tokens) == (True, tokens)
         card = (tmp_path / name / "README.md").read_text()
-        assert f"- quantizer: gptq, calibrated on {settings.tokens} tokens that the model wrote itself\n" in card
+        assert f"- quantizer: gptq, calibrated on {tokens} tokens that the model wrote itself\n" in card
         results.append(stored(tmp_path / name))
     assert any(not torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -153,8 +159,8 @@ def test_propagated_noise_needs_statistics_that_have_it(tmp_path, alphaq):
 
 def test_convert_with_gptq_leaves_excluded_layers_alone(speaking_model, tmp_path, calibration):
     path, out = speaking_model("qwen2_moe"), tmp_path / "out"
-    selection = Selection(exclude=("*.layers.0.*",))
-    summary = convert(str(path), out, UNIFORM, selection=selection, quantizer="gptq", calibration=calibration)
+    options = {**UNIFORM, "quantizer": "gptq", **calibration}
+    summary = convert(path, out, **options, exclude=["*.layers.0.*"])
     assert (summary.layers, summary.matrices) == (1, 12)
     name = "model.layers.0.mlp.experts.0.up_proj.weight"
     assert torch.equal(stored(out)[name], load_file(path / "model.safetensors")[name])
@@ -166,8 +172,8 @@ def test_convert_with_gptq_resumes_to_the_same_bytes(
     speaking_model, tmp_path, calibration, monkeypatch, calls_before, calls_after
 ):
     path, quantize_expert, calls = str(speaking_model("qwen2_moe")), sequential._quantize, []
-    options = {"quantizer": "gptq", "calibration": calibration}
-    convert(path, tmp_path / "whole", UNIFORM, **options)
+    options = {**UNIFORM, "quantizer": "gptq", **calibration}
+    convert(path, tmp_path / "whole", **options)
 
     def fail_late(task):
         calls.append(task)
@@ -178,17 +184,17 @@ def test_convert_with_gptq_resumes_to_the_same_bytes(
     monkeypatch.setattr(sequential, "_quantize", fail_late)
     if calls_before == 8:
         monkeypatch.setattr(plan, "load_quantized", lambda *_: fail_late(None))
-    with pytest.raises(OSError, match=r"No space left.*--resume"):
-        convert(path, tmp_path / "out", UNIFORM, **options)
+    with pytest.raises(OSError, match=r"No space left.*`resume`"):
+        convert(path, tmp_path / "out", **options)
     with pytest.raises(ValueError, match=r"quantizer = .*gptq.*, not .*mse"):
-        convert(path, tmp_path / "out", UNIFORM, resume=True)
-    other = Calibration(calibration.files, tokens=128, length=64)
+        convert(path, tmp_path / "out", **UNIFORM, resume=True)
+    other = {**calibration, "calibration_tokens": 128}
     with pytest.raises(ValueError, match=r"calibration = .*, not "):
-        convert(path, tmp_path / "out", UNIFORM, resume=True, quantizer="gptq", calibration=other)
+        convert(path, tmp_path / "out", resume=True, **{**options, **other})
     calls.clear()
     monkeypatch.setattr(plan, "load_quantized", sequential.load_quantized)
     monkeypatch.setattr(sequential, "_quantize", lambda task: calls.append(task) or quantize_expert(task))
-    convert(path, tmp_path / "out", UNIFORM, resume=True, **options)
+    convert(path, tmp_path / "out", **options, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
     assert len(calls) == calls_after
@@ -196,7 +202,7 @@ def test_convert_with_gptq_resumes_to_the_same_bytes(
 
 def test_convert_with_gptq_and_dry_run_writes_nothing(speaking_model, tmp_path, calibration):
     path = str(speaking_model("qwen2_moe"))
-    summary = convert(path, tmp_path / "out", UNIFORM, quantizer="gptq", calibration=calibration, dry_run=True)
+    summary = convert(path, tmp_path / "out", **{**UNIFORM, "quantizer": "gptq", **calibration}, dry_run=True)
     assert (summary.calibration_tokens, summary.starved) == (256, None)
     assert summary.seconds > 0
     assert "gptq, calibrated on 256 tokens\n" in str(summary)

@@ -9,14 +9,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from alphaq_vllm import packing
+from alphaq_vllm import convert, dequantize, packing
 from offline import dequantize as command
 from offline.cli import run
-from offline.convert import convert
-from offline.dequantize import dequantize
+from offline.source.alphaq import check_alphaq
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
-from offline.validate import check_alphaq
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
 
@@ -39,7 +37,7 @@ def converted(tiny_model, tmp_path_factory):
         if model_type not in made:
             made[model_type] = tmp_path_factory.mktemp("converted") / model_type
             source = tiny_model(model_type)
-            convert(str(source), made[model_type], bit_map(source))
+            convert(source, made[model_type], bit_map=bit_map(source), quantizer="mse")
         return made[model_type]
 
     return make
@@ -54,7 +52,7 @@ def checkpoint(converted, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "auto"])
 def test_dequantize_writes_the_stored_values_rounded_once(converted, tiny_model, tmp_path, dtype):
     out = tmp_path / "out"
-    dequantize(str(converted("qwen2_moe")), out, dtype)
+    dequantize(str(converted("qwen2_moe")), out, dtype=dtype)
     stored, plain = tensors_of(converted("qwen2_moe")), tensors_of(out)
     target = getattr(torch, "bfloat16" if dtype == "auto" else dtype)
     originals = load_file(tiny_model("qwen2_moe") / "model.safetensors")
@@ -75,7 +73,7 @@ def test_dequantize_writes_the_stored_values_rounded_once(converted, tiny_model,
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3"])
 def test_dequantize_makes_what_transformers_loads(converted, tiny_model, tmp_path, model_type):
     out = tmp_path / "out"
-    dequantize(str(converted(model_type)), out, "float32")
+    dequantize(str(converted(model_type)), out, dtype="float32")
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(loading.values())
     assert model.dtype == torch.float32
@@ -94,8 +92,8 @@ def test_dequantize_makes_what_transformers_loads(converted, tiny_model, tmp_pat
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral"])
 def test_dequantize_at_eight_bits_answers_like_the_source(tiny_model, tmp_path, model_type):
     source = tiny_model(model_type)
-    convert(str(source), tmp_path / "quantized", bit_map(source, 8))
-    dequantize(str(tmp_path / "quantized"), tmp_path / "plain", "float32")
+    convert(source, tmp_path / "quantized", bit_map=bit_map(source, 8), quantizer="mse")
+    dequantize(str(tmp_path / "quantized"), tmp_path / "plain", dtype="float32")
     tokens = torch.arange(64)[None]
     logits = [
         transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
@@ -232,7 +230,7 @@ def test_dequantize_auto_wants_a_dtype_in_the_config(checkpoint, tmp_path):
     assert dequantize(str(checkpoint), tmp_path / "old")["dtype"] == "bfloat16"
     assert "torch_dtype" not in json.loads((tmp_path / "old" / "config.json").read_bytes())
     edit_config(checkpoint, lambda config: config.pop("torch_dtype"))
-    with pytest.raises(ValueError, match="got None: pass --dtype"):
+    with pytest.raises(ValueError, match="got None: give `dtype`"):
         dequantize(str(checkpoint), tmp_path / "out")
 
 

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from offline import heatmaps
-from offline.allocation.widths import Budget
-from offline.convert import convert
+from alphaq_vllm import convert
+from offline.operations import heatmaps
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
 
@@ -16,7 +15,7 @@ from offline.source.families import find_experts
 def checkpoint(tiny_model, tmp_path_factory):
     """A conversion with statistics, not to be changed."""
     out = tmp_path_factory.mktemp("inspect") / "out"
-    convert(str(tiny_model("qwen2_moe")), out, Budget(3.0, noise="analytic"))
+    convert(tiny_model("qwen2_moe"), out, bits=3.0, noise="analytic", quantizer="mse")
     return out
 
 
@@ -25,7 +24,12 @@ def bare(tiny_model, tmp_path_factory):
     """A conversion without statistics, every matrix of a layer and projection at its own width."""
     out = tmp_path_factory.mktemp("inspect") / "out"
     matrices = find_experts(open_checkpoint(str(tiny_model("mixtral")))).matrices
-    convert(str(tiny_model("mixtral")), out, {matrix.name: 1 + i // 4 for i, matrix in enumerate(matrices)})
+    convert(
+        tiny_model("mixtral"),
+        out,
+        bit_map={matrix.name: 1 + i // 4 for i, matrix in enumerate(matrices)},
+        quantizer="mse",
+    )
     return out
 
 
@@ -73,7 +77,7 @@ def test_inspect_says_that_matplotlib_is_missing(alphaq, checkpoint, tmp_path, m
     monkeypatch.setattr(heatmaps, "find_spec", lambda name: None)
     status, _, error = alphaq("inspect", checkpoint, "--plot", tmp_path / "map.png")
     assert status == 2
-    assert "--plot: expected matplotlib to be installed, got none: pip install 'alphaq-vllm[plot]'" in error
+    assert "--plot: expected matplotlib to be installed, got none: pip install matplotlib" in error
 
 
 def test_inspect_refuses_a_plot_of_unknown_format(alphaq, checkpoint, tmp_path):

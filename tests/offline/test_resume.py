@@ -18,28 +18,22 @@ import pytest
 import torch
 import transformers
 
+from alphaq_vllm import convert
 from offline import convert as command
-from offline.allocation.widths import Budget
-from offline.convert import convert
-from offline.quantizers.calibration import Calibration
 from offline.writing import writer
 
 SHARD = 600_000
 # From the weights alone, and by running the model.
 WAYS = {
-    "alone": {"widths": Budget(3.0)},
-    "run": {
-        "widths": Budget(3.0, noise="propagated"),
-        "quantizer": "gptq",
-        "calibration": Calibration(tokens=2048, length=64),
-    },
+    "alone": {"bits": 3.0, "noise": "measured", "quantizer": "mse"},
+    "run": {"bits": 3.0, "calibration_tokens": 2048, "calibration_length": 64},
 }
 # Converts in a new process, as often as it is told to, without importing torch every time.
 SERVER = """
 import os, sys
 from pathlib import Path
-from offline.writing import journal
-from offline.convert import convert
+from alphaq_vllm import convert
+from offline import journal
 import torch, transformers.models.qwen2_moe.modeling_qwen2_moe
 from tests.offline.test_resume import WAYS
 journal.SECONDS_BETWEEN_COMMITS = 0.02
@@ -50,7 +44,7 @@ for line in sys.stdin:
     if not pid:
         os.setsid()
         print("started", os.getpid(), flush=True)
-        convert(sys.argv[1], Path(line.strip()), max_shard_bytes=int(sys.argv[2]), workers=1, resume=True, **way)
+        convert(sys.argv[1], Path(line.strip()), max_shard_size=int(sys.argv[2]), workers=1, resume=True, **way)
         os._exit(0)
     print("ended", os.waitpid(pid, 0)[1], flush=True)
 """
@@ -76,7 +70,7 @@ def uninterrupted(source, tmp_path_factory):
     @cache
     def make(way):
         out, start = tmp_path_factory.mktemp("expected") / "out", time.monotonic()
-        convert(str(source), out, max_shard_bytes=SHARD, workers=1, **WAYS[way])
+        convert(source, out, **WAYS[way], max_shard_size=SHARD, workers=1)
         return digests(out), time.monotonic() - start
 
     return make
@@ -201,7 +195,16 @@ def test_convert_ends_its_processes_when_it_is_killed_alone(source, expected, tm
     process.communicate()
     wait_for(lambda: not processes_of(process.pid))
     assert not (tmp_path / "out").exists()
-    convert(str(source), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, workers=1, resume=True)
+    convert(
+        source,
+        tmp_path / "out",
+        bits=3.0,
+        noise="measured",
+        max_shard_size=SHARD,
+        workers=1,
+        resume=True,
+        quantizer="mse",
+    )
     assert digests(tmp_path / "out") == expected
 
 
@@ -234,7 +237,9 @@ def test_command_stops_cleanly_at_sigint_while_processes_start(source, tmp_path)
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_convert_gives_the_same_bytes_whatever_the_number_of_workers(source, expected, tmp_path, workers):
-    convert(str(source), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, workers=workers)
+    convert(
+        source, tmp_path / "out", bits=3.0, noise="measured", max_shard_size=SHARD, workers=workers, quantizer="mse"
+    )
     assert digests(tmp_path / "out") == expected
 
 
@@ -250,22 +255,22 @@ def interrupt(source, out, monkeypatch, error=KeyboardInterrupt):
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "_write_piece", fail_late)
-        with pytest.raises(type(error) if isinstance(error, Exception) else error, match="--resume"):
-            convert(str(source), out, Budget(3.0), max_shard_bytes=SHARD, workers=1)
+        with pytest.raises(type(error) if isinstance(error, Exception) else error, match="`resume`"):
+            convert(source, out, bits=3.0, noise="measured", max_shard_size=SHARD, workers=1, quantizer="mse")
 
 
 def test_convert_refuses_to_resume_what_has_changed(source, expected, tmp_path, monkeypatch):
     copy, out = shutil.copytree(source, tmp_path / "source"), tmp_path / "out"
     interrupt(copy, out, monkeypatch)
     with pytest.raises(ValueError, match=r"had settings\.widths\.average_bits = 3\.0, not 2\.5"):
-        convert(str(copy), out, Budget(2.5), max_shard_bytes=SHARD, resume=True)
+        convert(copy, out, bits=2.5, noise="measured", max_shard_size=SHARD, resume=True, quantizer="mse")
     with pytest.raises(ValueError, match=f"had settings.max_shard_bytes = {SHARD}, not {2 * SHARD}"):
-        convert(str(copy), out, Budget(3.0), max_shard_bytes=2 * SHARD, resume=True)
-    with pytest.raises(ValueError, match="add --resume to continue"):
-        convert(str(copy), out, Budget(3.0), max_shard_bytes=SHARD)
+        convert(copy, out, bits=3.0, noise="measured", max_shard_size=2 * SHARD, resume=True, quantizer="mse")
+    with pytest.raises(ValueError, match="add `resume` to continue"):
+        convert(copy, out, bits=3.0, noise="measured", max_shard_size=SHARD, quantizer="mse")
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
     with pytest.raises(ValueError, match="had a source with other files or older ones"):
-        convert(str(copy), out, Budget(3.0), max_shard_bytes=SHARD, resume=True)
+        convert(copy, out, bits=3.0, noise="measured", max_shard_size=SHARD, resume=True, quantizer="mse")
     assert not out.exists()
     assert (tmp_path / "out.partial").exists()
 
@@ -273,7 +278,7 @@ def test_convert_refuses_to_resume_what_has_changed(source, expected, tmp_path, 
 def test_convert_reports_a_full_disk_and_resumes(source, expected, tmp_path, monkeypatch):
     interrupt(source, tmp_path / "out", monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     assert not (tmp_path / "out").exists()
-    convert(str(source), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, resume=True)
+    convert(source, tmp_path / "out", bits=3.0, noise="measured", max_shard_size=SHARD, resume=True, quantizer="mse")
     assert digests(tmp_path / "out") == expected
 
 
@@ -304,7 +309,7 @@ def test_command_reports_a_file_size_limit_and_resumes_without_it(source, uninte
     assert "run the same command with --resume" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
-    convert(str(source), tmp_path / "out", max_shard_bytes=SHARD, resume=True, **WAYS[way])
+    convert(source, tmp_path / "out", **WAYS[way], max_shard_size=SHARD, resume=True)
     assert digests(tmp_path / "out") == uninterrupted(way)[0]
 
 
@@ -333,12 +338,23 @@ def test_convert_survives_a_disk_that_fills_up(source, expected, mount, monkeypa
     # Room enough for the check, but not any more when the shards are written.
     monkeypatch.setattr(command, "check_output", lambda *arguments: None)
     (disk / "other").write_bytes(bytes(7_000_000))
-    with pytest.raises(OSError, match=r"No space left on device: .*--resume") as caught:
-        convert(str(source), disk / "out", Budget(3.0), max_shard_bytes=SHARD, workers=workers)
+    with pytest.raises(OSError, match=r"No space left on device: .*`resume`") as caught:
+        convert(
+            source, disk / "out", bits=3.0, noise="measured", max_shard_size=SHARD, workers=workers, quantizer="mse"
+        )
     assert caught.value.errno == errno.ENOSPC
     assert not (disk / "out").exists()
     (disk / "other").unlink()
-    convert(str(source), disk / "out", Budget(3.0), max_shard_bytes=SHARD, workers=workers, resume=True)
+    convert(
+        source,
+        disk / "out",
+        bits=3.0,
+        noise="measured",
+        max_shard_size=SHARD,
+        workers=workers,
+        resume=True,
+        quantizer="mse",
+    )
     assert digests(disk / "out") == expected
 
 
@@ -358,7 +374,9 @@ def test_convert_reads_a_source_that_cannot_be_written(source, expected, tmp_pat
     disk = mount("size=64m")
     shutil.copytree(source, disk / "source")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    convert(str(disk / "source"), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, workers=1)
+    convert(
+        disk / "source", tmp_path / "out", bits=3.0, noise="measured", max_shard_size=SHARD, workers=1, quantizer="mse"
+    )
     found = digests(tmp_path / "out")
     assert {name for name in expected if found[name] != expected[name]} <= {"README.md", "SHA256SUMS"}
 
@@ -378,9 +396,26 @@ def test_convert_reports_a_source_that_vanishes_and_resumes(source, expected, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "run_all", vanishing)
-        with pytest.raises(FileNotFoundError, match=r"No such file or directory: .*--resume .*model\.safetensors"):
-            convert(str(copy), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, workers=workers)
+        with pytest.raises(FileNotFoundError, match=r"No such file or directory: .*`resume` .*model\.safetensors"):
+            convert(
+                copy,
+                tmp_path / "out",
+                bits=3.0,
+                noise="measured",
+                max_shard_size=SHARD,
+                workers=workers,
+                quantizer="mse",
+            )
     assert not (tmp_path / "out").exists()
     (tmp_path / "elsewhere").rename(weights)
-    convert(str(copy), tmp_path / "out", Budget(3.0), max_shard_bytes=SHARD, resume=True, workers=workers)
+    convert(
+        copy,
+        tmp_path / "out",
+        bits=3.0,
+        noise="measured",
+        max_shard_size=SHARD,
+        resume=True,
+        workers=workers,
+        quantizer="mse",
+    )
     assert digests(tmp_path / "out").keys() == expected.keys()

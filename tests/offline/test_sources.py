@@ -9,10 +9,8 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
+from alphaq_vllm import convert, dequantize
 from alphaq_vllm.format import PACKED, SCALE, SHARD_IDS, ZERO
-from offline.allocation.widths import Budget
-from offline.convert import convert
-from offline.dequantize import dequantize
 from offline.source.architectures import FAMILIES
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts, load_matrix
@@ -99,7 +97,7 @@ def assert_dequantized(path, dequantized):
 def test_convert_changes_nothing_but_the_experts_of_every_family(tiny_model, tmp_path, model_type):
     path = tiny_model(model_type)
     bits = {matrix.name: 8 for matrix in find_experts(open_checkpoint(str(path))).matrices}
-    convert(str(path), tmp_path / "alphaq", bits)
+    convert(path, tmp_path / "alphaq", bit_map=bits, quantizer="mse")
     experts = assert_only_experts_change(path, tmp_path / "alphaq")
     assert {matrix.projection for matrix in experts.matrices} <= set(SHARD_IDS)
     dequantize(str(tmp_path / "alphaq"), tmp_path / "dequantized")
@@ -119,9 +117,9 @@ def test_convert_takes_degenerate_experts(model, tmp_path, name):
     tensors, matrix = load_file(model / SINGLE), "model.layers.0.mlp.experts.1.gate_proj"
     tensors[f"{matrix}.weight"] = DEGENERATE[name].bfloat16()
     save_file(tensors, model / SINGLE)
-    summary = convert(str(model), tmp_path / "alphaq", Budget(average_bits=3.5))
+    summary = convert(model, tmp_path / "alphaq", bits=3.5, noise="measured", quantizer="mse")
     assert 3.45 < summary.bits <= 3.5
-    dequantize(str(tmp_path / "alphaq"), tmp_path / "dequantized", "float32")
+    dequantize(str(tmp_path / "alphaq"), tmp_path / "dequantized", dtype="float32")
     error = open_checkpoint(str(tmp_path / "dequantized")).load(f"{matrix}.weight") - DEGENERATE[name]
     assert error.abs().max() <= (0 if name in ("all zero", "constant") else 0.35)
 
@@ -134,7 +132,7 @@ def test_convert_takes_experts_smaller_than_a_block_of_farms(tmp_path):
     save_file(tensors, tmp_path / SINGLE)
     config = {"model_type": "olmoe", "num_experts": 2, "hidden_size": 64, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    summary = convert(str(tmp_path), tmp_path.with_name("alphaq"), Budget(average_bits=3), group_size=32)
+    summary = convert(tmp_path, tmp_path.with_name("alphaq"), bits=3, noise="measured", group_size=32, quantizer="mse")
     assert summary.matrices == 6 and summary.bits == 3
 
 
@@ -145,5 +143,5 @@ def test_convert_names_the_expert_of_a_fused_tensor_that_is_not_finite(tiny_mode
     save_file(tensors, path / SINGLE)
     message = r"layers\.1\.block_sparse_moe\.experts\.2\.up_proj\.weight: expected finite weights, got 1 NaN"
     with pytest.raises(ValueError, match=message):
-        convert(str(path), tmp_path / "alphaq", Budget())
+        convert(path, tmp_path / "alphaq", noise="measured", quantizer="mse")
     assert not (tmp_path / "alphaq").exists()

@@ -30,7 +30,7 @@ def test_choose_workers_does_as_it_is_told(monkeypatch):
     monkeypatch.setattr(threads, "compute_device", lambda: torch.device("cpu"))
     assert choose_workers(7, 1) == 7
     assert choose_workers(1, WORTH_PROCESSES) == 1
-    with pytest.raises(ValueError, match="--workers: expected a number of processes from 1 up, got 0"):
+    with pytest.raises(ValueError, match="`workers`: expected a number of processes from 1 up, got 0"):
         choose_workers(0, 1)
 
 

@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import alphaq_vllm  # noqa: F401
-from alphaq_vllm import transformers_registry
-from offline.convert import convert
-from offline.dequantize import dequantize
+from alphaq_vllm import convert, dequantize, transformers_registry
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
 
@@ -36,7 +34,7 @@ def quantized(tiny_model, tmp_path_factory):
             source, out = tiny_model(model_type), tmp_path_factory.mktemp("quantized") / model_type
             names = sorted(matrix.name for matrix in find_experts(open_checkpoint(str(source))).matrices)
             widths = {name: 1 + i % 8 for i, name in enumerate(names)}
-            convert(str(source), out, widths, 32, linear_bits=linear_bits)
+            convert(source, out, bit_map=widths, group_size=32, linear_bits=linear_bits, quantizer="mse")
             made[model_type, linear_bits] = out
         return made[model_type, linear_bits]
 
@@ -79,7 +77,7 @@ def test_from_pretrained_gives_the_dequantized_model(quantized, tmp_path, model_
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_from_pretrained_respects_the_dtype(quantized, tmp_path, model_type, dtype):
     path = quantized(model_type, 8)
-    dequantize(str(path), tmp_path / "plain", dtype)
+    dequantize(str(path), tmp_path / "plain", dtype=dtype)
     model, expected = (load(folder, dtype=getattr(torch, dtype)) for folder in (path, tmp_path / "plain"))
     assert model.dtype == getattr(torch, dtype)
     assert_equal(model.state_dict(), expected.state_dict())
@@ -98,11 +96,11 @@ def test_from_pretrained_respects_the_device_map(quantized, device_map):
 
 
 def test_from_pretrained_leaves_excluded_experts_as_they_are(tiny_model, tmp_path):
-    from offline.allocation.selection import Selection
-    from offline.allocation.widths import Budget
 
     source = tiny_model("qwen2_moe")
-    convert(str(source), tmp_path / "out", Budget(average_bits=3), 32, selection=Selection(("*.layers.0.*",)))
+    convert(
+        source, tmp_path / "out", bits=3, noise="measured", group_size=32, exclude=("*.layers.0.*",), quantizer="mse"
+    )
     name = "model.layers.{}.mlp.experts.down_proj"
     model, original = load(tmp_path / "out").state_dict(), load(source).state_dict()
     assert torch.equal(model[name.format(0)], original[name.format(0)])

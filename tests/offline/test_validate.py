@@ -9,16 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alphaq_vllm import convert, validate
 from alphaq_vllm.checksums import SUMS, check_sums, render_sums, sums_size
 from alphaq_vllm.format import PACKED, SCALE, ZERO
-from offline.allocation.selection import Selection
-from offline.allocation.widths import Budget
-from offline.compare import greatest_mse
-from offline.convert import convert
+from offline.operations.compare import greatest_mse
 from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
-from offline.validate import validate
 
 SHARD = "model-00001-of-00001.safetensors"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
@@ -31,7 +28,7 @@ def whole(tiny_model, tmp_path_factory):
     source = shutil.copytree(tiny_model("qwen2_moe"), path / "source")
     (source / "tokenizer.json").write_text('{"version": "1.0"}')
     (source / "README.md").write_text("---\nlicense: mit\n---\n")
-    convert(str(source), path / "checkpoint", Budget(3.0))
+    convert(source, path / "checkpoint", bits=3.0, noise="measured", quantizer="mse")
     return path
 
 
@@ -192,7 +189,7 @@ def shift(tensors):
 @pytest.mark.parametrize("edit", [negate, shift, swap_experts])
 def test_validate_finds_values_that_are_not_the_sources(tiny_model, tmp_path, edit):
     out = tmp_path / "out"
-    convert(str(tiny_model("qwen2_moe")), out, Budget(4.0, mode="uniform"))
+    convert(tiny_model("qwen2_moe"), out, bits=4.0, mode="uniform", quantizer="mse")
     edit_tensors(out, edit)
     validate(str(out))
     with pytest.raises(ValueError, match=r"mlp\.experts\.\d\.up_proj: expected a mean squared error of at most"):
@@ -230,13 +227,13 @@ def test_validate_accepts_every_width_and_group_size(tiny_model, tmp_path, model
     source = str(tiny_model(model_type))
     matrices = find_experts(open_checkpoint(source)).matrices
     bits = {matrix.name: 1 + i % 8 for i, matrix in enumerate(matrices)}
-    convert(source, tmp_path / "out", bits, group_size, 100_000)
+    convert(source, tmp_path / "out", bit_map=bits, group_size=group_size, max_shard_size=100_000, quantizer="mse")
     assert len(validate(str(tmp_path / "out"), source)["errors"]) == 8
 
 
 def test_validate_accepts_what_was_excluded(tiny_model, tmp_path):
     out = tmp_path / "out"
-    convert(str(tiny_model("mixtral")), out, Budget(3.0), selection=Selection(exclude=("*.layers.1.*",)))
+    convert(tiny_model("mixtral"), out, bits=3.0, noise="measured", exclude=("*.layers.1.*",), quantizer="mse")
     assert validate(str(out), str(tiny_model("mixtral")))["matrices"] == 12
 
 

@@ -4,19 +4,18 @@ import shutil
 
 import pytest
 
+from alphaq_vllm import convert
 from alphaq_vllm.checksums import SUMS
 from alphaq_vllm.format import AlphaQSpec
 from alphaq_vllm.plugin import files
 from alphaq_vllm.plugin.config import AlphaQConfig
 from alphaq_vllm.plugin.files import VERIFY, check_files
-from offline.allocation.widths import Budget
-from offline.convert import convert
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     out = tmp_path_factory.mktemp("files") / "out"
-    convert("tests/models/docs-moe", out, Budget(2.0, mode="uniform"), quantizer="rtn")
+    convert("tests/models/docs-moe", out, bits=2.0, mode="uniform", quantizer="rtn")
     return out
 
 

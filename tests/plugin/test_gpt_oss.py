@@ -8,12 +8,10 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.model_loader import get_model
 
+from alphaq_vllm import convert
 from alphaq_vllm.kernels import GPT_OSS, PackedExperts
 from alphaq_vllm.kernels.reference import fused_moe_reference
 from alphaq_vllm.plugin.gpt_oss import GptOssMoEMethod
-from offline.allocation.selection import Selection
-from offline.allocation.widths import Budget
-from offline.convert import convert
 from tests.plugin.layers import HIDDEN, INTERMEDIATE, MODULE, TOP_K, build, run, stored_tensors, widths
 from tests.reliability.loading import engine_config, one_rank, reload, same, state
 from tests.serving.test_families import save_model
@@ -135,7 +133,7 @@ def test_layer_refuses_a_damaged_checkpoint(change, message, tensors):
 def test_model_loads_and_reloads_in_place_beside_a_layer_that_is_not_quantized(tmp_path):
     source, checkpoint = tmp_path / "source", tmp_path / "checkpoint"
     save_model("gpt_oss", source)
-    convert(str(source), checkpoint, Budget(average_bits=3), 64, selection=Selection(("*.layers.0.*",)))
+    convert(source, checkpoint, bits=3, noise="measured", group_size=64, exclude=("*.layers.0.*",), quantizer="mse")
     (shard,) = checkpoint.glob("*.safetensors")
     tensors = load_file(shard)
     config = engine_config(checkpoint, verify=True, skip_tokenizer_init=True)

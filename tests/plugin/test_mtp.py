@@ -9,9 +9,8 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
+from alphaq_vllm import convert
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
-from offline.allocation.widths import Budget
-from offline.convert import convert
 from tests.offline.conftest import COMMON, CONFIGS
 from tests.reliability.loading import one_rank
 
@@ -46,7 +45,7 @@ def methods(model):
 def test_layers_that_draft_load_unquantized_beside_a_quantized_model(tmp_path):
     source, checkpoint = tmp_path / "source", tmp_path / "checkpoint"
     tensors = save_model(source)
-    convert(str(source), checkpoint, Budget(average_bits=3))
+    convert(source, checkpoint, bits=3, noise="measured", quantizer="mse")
     arguments = EngineArgs(
         str(checkpoint), quantization="alphaq", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,
         speculative_config=SPECULATIVE,

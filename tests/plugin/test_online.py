@@ -21,12 +21,11 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig, 
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from alphaq_vllm import convert
 from alphaq_vllm.format import AlphaQSpec
 from alphaq_vllm.plugin import online
 from alphaq_vllm.plugin.config import AlphaQConfig
-from offline import cache as cache_module
-from offline.allocation.widths import Budget
-from offline.convert import convert
+from offline.operations import cache as cache_module
 from offline.quantizers.quantize import quantize
 from tests.offline.conftest import COMMON, CONFIGS
 
@@ -121,7 +120,7 @@ def load(layer, checkpoint, change=None):
 )
 @pytest.mark.parametrize("quantizer", ["mse", "hqq"])
 def test_a_layer_holds_the_bytes_of_the_converted_checkpoint(tmp_path, rank, quantizer):
-    convert(str(MODEL), tmp_path / "out", Budget(average_bits=3), 64, quantizer=quantizer)
+    convert(MODEL, tmp_path / "out", bits=3, noise="measured", group_size=64, quantizer=quantizer)
     stored = AlphaQConfig.from_config(json.loads((tmp_path / "out/config.json").read_bytes())["quantization_config"])
     config = chosen(bits=3, group_size=64, quantizer=quantizer)
     assert config.num_bits == stored.num_bits
@@ -193,14 +192,16 @@ def test_threads_leave_the_core_that_the_loading_one_is_bound_to():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        pytest.param({"bits": 9}, "--bits: expected an average from 2 to 4", id="bits"),
-        pytest.param({"bits": "many"}, "quantization_config of --hf-overrides: argument --bits", id="not-a-number"),
-        pytest.param({"group_size": 48}, "--group-size: invalid choice", id="group-size"),
+        pytest.param({"bits": 9}, "`bits`: expected an average from 2 to 4", id="bits"),
+        pytest.param(
+            {"bits": "many"}, "quantization_config of --hf-overrides: `bits`: expected a number", id="not-a-number"
+        ),
+        pytest.param({"group_size": 48}, "`group_size`: expected one of", id="group-size"),
         pytest.param({"linear_bits": 4}, "expected settings out of bits, .* got linear_bits", id="unknown"),
-        pytest.param({"quantizer": "gptq"}, "--quantizer: invalid choice", id="calibrated"),
-        pytest.param({"exclude": ["x"]}, "--exclude: expected a pattern that matches expert matrices", id="exclude"),
-        pytest.param({"bits": 3, "mode": "ratio"}, "--mode ratio: expected only options that it uses", id="mode"),
-        pytest.param({"fit_memory": "1MB"}, "--fit-memory: expected room for at least", id="memory"),
+        pytest.param({"quantizer": "gptq"}, "`quantizer`: expected one of", id="calibrated"),
+        pytest.param({"exclude": ["x"]}, "`exclude`: expected a pattern that matches expert matrices", id="exclude"),
+        pytest.param({"bits": 3, "mode": "ratio"}, "`mode=ratio`: expected only options that it uses", id="mode"),
+        pytest.param({"fit_memory": "1MB"}, "`fit_memory`: expected room for at least", id="memory"),
     ],
 )
 def test_settings_are_refused_like_options_of_convert(settings, message):

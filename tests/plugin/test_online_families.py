@@ -16,8 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
 import alphaq_vllm
-from offline.allocation.widths import Budget
-from offline.convert import convert
+from alphaq_vllm import convert
 from tests.conftest import MODEL
 from tests.offline.conftest import COMMON, CONFIGS
 from tests.reliability.loading import reload
@@ -74,7 +73,7 @@ def test_loading_quantizes_to_what_conversion_writes(model_type, tmp_path):
     config = transformers.AutoConfig.for_model(model_type, **options)
     source = tmp_path / "model"
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
-    convert(str(source), tmp_path / "out", Budget(average_bits=3))
+    convert(source, tmp_path / "out", bits=3, noise="measured", quantizer="mse")
     expected = dict(load(tmp_path / "out")[0].named_parameters())
     overrides = {"quantization_config": {"quant_method": "alphaq", "bits": 3}}
     loaded = dict(load(source, hf_overrides=overrides)[0].named_parameters())

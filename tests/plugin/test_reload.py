@@ -6,9 +6,8 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
+from alphaq_vllm import convert
 from alphaq_vllm.plugin.support import has_cpu_int4_kernel
-from offline.allocation.widths import Budget
-from offline.convert import convert
 from tests.conftest import MODEL
 from tests.reliability.loading import one_rank, reload, same, state
 
@@ -17,7 +16,15 @@ from tests.reliability.loading import one_rank, reload, same, state
 def quantized(tmp_path_factory):
     """Experts of several widths, and linear layers of 4 bits where vLLM has a kernel for them."""
     folder = tmp_path_factory.mktemp("quantized") / "checkpoint"
-    convert(str(MODEL), folder, Budget(average_bits=3), 64, linear_bits=4 if has_cpu_int4_kernel() else 16)
+    convert(
+        MODEL,
+        folder,
+        bits=3,
+        noise="measured",
+        group_size=64,
+        linear_bits=4 if has_cpu_int4_kernel() else 16,
+        quantizer="mse",
+    )
     return folder
 
 

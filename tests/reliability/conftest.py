@@ -2,7 +2,7 @@ import pytest
 import torch
 import transformers
 
-from offline.convert import convert
+from alphaq_vllm import convert
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
 
@@ -27,5 +27,5 @@ def tiny_checkpoint(tiny_source, tmp_path_factory):
     out = tmp_path_factory.mktemp("tiny") / "checkpoint"
     matrices = find_experts(open_checkpoint(str(tiny_source))).matrices
     bits = {matrix.name: 3 + i for i, matrix in enumerate(matrices)}
-    convert(str(tiny_source), out, bits, group_size=32, linear_bits=4)
+    convert(tiny_source, out, bit_map=bits, group_size=32, linear_bits=4, quantizer="mse")
     return out

@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 import torch
 
 from alphaq_vllm.format import AlphaQSpec, TensorSpec, matrix_tensors
-from offline.allocation.stats import read_statistics
-from offline.allocation.widths import read_bit_map
+from offline.allocation.bit_map import read_bit_map
+from offline.sensitivity.stats import read_statistics
+from offline.source.alphaq import check_alphaq
 from offline.source.checkpoint import CONFIG, INDEX, SINGLE, open_checkpoint
 from offline.source.families import find_experts
 from offline.source.header import layout, read_header
-from offline.validate import check_alphaq
 
 MODULE = "model.layers.0.mlp.experts"
 SPEC = {

@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 
+from alphaq_vllm import validate
 from offline.source.checkpoint import CONFIG, INDEX
-from offline.validate import validate
 from tests.reliability.loading import engine_config, load, one_rank, same, state
 
 SHARD = "model-00001-of-00001.safetensors"

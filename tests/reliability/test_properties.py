@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec, TensorSpec, matrix_tensors
 from alphaq_vllm.packing import dequantize, unpack
-from offline.allocation.measure import MatrixStats
-from offline.allocation.widths import Budget, average_bits, choose
+from offline.allocation.bit_map import average_bits
+from offline.allocation.widths import Budget, choose
 from offline.quantizers.quantize import quantize
+from offline.sensitivity.matrices import MatrixStats
 from offline.source.header import DTYPES, layout, read_header
 from tests.reliability.targets import SPEC
 

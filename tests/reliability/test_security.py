@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from alphaq_vllm import validate
 from alphaq_vllm.checksums import SUMS
 from offline.source import header
 from offline.source.checkpoint import CONFIG, INDEX, SINGLE, open_checkpoint
-from offline.validate import validate
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for room in ("alphaq_vllm", "offline") for path in (ROOT / room).rglob("*.py"))

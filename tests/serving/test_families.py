@@ -9,8 +9,7 @@ import pytest
 import torch
 import transformers
 
-from offline.convert import convert
-from offline.dequantize import dequantize
+from alphaq_vllm import convert, dequantize
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
 from tests.offline.conftest import COMMON, CONFIGS
@@ -106,8 +105,14 @@ def test_vllm_gives_the_log_probabilities_of_the_dequantized_model(model_type, t
     source, checkpoint, dequantized = (tmp_path / name for name in ("source", "checkpoint", "dequantized"))
     save_model(model_type, source)
     matrices = find_experts(open_checkpoint(str(source))).matrices
-    convert(str(source), checkpoint, {matrix.name: 2 + i % 7 for i, matrix in enumerate(matrices)}, 64)
-    dequantize(str(checkpoint), dequantized, "float32")
+    convert(
+        source,
+        checkpoint,
+        bit_map={matrix.name: 2 + i % 7 for i, matrix in enumerate(matrices)},
+        group_size=64,
+        quantizer="mse",
+    )
+    dequantize(str(checkpoint), dequantized, dtype="float32")
     dtype = "float16" if ON_GPU else "bfloat16" if model_type in BFLOAT16 else "float32"
     arguments = {"dtype": dtype}
     if model_type.startswith("deepseek") and not ON_GPU:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline.convert import convert
+from alphaq_vllm import convert
 from tests.serving.loading_memory import EXPERTS, SIZE, loading_memory, save_wide_model
 
 MEASURE = """
@@ -61,7 +61,7 @@ def test_loading_takes_the_stored_bytes_and_at_most_a_layer(mixed_checkpoint, tm
         pytest.skip("measures the memory of a CPU")
     widths = {name: 2 + (i // 3 + i) % 3 for i, name in enumerate(save_wide_model(tmp_path / "model"))}
     checkpoint = tmp_path / "checkpoint"
-    convert(str(tmp_path / "model"), checkpoint, widths, quantizer="rtn")
+    convert(tmp_path / "model", checkpoint, bit_map=widths, quantizer="rtn")
     stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     layer = EXPERTS * 3 * SIZE * SIZE * (3 + 32 / 128) / 8
     peak, _ = loading_memory(mixed_checkpoint, checkpoint)

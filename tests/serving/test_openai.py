@@ -10,9 +10,9 @@ import pytest
 import torch
 from openai import OpenAI
 
+from alphaq_vllm import convert
 from alphaq_vllm.plugin.support import has_cpu_int4_kernel
 from benchmarks.server import vllm_server
-from offline.convert import convert
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests" / "models" / "docs-moe"
@@ -36,7 +36,14 @@ def server(tmp_path_factory):
         for expert in range(config["num_experts"])
         for name, width in bits.items()
     }
-    convert(str(MODEL), folder / "checkpoint", widths, 64, linear_bits=4 if HAS_LINEAR else 16)
+    convert(
+        MODEL,
+        folder / "checkpoint",
+        bit_map=widths,
+        group_size=64,
+        linear_bits=4 if HAS_LINEAR else 16,
+        quantizer="mse",
+    )
     arguments = ["--quantization", "alphaq", "--dtype", "float16", "--max-num-seqs", str(CLIENTS)]
     if ON_GPU:
         arguments.append("--enable-sleep-mode")

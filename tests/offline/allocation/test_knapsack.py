@@ -117,19 +117,19 @@ def test_allocate_of_zero_costs_has_no_gap():
 
 @pytest.mark.parametrize("average_bits", [1.9, 4.1, 16])
 def test_allocate_refuses_a_budget_outside_the_widths(average_bits):
-    with pytest.raises(ValueError, match=r"expected 2 to 4.*--candidate-bits"):
+    with pytest.raises(ValueError, match=r"expected 2 to 4.*`candidate_bits`"):
         allocate(np.ones((2, 3)), np.ones(2), [2, 3, 4], average_bits)
 
 
 @pytest.mark.parametrize("average_bits", [math.nan, math.inf, 0, -3])
 def test_allocate_refuses_a_budget_that_is_no_positive_number(average_bits):
-    with pytest.raises(ValueError, match=r"average_bits: expected a positive number.*--bits"):
+    with pytest.raises(ValueError, match=r"average_bits: expected a positive number.*`bits`"):
         allocate(np.ones((2, 3)), np.ones(2), [2, 3, 4], average_bits)
 
 
 @pytest.mark.parametrize("widths", [[2, 3, 9], [0, 2, 3], [3, 2, 4], [2, 2, 3]])
 def test_allocate_refuses_unsupported_widths(widths):
-    with pytest.raises(ValueError, match=r"widths: expected.*--candidate-bits"):
+    with pytest.raises(ValueError, match=r"widths: expected.*`candidate_bits`"):
         allocate(np.ones((2, 3)), np.ones(2), widths, 3)
 
 
@@ -170,7 +170,7 @@ def test_importance_refuses_an_alpha_that_is_no_exponent(alpha):
 
 @pytest.mark.parametrize("gamma", [math.nan, math.inf, -1.0])
 def test_importance_refuses_an_impossible_gamma(gamma):
-    with pytest.raises(ValueError, match="--gamma"):
+    with pytest.raises(ValueError, match="`gamma=auto`"):
         importance(np.array([3.0, 4.0]), gamma)
 
 

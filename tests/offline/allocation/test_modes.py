@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offline.allocation import modes
-from offline.allocation.measure import MatrixStats
-from offline.allocation.widths import Budget, average_bits, choose
+from offline.allocation.bit_map import average_bits
+from offline.allocation.widths import Budget, choose
+from offline.sensitivity.matrices import MatrixStats
 
 NUMEL = {"gate_proj": 4096, "up_proj": 4096, "down_proj": 4096}
 
@@ -123,7 +124,7 @@ def test_fixed_widths_may_leave_part_of_an_expert():
 
 def test_fixed_widths_must_leave_the_least_candidate_to_the_rest():
     stats = matrices(4)
-    with pytest.raises(ValueError, match=r"--override: .* at least 2 bits, .* got 1\.333"):
+    with pytest.raises(ValueError, match=r"`override`: .* at least 2 bits, .* got 1\.333"):
         choose(stats, Budget(3.0), {matrix.name: 8 for matrix in stats[:3]})
 
 
@@ -151,12 +152,12 @@ def test_choose_wants_statistics_where_alpha_decides():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mode": "best"}, "--mode: expected one of .* got 'best'"),
-        ({"granularity": "layer"}, "--granularity: expected one of .* got 'layer'"),
-        ({"mode": "ratio", "widths": (2, 4)}, "--mode ratio expects three widths, got 2,4"),
-        ({"mode": "ratio", "shares": (0.6, 0.5)}, "--shares: .* at most 1, got"),
-        ({"mode": "ratio", "shares": (-0.1, 0.5)}, "--shares: expected two shares from 0 up"),
-        ({"mode": "ratio", "shares": (float("nan"), 0.5)}, "--shares"),
+        ({"mode": "best"}, "`mode`: expected one of .* got 'best'"),
+        ({"granularity": "layer"}, "`granularity`: expected one of .* got 'layer'"),
+        ({"mode": "ratio", "widths": (2, 4)}, "`mode=ratio` expects three widths, got 2,4"),
+        ({"mode": "ratio", "shares": (0.6, 0.5)}, "`shares`: .* at most 1, got"),
+        ({"mode": "ratio", "shares": (-0.1, 0.5)}, "`shares`: expected two shares from 0 up"),
+        ({"mode": "ratio", "shares": (float("nan"), 0.5)}, "`shares`"),
     ],
 )
 def test_budget_refuses_what_a_mode_cannot_use(fields, message):

@@ -6,17 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from offline.allocation.measure import MatrixStats
-from offline.allocation.splitting import check_group_size
-from offline.allocation.widths import (
-    Budget,
-    average_bits,
-    check_bit_map,
-    choose,
-    read_bit_map,
-    to_spec,
-)
+from offline.allocation.bit_map import average_bits, check_bit_map, read_bit_map
+from offline.allocation.widths import Budget, choose
+from offline.operations.plan import to_spec
+from offline.sensitivity.matrices import MatrixStats
 from offline.source.families import ExpertMatrix, Experts
+from offline.source.splitting import check_group_size
 
 MODULE = "model.layers.0.mlp.experts"
 MATRICES = [
@@ -37,19 +32,19 @@ def stats(alphas, mse=None, variance=1.0):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"average_bits": 1.9}, "--bits: expected an average from 2 to 4.* got 1.9"),
-        ({"average_bits": 4.1}, "--bits: expected an average from 2 to 4.* got 4.1"),
-        ({"average_bits": math.nan}, "--bits: .* got nan"),
-        ({"average_bits": -3}, "--bits: .* got -3"),
-        ({"average_bits": 0}, "--bits: .* got 0"),
-        ({"widths": (2, 9)}, "--candidate-bits: .* got 2,9"),
-        ({"widths": (0, 4)}, "--candidate-bits: .* got 0,4"),
-        ({"widths": (4, 3)}, "--candidate-bits: expected ascending"),
-        ({"widths": ()}, "--candidate-bits"),
-        ({"gamma": -1.0}, "--gamma: .* got -1"),
-        ({"gamma": math.nan}, "--gamma: .* got nan"),
-        ({"gamma": math.inf}, "--gamma: .* got inf"),
-        ({"noise": "none"}, "--noise: .* got 'none'"),
+        ({"average_bits": 1.9}, "`bits`: expected an average from 2 to 4.* got 1.9"),
+        ({"average_bits": 4.1}, "`bits`: expected an average from 2 to 4.* got 4.1"),
+        ({"average_bits": math.nan}, "`bits`: .* got nan"),
+        ({"average_bits": -3}, "`bits`: .* got -3"),
+        ({"average_bits": 0}, "`bits`: .* got 0"),
+        ({"widths": (2, 9)}, "`candidate_bits`: .* got 2,9"),
+        ({"widths": (0, 4)}, "`candidate_bits`: .* got 0,4"),
+        ({"widths": (4, 3)}, "`candidate_bits`: expected ascending"),
+        ({"widths": ()}, "`candidate_bits`"),
+        ({"gamma": -1.0}, "`gamma`: .* got -1"),
+        ({"gamma": math.nan}, "`gamma`: .* got nan"),
+        ({"gamma": math.inf}, "`gamma`: .* got inf"),
+        ({"noise": "none"}, "`noise`: .* got 'none'"),
     ],
 )
 def test_budget_refuses_the_impossible(fields, message):
@@ -133,22 +128,22 @@ def test_check_group_size_names_one_that_fits():
     odd = [*MATRICES, ExpertMatrix(MODULE, 2, "down_proj", (128, 192))]
     check_group_size(64, odd)
     with pytest.raises(
-        ValueError, match=r"2.down_proj: in_features=192 .* group_size=128: convert with --group-size 64"
+        ValueError, match=r"2.down_proj: in_features=192 .* group_size=128: convert with `group_size=64`"
     ):
         check_group_size(128, odd)
     with pytest.raises(ValueError, match="no supported group size divides it"):
         check_group_size(32, [ExpertMatrix(MODULE, 0, "down_proj", (128, 100))])
-    with pytest.raises(ValueError, match=r"--group-size: .* got 48"):
+    with pytest.raises(ValueError, match=r"`group_size`: .* got 48"):
         check_group_size(48, MATRICES)
 
 
 def test_check_group_size_shares_the_columns_of_down_among_ranks():
     check_group_size(64, MATRICES, tp_size=4)
-    with pytest.raises(ValueError, match=r"0.down_proj: intermediate_size_per_partition=64 .* with --group-size 64 or"):
+    with pytest.raises(ValueError, match=r"0.down_proj: intermediate_size_per_partition=64 .* with `group_size=64` or"):
         check_group_size(128, MATRICES, tp_size=4)
-    with pytest.raises(ValueError, match="no supported group size divides it: lower --tp-size"):
+    with pytest.raises(ValueError, match="no supported group size divides it: lower `tp_size`"):
         check_group_size(64, MATRICES, tp_size=16)
-    with pytest.raises(ValueError, match="intermediate_size=256 is not divisible by --tp-size 3: choose a divisor"):
+    with pytest.raises(ValueError, match="intermediate_size=256 is not divisible by `tp_size=3`: choose a divisor"):
         check_group_size(64, MATRICES, tp_size=3)
 
 

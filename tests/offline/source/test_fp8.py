@@ -6,8 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from offline.convert import convert
-from offline.dequantize import dequantize
+from alphaq_vllm import convert, dequantize
 from offline.source.checkpoint import INDEX, SINGLE, open_checkpoint
 from offline.source.families import find_experts, load_matrix
 
@@ -170,7 +169,7 @@ def predicting(sources, tmp_path):
 def test_convert_writes_fp8_that_it_does_not_quantize_as_bfloat16(predicting, tmp_path):
     source = open_checkpoint(str(predicting))
     matrices = find_experts(source).matrices
-    convert(str(predicting), tmp_path / "alphaq", {matrix.name: 8 for matrix in matrices})
+    convert(predicting, tmp_path / "alphaq", bit_map={matrix.name: 8 for matrix in matrices}, quantizer="mse")
     output = open_checkpoint(str(tmp_path / "alphaq"))
     assert output.config["quantization_config"]["quant_method"] == "alphaq"
     kept = set(source.tensors) - {matrix.tensor for matrix in matrices}
@@ -183,7 +182,12 @@ def test_convert_writes_fp8_that_it_does_not_quantize_as_bfloat16(predicting, tm
 
 def test_dequantize_gives_back_fp8_experts_to_8_bits(predicting, tmp_path):
     source = open_checkpoint(str(predicting))
-    convert(str(predicting), tmp_path / "alphaq", {matrix.name: 8 for matrix in find_experts(source).matrices})
+    convert(
+        predicting,
+        tmp_path / "alphaq",
+        bit_map={matrix.name: 8 for matrix in find_experts(source).matrices},
+        quantizer="mse",
+    )
     dequantize(str(tmp_path / "alphaq"), tmp_path / "dequantized")
     output = open_checkpoint(str(tmp_path / "dequantized"))
     assert set(output.tensors) == set(source.tensors)

@@ -51,9 +51,9 @@ def test_open_output_leaves_nothing_when_the_input_is_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (KeyboardInterrupt(), "^interrupted: .*out.partial keeps what is done: run the same command with --resume"),
-        (ChildProcessError("a worker died"), "^a worker died: .*out.partial keeps what is done: .*--resume"),
-        (OSError(28, "No space left", "f"), "^.Errno 28. No space left: .*out.partial keeps .* --resume .*: 'f'$"),
+        (KeyboardInterrupt(), "^interrupted: .*out.partial keeps what is done: run the same command with `resume`"),
+        (ChildProcessError("a worker died"), "^a worker died: .*out.partial keeps what is done: .*`resume`"),
+        (OSError(28, "No space left", "f"), "^.Errno 28. No space left: .*out.partial keeps .* `resume` .*: 'f'$"),
         (KeyError("bug"), "^'bug'$"),
     ],
 )
@@ -71,7 +71,7 @@ def test_open_output_keeps_what_is_done_and_says_how_to_go_on(tmp_path, error, m
 
 def test_open_output_resumes_only_when_asked(tmp_path):
     interrupted(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"out\.partial: exists already, .*: add --resume to continue"):
+    with pytest.raises(ValueError, match=r"out\.partial: exists already, .*: add `resume` to continue"):
         open_output(tmp_path / "out", {}).__enter__()
     assert (tmp_path / "out.partial" / "checkpoint" / "file").exists()
 

@@ -116,7 +116,7 @@ def test_write_checkpoint_computes_only_what_is_not_finished(tmp_path):
     # The last shard but one is finished in part: t4 before the failure.
     pieces += [Piece({"late": TensorSpec((10,), torch.uint8)}, late)]
     shards = plan_shards(pieces, 20)
-    with pytest.raises(OSError, match="--resume") as caught, open_output(tmp_path / "out", {}) as output:
+    with pytest.raises(OSError, match="`resume`") as caught, open_output(tmp_path / "out", {}) as output:
         write_checkpoint(output, shards, {"a": 1}, [])
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, "disk")
     with open_output(tmp_path / "out", {}, resume=True) as output:

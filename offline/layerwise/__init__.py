@@ -1,0 +1,1 @@
+"""Quantizing a model layer by layer, each on what reaches it through the quantized layers before it."""

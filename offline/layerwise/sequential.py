@@ -1,0 +1,213 @@
+"""GPTQ of all experts of a model, layer by layer, each on what reaches it through the quantized layers before it.
+
+Memory holds the activations of the calibration text, one layer without its experts, and one expert at a time. The
+results of a layer go to a file as soon as they are complete, so that an interrupted run goes on after the last file.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alphaq_vllm import packing
+from alphaq_vllm.format import PACKED, SCALE, ZERO
+from offline.journal import sync
+from offline.model.decoder import Decoder, Routes, advance, route
+from offline.model.forward import by_expert, expert_outputs
+from offline.model.text import Calibration, default_tokens, read_windows, write_text
+from offline.parallel import run_all
+from offline.progress import Progress
+from offline.quantizers.gptq import gptq, inverse_factor
+from offline.quantizers.quantize import quantize
+from offline.source.checkpoint import Checkpoint
+from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
+from offline.threads import compute_device, one_thread
+
+# The text that the model wrote, beside the results.
+_TEXT, _WINDOWS = "text.safetensors", "windows"
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One expert to quantize: its matrices (gate, up, down) with their widths, and the inputs that are routed to it,
+    ``[tokens, hidden_size]`` float32.
+    """
+
+    source: Checkpoint
+    bits: Mapping[ExpertMatrix, int]
+    group_size: int
+    activation: Callable[[Tensor], Tensor]
+    inputs: Tensor
+
+
+class SequentialGptq:
+    """GPTQ of a model's experts. What is wrong with the model or the text shows when this is made.
+
+    experts: all of the source's, also those that are to be left alone.
+    Raises ValueError or OSError as ``Decoder`` and ``read_windows`` do.
+    """
+
+    def __init__(self, source: Checkpoint, experts: Experts, calibration: Calibration) -> None:
+        self._source, self._experts = source, experts
+        self._decoder = Decoder(source, experts)
+        self._length = calibration.length
+        self._max_tokens = calibration.tokens or max(calibration.length, default_tokens(source, experts))
+        self._text = read_windows(source, calibration, self._max_tokens) if calibration.files else None
+
+    @property
+    def own_text(self) -> bool:
+        """Whether the model writes the calibration text itself."""
+        return self._text is None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of calibration text."""
+        if self._text is not None:
+            return self._text.numel()
+        length = min(self._length, self._decoder.context)
+        return self._max_tokens // length * length
+
+    @property
+    def digest(self) -> str:
+        """What tells one calibration from another."""
+        text = (self._length, self._max_tokens) if self._text is None else self._text.tolist()
+        return hashlib.sha256(repr(text).encode()).hexdigest()
+
+    @one_thread()
+    def run(self, widths: Mapping[str, int], group_size: int, directory: Path, workers: int = 1) -> int:
+        """Quantize experts into files of ``directory``, from which ``load_quantized`` reads them.
+
+        widths: by matrix name, for whole modules; directory: made if absent, and used as far as an interrupted run has
+        filled it; workers: processes to use, which changes no result.
+        Returns the number of experts that no token reached, which are quantized without data.
+        """
+        directory.mkdir(exist_ok=True)
+        device = compute_device()
+        windows = self._own_text(directory) if self._text is None else self._text
+        hidden = self._decoder.embed(self._source, windows, device)
+        starved = 0
+        with Progress("gptq", self._nbytes(self._experts.matrices)) as progress:
+            for layer in self._decoder.layers:
+                with layer.loaded(self._source, device):
+                    if layer.source_experts is None:
+                        advance(layer, hidden, None)
+                        continue
+                    routes, experts = route(layer, hidden), by_expert(self._experts, layer.source_experts)
+                    load: Callable[[ExpertMatrix], Tensor] = partial(load_weight, self._source)
+                    if experts[0][0].name in widths:
+                        tasks = self._tasks(experts, widths, group_size, layer.activation, routes)
+                        path = _path(directory, layer.source_experts)
+                        if not path.exists():
+                            results = run_all(_quantize, tasks, workers, shared=self._source)
+                            _write(path, {name: t.cpu() for _, tensors in results for name, t in tensors.items()})
+                        load = partial(_restore, directory, widths)
+                        starved += sum(not len(routes.of(expert)[0]) for expert in range(len(experts)))
+                    advance(layer, hidden, expert_outputs(experts, load, routes, layer.activation))
+                progress.advance(self._nbytes(matrix for expert in experts for matrix in expert))
+        return starved
+
+    def _own_text(self, directory: Path) -> Tensor:
+        """The text that the model writes, or that an interrupted run has had it write."""
+        path = directory / _TEXT
+        if not path.exists():
+            text = write_text(self._decoder, self._source, self._experts, self._max_tokens, self._length)
+            _write(path, {_WINDOWS: text})
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(_WINDOWS)
+
+    @one_thread()
+    def estimate_seconds(self, widths: Mapping[str, int], group_size: int, workers: int) -> float:
+        """Seconds that quantizing will take, from one expert here and now with its share of the tokens."""
+        quantized = [matrix for matrix in self._experts.matrices if matrix.name in widths]
+        routed = self.tokens * self._source.config.get("num_experts_per_tok", 2) // self._experts.num_experts
+        bits = {matrix: widths[matrix.name] for matrix in quantized[:3]}
+        inputs = torch.randn(max(1, routed), quantized[0].shape[1], device=compute_device())
+        start = time.monotonic()
+        _quantize(_Task(self._source, bits, group_size, torch.nn.functional.silu, inputs))
+        return (time.monotonic() - start) * len(quantized) / 3 / workers
+
+    def _nbytes(self, matrices: Iterable[ExpertMatrix]) -> int:
+        return sum(matrix_nbytes(self._source, matrix) for matrix in matrices)
+
+    def _tasks(
+        self,
+        experts: Sequence[Sequence[ExpertMatrix]],
+        widths: Mapping[str, int],
+        group_size: int,
+        activation: Callable[[Tensor], Tensor],
+        routes: Routes,
+    ) -> Iterator[_Task]:
+        for number, expert in enumerate(experts):
+            bits = {matrix: widths[matrix.name] for matrix in expert}
+            yield _Task(self._source, bits, group_size, activation, routes.inputs[routes.of(number)[0]])
+
+
+def load_quantized(directory: Path, matrix: ExpertMatrix) -> dict[str, Tensor]:
+    """The stored tensors of a matrix, by their names, from the files of ``SequentialGptq.run``."""
+    with safe_open(_path(directory, matrix.module), "pt") as file:
+        return {name: file.get_tensor(name) for name in _names(matrix)}
+
+
+def _quantize(task: _Task) -> dict[str, Tensor]:
+    """The stored tensors of an expert's matrices; down is fitted to what comes out of the quantized gate and up."""
+    if not len(task.inputs):
+        return {name: tensor for matrix in task.bits for name, tensor in _data_free(task, matrix).items()}
+    gate, up, down = task.bits
+    factor = inverse_factor(task.inputs)
+    tensors = {**_gptq(task, gate, factor), **_gptq(task, up, factor)}
+    del factor
+    inner = task.activation(task.inputs @ _weight(tensors, gate, task.bits[gate]).T)
+    inner *= task.inputs @ _weight(tensors, up, task.bits[up]).T
+    return {**tensors, **_gptq(task, down, inverse_factor(inner))}
+
+
+def _data_free(task: _Task, matrix: ExpertMatrix) -> dict[str, Tensor]:
+    return quantize(load_weight(task.source, matrix), task.bits[matrix], task.group_size).tensors(matrix.name)
+
+
+def _gptq(task: _Task, matrix: ExpertMatrix, factor: Tensor) -> dict[str, Tensor]:
+    return gptq(load_weight(task.source, matrix), factor, task.bits[matrix], task.group_size).tensors(matrix.name)
+
+
+def _restore(directory: Path, widths: Mapping[str, int], matrix: ExpertMatrix) -> Tensor:
+    tensors = {name: tensor.to(compute_device()) for name, tensor in load_quantized(directory, matrix).items()}
+    return _weight(tensors, matrix, widths[matrix.name])
+
+
+def _weight(tensors: Mapping[str, Tensor], matrix: ExpertMatrix, num_bits: int) -> Tensor:
+    packed, scale, zero_point = (tensors[name] for name in _names(matrix))
+    return packing.dequantize(packed, scale, zero_point, num_bits)
+
+
+def _names(matrix: ExpertMatrix) -> list[str]:
+    return [f"{matrix.name}.{suffix}" for suffix in (PACKED, SCALE, ZERO)]
+
+
+def _path(directory: Path, module: str) -> Path:
+    return directory / f"{module}.safetensors"
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file whose name stands for a complete one. Raises OSError, as for a full disk."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary)
+    except SafetensorError as error:
+        # All that it tells of the system's error is a text.
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(temporary)) from error
+    sync(temporary)
+    temporary.rename(path)

@@ -1,0 +1,234 @@
+"""Running a model one layer at a time: its skeleton by transformers, without weights; a layer's weights when needed.
+
+The weights of routed experts are never loaded here. A layer runs twice: once for what reaches its experts, and once
+more for its output, when somebody has computed what comes out of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offline.messages import some
+from offline.source.checkpoint import Checkpoint
+from offline.source.families import Experts
+
+# Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, called with inputs, ids and weights of experts; and
+# what their checkpoints call the router's weight where transformers calls it ``router.weight``.
+CALIBRATED = {
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"), "router.weight"),
+    **dict.fromkeys(("olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "minimax_m2"), "router.weight"),
+    **dict.fromkeys(("granitemoe", "granitemoeshared"), "router.layer.weight"),
+    "phimoe": "gate.weight",
+}
+
+
+def can_run(experts: Experts) -> bool:
+    """Whether ``Decoder`` knows the family."""
+    return experts.model_type in CALIBRATED
+
+
+# Predictions held at a time.
+MAX_LOGITS = 2**24
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What reaches the experts of a layer: ``inputs`` ``[tokens, hidden_size]``, ``topk_ids`` and ``topk_weights``
+    ``[tokens, k]``.
+    """
+
+    inputs: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The tokens of one expert, int64, and their weights, float32."""
+        tokens, slots = torch.where(self.topk_ids == expert)
+        return tokens, self.topk_weights[tokens, slots].float()
+
+
+@dataclass
+class Layer:
+    """A decoder layer.
+
+    tensors: the source's tensor for each parameter and buffer of the module but its experts'; experts: the module of
+    routed experts and source_experts its name in the source, if it has one; arguments: what it is called with besides
+    its input.
+    """
+
+    module: nn.Module
+    tensors: Mapping[str, str]
+    experts: nn.Module | None
+    source_experts: str | None
+    arguments: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """What is applied to the output of gate."""
+        from transformers.activations import SiLUActivation
+
+        function = self.experts.act_fn  # type: ignore[union-attr]
+        # Torch's own function reaches another process without an import of transformers there.
+        return nn.functional.silu if isinstance(function, SiLUActivation) else function  # type: ignore[return-value]
+
+    @contextmanager
+    def loaded(self, source: Checkpoint, device: torch.device) -> Iterator[None]:
+        """Have the weights in memory, in float32."""
+        weights = {key: source.load(name).to(device, torch.float32) for key, name in self.tensors.items()}
+        self.module.load_state_dict(weights, strict=False, assign=True)
+        del weights
+        try:
+            yield
+        finally:
+            self.module.to("meta")
+
+
+class Decoder:
+    """The decoder of a checkpoint, without weights.
+
+    Raises ValueError for a family that cannot be run layer by layer, and unless the source has the tensors that
+    transformers expects.
+    """
+
+    def __init__(self, source: Checkpoint, experts: Experts) -> None:
+        if not can_run(experts):
+            raise ValueError(
+                f"{source.path}: `quantizer=gptq` and `noise=propagated` can run {', '.join(CALIBRATED)}, "
+                f"got {experts.model_type}: use `quantizer=mse` and `noise=measured`"
+            )
+        model = _skeleton(source)
+        self._decoder = model.get_decoder()
+        names = {module: name for name, module in model.named_modules()}
+        self._embedding = f"{names[self._decoder.get_input_embeddings()]}.weight"
+        norm, head = self._decoder.norm, model.get_output_embeddings()
+        self._norm, self._norm_tensors = norm, {key: f"{names[norm]}.{key}" for key in norm.state_dict()}
+        self._head = f"{names[head]}.weight" if f"{names[head]}.weight" in source.tensors else self._embedding
+        self._head_bias = f"{names[head]}.bias" if f"{names[head]}.bias" in source.tensors else None
+        # What Granite divides its predictions by.
+        self._logits_scaling = getattr(self._decoder.config, "logits_scaling", 1.0)
+        self.vocab_size: int = self._decoder.config.vocab_size
+        self.context: int = self._decoder.config.max_position_embeddings
+        self.layers = [_layer(module, f"{names[module]}.", experts) for module in self._decoder.layers]
+        layer_tensors = [name for layer in self.layers for name in layer.tensors.values()]
+        _check(source, [self._embedding, self._head, *self._norm_tensors.values(), *layer_tensors])
+
+    @torch.no_grad()
+    def embed(self, source: Checkpoint, windows: Tensor, device: torch.device) -> Tensor:
+        """The input of the first layer, ``[windows, length, hidden_size]`` float32, for token ids ``windows``.
+
+        Learns what else the layers are called with, which depends on the length of the windows alone.
+        """
+        hidden = nn.functional.embedding(windows, source.load(self._embedding)).to(device, torch.float32)
+        for layer in self.layers:
+            layer.module.forward = _recorder(layer)  # type: ignore[method-assign]
+        self._decoder.norm = nn.Identity()
+        self._decoder.rotary_emb.to(device)
+        for window in hidden:
+            # Some families scale what comes out of the table.
+            window.copy_(self._decoder(inputs_embeds=window[None], use_cache=False).last_hidden_state[0])
+        for layer in self.layers:
+            del layer.module.forward
+        return hidden
+
+    @torch.no_grad()
+    def sample(self, source: Checkpoint, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """A token that the model predicts after every place, ``[windows, length]``, from the last layer's output."""
+        device = hidden.device
+        norm = {key: source.load(name).to(device, torch.float32) for key, name in self._norm_tensors.items()}
+        self._norm.load_state_dict(norm, assign=True)
+        head = source.load(self._head).to(device, torch.float32)
+        bias = source.load(self._head_bias).to(device, torch.float32) if self._head_bias else None
+        rows = []
+        for places in hidden.flatten(0, 1).split(max(1, MAX_LOGITS // len(head))):
+            logits = nn.functional.linear(self._norm(places), head, bias) / self._logits_scaling
+            # On the CPU, whose generator gives the same numbers everywhere.
+            rows.append(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0])
+        return torch.cat(rows).view(hidden.shape[:2])
+
+
+@torch.no_grad()
+def route(layer: Layer, hidden: Tensor) -> Routes:
+    """What reaches the experts of a loaded layer with the input ``hidden``, ``[windows, length, hidden_size]``."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def record(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        seen.append((hidden_states, top_k_index, top_k_weights))
+        return torch.zeros_like(hidden_states)
+
+    for window in hidden:
+        _call(layer, window, record)
+    return Routes(*(torch.cat(tensors) for tensors in zip(*seen, strict=True)))
+
+
+@torch.no_grad()
+def advance(layer: Layer, hidden: Tensor, expert_outputs: Tensor | None) -> None:
+    """Replace ``hidden``, the input of a loaded layer, by its output.
+
+    expert_outputs: ``[tokens, hidden_size]``, summed over each token's experts; None for a layer without experts.
+    """
+    parts = [None] * len(hidden) if expert_outputs is None else expert_outputs.split(hidden.shape[1])
+    for window, part in zip(hidden, parts, strict=True):
+        window.copy_(_call(layer, window, lambda *_, part=part: part))
+
+
+def _call(layer: Layer, window: Tensor, experts: Callable[..., Any]) -> Tensor:
+    if layer.experts is not None:
+        layer.experts.forward = experts
+    positional, named = layer.arguments
+    return layer.module(window[None], *positional, **named)[0]
+
+
+def _recorder(layer: Layer) -> Callable[..., Tensor]:
+    def record(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+        layer.arguments = positional, named
+        return hidden_states
+
+    return record
+
+
+def _skeleton(source: Checkpoint) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source.path}: transformers cannot build this model, to run it: {error}") from error
+    decoder = model.get_decoder()
+    # Its frequencies are computed, not loaded.
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
+    return model
+
+
+def _layer(module: nn.Module, prefix: str, experts: Experts) -> Layer:
+    """prefix: the name of the layer, which model and source share, with a dot."""
+    source_experts = next((name for name in experts.modules if name.startswith(prefix)), None)
+    keys = list(module.state_dict())
+    if source_experts is None:
+        return Layer(module, {key: prefix + key for key in keys}, None, None)
+    name = next(name for name, _ in module.named_modules() if name.split(".")[-1] == "experts")
+    block, source_block = name.removesuffix("experts"), source_experts.removeprefix(prefix).removesuffix("experts")
+    renamed = {f"{block}router.weight": block + CALIBRATED[experts.model_type]}
+    tensors = {}
+    for key in keys:
+        if not key.startswith(f"{name}."):
+            source_key = renamed.get(key, key)
+            below = source_key.removeprefix(block)
+            tensors[key] = prefix + (source_key if below == source_key else source_block + below)
+    return Layer(module, tensors, module.get_submodule(name), source_experts)
+
+
+def _check(source: Checkpoint, names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in source.tensors]
+    if missing:
+        raise ValueError(
+            f"{source.path}: expected the tensors that transformers names, to run the model, got none of "
+            f"{some(missing)}: use `quantizer=mse` and `noise=measured`"
+        )

@@ -1,0 +1,111 @@
+"""Text to run a model on: a user's, or what the model writes itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from offline.model.decoder import Decoder
+from offline.model.forward import forward
+from offline.source.checkpoint import Checkpoint
+from offline.source.families import Experts
+
+# More of them than this for each input feature of the average expert hardly help (benchmarks/results, preset tokens).
+TOKENS_PER_FEATURE, MAX_TOKENS = 32, 65536
+# The passes of ``write_text``, and its seed.
+PASSES, SEED = 2, 0
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate on.
+
+    files: of UTF-8 text, none for text of the model's own; tokens: at most so many of it, None for as many as help, for
+    each of which memory holds three vectors of the hidden size in float32; length: of a window, the tokens that the
+    model sees together.
+    """
+
+    files: tuple[Path, ...] = ()
+    tokens: int | None = None
+    length: int = 512
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"`calibration_length`: expected a number of tokens from 1 up, got {self.length}")
+        if self.tokens is not None and self.tokens < self.length:
+            raise ValueError(
+                f"`calibration_tokens`: expected at least the {self.length} of `calibration_length`, got {self.tokens}"
+            )
+
+
+def default_tokens(source: Checkpoint, experts: Experts) -> int:
+    """As many tokens as help to calibrate this model."""
+    routed = source.config.get("num_experts_per_tok", 2) / experts.num_experts
+    return min(MAX_TOKENS, math.ceil(TOKENS_PER_FEATURE * experts.matrices[0].shape[1] / routed))
+
+
+def read_windows(source: Checkpoint, calibration: Calibration, max_tokens: int) -> torch.Tensor:
+    """Tokens of the text, by the source's own tokenizer: ``[windows, length]`` int64, spread evenly over all the text.
+
+    max_tokens: at least a window.
+    Raises ValueError or OSError for text that cannot be read or is shorter than a window, and for a source without
+    tokenizer or with a shorter context than a window.
+    """
+    context = source.config.get("max_position_embeddings")
+    if isinstance(context, int) and calibration.length > context:
+        raise ValueError(
+            f"`calibration_length`: expected at most the {context} tokens of max_position_embeddings in config.json, "
+            f"got {calibration.length}"
+        )
+    tokens = torch.tensor(_tokenize(source, [_read(file) for file in calibration.files]))
+    windows = tokens[: len(tokens) // calibration.length * calibration.length].view(-1, calibration.length)
+    if not len(windows):
+        raise ValueError(
+            f"`calibration`: expected at least {calibration.length} tokens of text, got {len(tokens)}: "
+            "give more text or lower `calibration_length`"
+        )
+    count = min(len(windows), max_tokens // calibration.length)
+    return windows[torch.arange(count) * len(windows) // count]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`calibration`: {file}: expected UTF-8 text, got {error}") from error
+
+
+def _tokenize(source: Checkpoint, texts: list[str]) -> list[int]:
+    from transformers import AutoTokenizer
+
+    way_out = "download the tokenizer's files or use another quantizer"
+    # Without any of them transformers makes an empty tokenizer for some models.
+    if not any(file for pattern in _VOCABULARIES for file in source.path.glob(pattern)):
+        raise ValueError(f"{source.path}: expected a tokenizer for the calibration text, got none: {way_out}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(
+            f"{source.path}: expected a tokenizer for the calibration text, got {error}: {way_out}"
+        ) from error
+    return [token for text in texts for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def write_text(decoder: Decoder, source: Checkpoint, experts: Experts, tokens: int, length: int) -> torch.Tensor:
+    """Text of the model's own, for what needs text where the user has none: ``[windows, length]`` token ids.
+
+    It starts from random tokens. Each pass runs the model once and replaces every token by one that the model predicts
+    after those before it, all places at once. That is not the text that it would write word by word, which would take a
+    pass for every word, but its tokens are as frequent and call on the experts as often as in real text.
+    """
+    length = min(length, decoder.context)
+    generator = torch.Generator().manual_seed(SEED)
+    windows = torch.randint(decoder.vocab_size, (max(1, tokens // length), length), generator=generator)
+    for _ in range(PASSES):
+        hidden = forward(decoder, source, experts, windows, "text")
+        windows[:, 1:] = decoder.sample(source, hidden, generator)[:, :-1]
+    return windows

@@ -1,0 +1,95 @@
+"""The model card of a converted checkpoint: what it is, from what and how it was made, and how to serve it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from offline import VERSION
+from offline.operations.summary import Summary, histogram
+from offline.progress import format_bytes
+
+CARD = "README.md"
+
+# What of the source's front matter holds for the conversion too, where it is a plain value on one line.
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_HOW = {
+    "alphaq": "allocated without calibration data, from how heavy-tailed the spectra of the weights are (AlphaQ, arXiv "
+    "2606.04980)",
+    "uniform": "the same for all experts, or evenly mixed of the two widths next to the budget",
+    "ratio": "three, by rank of how heavy-tailed the spectra of the weights are",
+    "random": "chosen at random",
+    "manual": "given by hand",
+}
+
+_PROPAGATED = f"{_HOW['alphaq']}, and the errors that quantization causes on text that the model wrote itself"
+
+
+def render_card(summary: Summary, name: str, source: Path) -> str:
+    """The text of the card.
+
+    name: of the source, ``owner/model`` if it is on the Hub; source: its directory, where its own card is.
+    """
+    kept = _front_matter(source / CARD)
+    lines = [
+        "---",
+        *(f"{key}: {value}" for key, value in kept.items()),
+        *([f"base_model: {name}"] if "/" in name else []),
+        "base_model_relation: quantized",
+        "tags: [alphaq, vllm, quantized, moe]",
+        "---",
+        "",
+        f"# {name}, quantized with AlphaQ to {summary.bits:.4g} bits",
+        "",
+        f"The routed experts of {name} ({summary.family}), each matrix with a bit-width of its own. "
+        f"Converted with alphaq-vllm {VERSION}.",
+        "",
+        f"- average bits of an expert's weight: {summary.bits:.4f} by codes, {summary.stored_bits:.4f} as stored, with "
+        f"scales and zero points of groups of {summary.group_size}",
+        f"- size of the weights: {format_bytes(summary.size_before)} before, {format_bytes(summary.size_after)} now; "
+        f"experts: {format_bytes(summary.experts_before)} before, {format_bytes(summary.experts_after)} now",
+        f"- widths: {_PROPAGATED if summary.noise == 'propagated' else _HOW[summary.mode]}",
+        f"- quantizer: {summary.quantizer_and_text}",
+        f"- everything but the experts of {summary.layers} layers{_linear(summary)} is unchanged",
+        "",
+        "```",
+        *histogram(summary.widths),
+        "```",
+        "",
+        "## Serve",
+        "",
+        "```",
+        "pip install alphaq-vllm vllm",
+        "vllm serve PATH_OF_THIS_DIRECTORY --quantization alphaq",
+        "```",
+        "",
+        "`SHA256SUMS` has the checksums of all files; `python -m offline.validate PATH_OF_THIS_DIRECTORY` checks them "
+        "and everything else.",
+        "",
+        "## Licence",
+        "",
+        f"That of the source, whose card states: {kept['license']}."
+        if "license" in kept
+        else "That of the source, whose card states none in its front matter.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _linear(summary: Summary) -> str:
+    if not summary.linear_layers:
+        return ""
+    return (
+        f", and {summary.linear_layers} linear layers of attention, shared experts and dense MLPs at "
+        f"{summary.linear_bits} bits,"
+    )
+
+
+def _front_matter(card: Path) -> dict[str, str]:
+    """The lines of the card's front matter that are kept."""
+    if not card.is_file():
+        return {}
+    text = card.read_bytes().decode(errors="replace").replace("\r\n", "\n")
+    match = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
+    pairs = re.findall(r"^(\w+): *([\w./:+-]+|\"[^\"\n]*\") *$", match[1], re.MULTILINE) if match else []
+    return {key: value for key, value in pairs if key in _KEPT}

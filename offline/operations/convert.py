@@ -1,0 +1,124 @@
+"""From a Hugging Face checkpoint to an AlphaQ checkpoint, without calibration data.
+
+Everything that can be wrong with the options or the source is checked first. Then the expert matrices are measured,
+their widths chosen, and the checkpoint quantized and written, with one matrix in memory at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from offline.allocation.bit_map import average_bits, check_bit_map
+from offline.allocation.sizes import Room
+from offline.allocation.widths import Budget, average_left
+from offline.layerwise.sequential import SequentialGptq
+from offline.model.decoder import can_run
+from offline.model.text import Calibration
+from offline.operations.choosing import choose_widths
+from offline.operations.options import ConvertOptions, with_options
+from offline.operations.plan import Job
+from offline.operations.summary import Summary
+from offline.operations.timing import estimate_seconds
+from offline.sensitivity.stats import read_statistics
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import Experts, find_experts
+from offline.source.linear import choose_formats, find_linear_layers
+from offline.source.selection import Selection
+from offline.source.splitting import check_group_size
+from offline.threads import choose_workers
+from offline.writing.output import RESULTS, check_output, conditions, open_output
+
+
+@with_options(ConvertOptions)
+def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summary:
+    """Convert a checkpoint.
+
+    Args:
+        model: A directory, or the name of a model on the Hugging Face Hub.
+        out: A directory that is empty or does not exist.
+        options: The fields of ``ConvertOptions``, as keywords.
+
+    Returns:
+        What was done; printed, it is what the command prints.
+
+    Raises:
+        ValueError: For anything that is wrong with the options or the source. No output is left then.
+        OSError: For files that cannot be read or written. What is done so far is kept for ``resume``.
+    """
+    start = time.monotonic()
+    model, group_size = str(model), options.group_size
+    source = open_checkpoint(model)
+    every_expert = find_experts(source)
+    runs = can_run(every_expert)
+    quantizer = options.quantizer or ("gptq" if runs else "mse")
+    calibration = options.text()
+    if calibration and quantizer != "gptq":
+        raise ValueError(f"`calibration`: expected `quantizer=gptq`, got {quantizer}, which works without text")
+    given = read_statistics(Path(options.stats)) if options.stats else None
+    widths = options.widths("propagated" if (given.has_gains if given else runs) else "measured")
+    room, selection = options.room(), options.selection()
+    experts = selection.quantized(every_expert)
+    check_group_size(group_size, experts.matrices, options.tp_size)
+    fixed = _check_widths(widths, experts, selection, room)
+    workers = choose_workers(options.workers, experts.numel)
+    layers = find_linear_layers(source, experts) if options.linear_bits < 16 else []
+    linear = choose_formats(layers, options.linear_bits, group_size, options.tp_size)
+    job = Job(model, source, experts, group_size, options.shard_bytes(), workers, linear, quantizer)
+    gptq = SequentialGptq(source, every_expert, calibration or Calibration()) if quantizer == "gptq" else None
+    if gptq:
+        job = replace(job, calibration_tokens=gptq.tokens, own_text=gptq.own_text)
+    out = Path(out).resolve()
+    # The results of gptq lie beside the checkpoint until that is complete.
+    needed_bytes = _least_bytes(job, widths, room) * (2 if gptq else 1)
+    check_output(out, source.path.resolve(), needed_bytes, options.resume)
+    settings = {
+        "widths": asdict(widths) if isinstance(widths, Budget) else widths,
+        "group_size": group_size,
+        "quantizer": quantizer,
+        "calibration": gptq.digest if gptq else None,
+        "linear": {layer.name: asdict(stored) for layer, stored in linear.items()},
+        "max_shard_bytes": job.max_shard_bytes,
+        "selection": asdict(selection),
+        "room": asdict(room) if room else None,
+        "stats": given.digest if given else None,
+    }
+    if options.dry_run:
+        plan = choose_widths(job, widths, fixed, room, given)
+        left = gptq.estimate_seconds(plan.bits, group_size, workers) if gptq else estimate_seconds(plan)
+        seconds = time.monotonic() - start + left
+    else:
+        with open_output(out, conditions(source, settings), options.resume) as output:
+            results = output.directory.with_name(RESULTS) if gptq else None
+            plan = choose_widths(replace(job, calibrated=results), widths, fixed, room, given, output.journal)
+            if gptq and results:
+                starved = gptq.run(plan.bits, group_size, results, workers)
+                plan = replace(plan, summary=replace(plan.summary, starved=starved))
+            plan.write(output)
+        seconds = time.monotonic() - start
+    limit = str(room) if room else None
+    return replace(plan.summary, output=str(out), room=limit, seconds=seconds, dry_run=options.dry_run)
+
+
+def _check_widths(
+    widths: Budget | Mapping[str, int], experts: Experts, selection: Selection, room: Room | None
+) -> dict[str, int]:
+    """Check what can be known before measuring, and return the widths that are given by hand beside a budget."""
+    fixed = selection.fixed(experts.matrices)
+    if isinstance(widths, Budget):
+        if not room:
+            average_left(experts.matrices, fixed, widths)
+        return fixed
+    check_bit_map(widths, experts.matrices)
+    if fixed:
+        raise ValueError("`override`: expected a budget to choose widths under, got a bit map: change that instead")
+    return {}
+
+
+def _least_bytes(job: Job, widths: Budget | Mapping[str, int], room: Room | None) -> int:
+    """Bytes that the output takes, but for headers and small files; a room may have space for more than it takes."""
+    if not isinstance(widths, Budget):
+        return job.bytes_at(average_bits(widths, job.experts.matrices))
+    return min(job.bytes_at(widths.widths[-1]), room.limit) if room else job.bytes_at(widths.average_bits)

@@ -1,0 +1,261 @@
+"""GPTQ of a whole model: better on its calibration text, one layer at a time, the same on every run, and refusals."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from alphaq_vllm import packing
+from offline.layerwise import sequential
+from offline.layerwise.sequential import SequentialGptq, load_quantized
+from offline.model.text import Calibration, read_windows
+from offline.quantizers.quantize import quantize
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import find_experts, load_weight
+from offline.threads import one_thread
+
+
+@pytest.fixture
+def calibration(text):
+    return Calibration((text,), tokens=1024, length=64)
+
+
+@pytest.fixture
+def speaker(speaking_model, tmp_path):
+    """A copy of the tiny Qwen2-MoE with a tokenizer, to be damaged."""
+    return shutil.copytree(speaking_model("qwen2_moe"), tmp_path / "model")
+
+
+def open_model(path):
+    source = open_checkpoint(str(path))
+    return source, find_experts(source)
+
+
+def every_width(experts):
+    widths = itertools.cycle((2, 3, 1, 4, 8))
+    return {matrix.name: next(widths) for matrix in experts.matrices}
+
+
+def run(path, calibration, directory, widths=None, **options):
+    source, experts = open_model(path)
+    widths = widths or every_width(experts)
+    return SequentialGptq(source, experts, calibration).run(widths, 64, directory, **options)
+
+
+def restore(directory, matrix, num_bits):
+    return packing.dequantize(*load_quantized(directory, matrix).values(), num_bits)
+
+
+def write_dequantized(path, source, experts, directory, widths):
+    """A copy of the source, in float32, with the quantized experts."""
+    tensors = {name: source.load(name).float() for name in source.tensors}
+    for matrix in experts.matrices:
+        stored = tensors[matrix.tensor]
+        place = matrix.fused.view(stored[matrix.expert]) if matrix.fused else stored
+        place.copy_(restore(directory, matrix, widths[matrix.name]))
+    shutil.copytree(source.path, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def contents(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize("num_bits", [2, 3])
+@one_thread()
+def test_gptq_changes_the_output_of_experts_less_than_the_data_free_quantizer(
+    speaking_model, calibration, tmp_path, monkeypatch, num_bits
+):
+    path, seen = speaking_model("qwen2_moe"), []
+    route = sequential.route
+    monkeypatch.setattr(sequential, "route", lambda *arguments: seen.append(route(*arguments)) or seen[-1])
+    source, experts = open_model(path)
+    run(path, calibration, tmp_path / "gptq", {matrix.name: num_bits for matrix in experts.matrices})
+    for expert in range(experts.num_experts):
+        matrices = [matrix for matrix in experts.matrices if matrix.expert == expert][:3]
+        inputs = seen[0].inputs[seen[0].of(expert)[0]]
+
+        def outputs(weights, inputs=inputs):
+            gate, up, down = weights
+            return (torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)) @ down.T
+
+        originals = [load_weight(source, matrix) for matrix in matrices]
+        plain = [quantize(weight, num_bits, 64) for weight in originals]
+        data_free = [packing.dequantize(q.packed, q.scale, q.zero_point, num_bits) for q in plain]
+        calibrated = [restore(tmp_path / "gptq", matrix, num_bits) for matrix in matrices]
+        error, before = ((outputs(w) - outputs(originals)).norm() for w in (calibrated, data_free))
+        assert error < 0.6 * before
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral", "deepseek_v2", "granitemoe"])
+def test_layers_are_calibrated_on_what_the_quantized_model_computes(
+    speaking_model, calibration, tmp_path, monkeypatch, model_type
+):
+    path, seen = speaking_model(model_type), []
+    route = sequential.route
+    monkeypatch.setattr(sequential, "route", lambda *arguments: seen.append(route(*arguments)) or seen[-1])
+    source, experts = open_model(path)
+    widths = every_width(experts)
+    run(path, calibration, tmp_path / "gptq", widths)
+    model = write_dequantized(tmp_path / "plain", source, experts, tmp_path / "gptq", widths)
+    expected = []
+    for name, module in model.named_modules():
+        if name.split(".")[-1] == "experts":
+            module.register_forward_pre_hook(lambda module, arguments: expected.append(arguments[0]))
+    with torch.no_grad():
+        for window in read_windows(source, calibration, calibration.tokens):
+            model(window[None])
+    layers = len(seen)
+    assert layers == len(experts.modules)
+    for layer, routes in enumerate(seen):
+        torch.testing.assert_close(routes.inputs, torch.cat(expected[layer::layers]), rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_without_tokens_is_quantized_without_data_and_counted(speaking_model, calibration, tmp_path):
+    path = shutil.copytree(speaking_model("deepseek_v3"), tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.gate.e_score_correction_bias"][2] = -100
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    source, experts = open_model(path)
+    widths = every_width(experts)
+    assert run(path, calibration, tmp_path / "gptq", widths) == 1
+    for matrix in experts.matrices:
+        plain = quantize(load_weight(source, matrix), widths[matrix.name], 64).tensors(matrix.name)
+        stored = load_quantized(tmp_path / "gptq", matrix)
+        same = all(torch.equal(stored[name], plain[name]) for name in plain)
+        assert same == (matrix.expert == 2)
+
+
+def test_experts_that_are_left_alone_are_run_as_they_are(speaking_model, calibration, tmp_path, monkeypatch):
+    path, seen = speaking_model("qwen2_moe"), []
+    route = sequential.route
+    monkeypatch.setattr(sequential, "route", lambda *arguments: seen.append(route(*arguments)) or seen[-1])
+    widths = {name: bits for name, bits in every_width(open_model(path)[1]).items() if ".layers.1." in name}
+    run(path, calibration, tmp_path / "gptq", widths)
+    assert [file.name for file in (tmp_path / "gptq").iterdir()] == ["model.layers.1.mlp.experts.safetensors"]
+    expected = []
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.model.layers[1].mlp.experts.register_forward_pre_hook(lambda _, arguments: expected.append(arguments[0]))
+    with torch.no_grad():
+        for window in read_windows(open_model(path)[0], calibration, calibration.tokens):
+            model(window[None])
+    torch.testing.assert_close(seen[1].inputs, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_memory_holds_the_weights_of_one_layer_and_no_experts(speaking_model, calibration, tmp_path, monkeypatch):
+    route, checked = sequential.route, []
+    source, experts = open_model(speaking_model("qwen2_moe"))
+    gptq = SequentialGptq(source, experts, calibration)
+
+    def check(layer, hidden):
+        for other in gptq._decoder.layers:
+            real = {name for name, tensor in other.module.state_dict().items() if not tensor.is_meta}
+            assert real == (set(layer.tensors) if other is layer else set())
+            assert not any(".experts." in name for name in real)
+        checked.append(layer)
+        return route(layer, hidden)
+
+    monkeypatch.setattr(sequential, "route", check)
+    gptq.run(every_width(experts), 64, tmp_path / "gptq")
+    assert len(checked) == 2
+    assert all(tensor.is_meta for layer in checked for tensor in layer.module.state_dict().values())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_input_gives_the_same_bytes(speaking_model, calibration, tmp_path, workers):
+    for name, number in (("one", 1), ("two", workers)):
+        run(speaking_model("qwen2_moe"), calibration, tmp_path / name, workers=number)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_an_interrupted_run_continues_after_the_last_complete_layer(speaking_model, calibration, tmp_path, monkeypatch):
+    path, directory = speaking_model("qwen2_moe"), tmp_path / "gptq"
+    run(path, calibration, directory)
+    whole = contents(directory)
+    (directory / "model.layers.1.mlp.experts.safetensors").rename(directory / "model.layers.1.mlp.experts.tmp")
+    tasks, quantize_expert = [], sequential._quantize
+    monkeypatch.setattr(sequential, "_quantize", lambda task: tasks.append(task) or quantize_expert(task))
+    run(path, calibration, directory)
+    assert contents(directory) == whole
+    assert len(tasks) == 4
+
+
+def test_windows_are_spread_over_the_whole_text(speaker, tmp_path):
+    files = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for file, letter in zip(files, "ab", strict=True):
+        file.write_text(letter * 100)
+    source, _ = open_model(speaker)
+    windows = read_windows(source, Calibration(tuple(files), length=16), 49)
+    assert windows.shape == (3, 16)
+    assert [len(window.unique()) for window in windows] == [1, 1, 1]
+    assert windows[0, 0] != windows[2, 0]
+    assert read_windows(source, Calibration(tuple(files), length=50), 10**6).shape == (4, 50)
+
+
+def edit_config(path, **changes):
+    config = json.loads((path / "config.json").read_bytes())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def remove_tensor(path, name):
+    tensors = load_file(path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+REFUSED = {
+    "no tokenizer": (
+        lambda path, text: [file.unlink() for file in path.glob("tokenizer*")],
+        "expected a tokenizer for the calibration text",
+    ),
+    "too little text": (
+        lambda path, text: text.write_text("few words"),
+        "`calibration`: expected at least 64 tokens of text, got 9: give more text or lower `calibration_length`",
+    ),
+    "binary text": (
+        lambda path, text: text.write_bytes(b"\xff" * 9000),
+        r"`calibration`: .*text.txt: expected UTF-8 text",
+    ),
+    "text missing": (lambda path, text: text.unlink(), "No such file or directory: .*text.txt"),
+    "short context": (
+        lambda path, text: edit_config(path, max_position_embeddings=32),
+        "`calibration_length`: expected at most the 32 tokens of max_position_embeddings",
+    ),
+    "norm missing": (
+        lambda path, text: remove_tensor(path, "model.layers.1.input_layernorm.weight"),
+        r"expected the tensors that transformers names, to run the model, got none of model\.layers\.1\.input_layern",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_gptq_refuses_what_it_cannot_calibrate_on(speaker, text, tmp_path, name):
+    damage, message = REFUSED[name]
+    text = shutil.copy(text, tmp_path / "text.txt")
+    damage(speaker, text)
+    source, experts = open_model(speaker)
+    with pytest.raises((ValueError, OSError), match=message):
+        SequentialGptq(source, experts, Calibration((text,), tokens=1024, length=64))
+
+
+def test_gptq_refuses_a_family_that_it_cannot_run(tiny_model, calibration):
+    source, experts = open_model(tiny_model("gpt_oss"))
+    with pytest.raises(ValueError, match=r"can run mixtral, .* got gpt_oss: use `quantizer=mse` and `noise=measured`"):
+        SequentialGptq(source, experts, calibration)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 0}, "`calibration_length`: expected a number of tokens from 1 up, got 0"),
+        ({"tokens": 100}, "`calibration_tokens`: expected at least the 512 of `calibration_length`, got 100"),
+    ],
+)
+def test_calibration_refuses_impossible_settings(text, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Calibration(**{"files": (text,), **settings})

@@ -1,0 +1,88 @@
+"""The model card of a conversion."""
+
+import json
+
+import pytest
+
+from alphaq_vllm import convert
+from offline.operations.card import render_card
+from offline.operations.summary import Summary
+
+SUMMARY = Summary(
+    source="owner/model",
+    family="qwen2_moe",
+    layers=2,
+    experts=4,
+    matrices=24,
+    group_size=128,
+    mode="alphaq",
+    bits=3.5,
+    stored_bits=3.75,
+    size_before=4_000_000,
+    size_after=1_500_000,
+    experts_before=3_000_000,
+    experts_after=700_000,
+    widths={3: 12, 4: 12},
+    alpha=None,
+    gamma=None,
+    gap=None,
+)
+
+
+def front_matter(text):
+    return text.split("---\n")[1].splitlines()
+
+
+def test_card_says_what_from_what_and_how(tiny_model, tmp_path):
+    convert(tiny_model("qwen2_moe"), tmp_path / "out", bits=3.0, mode="uniform", group_size=64, quantizer="mse")
+    text = (tmp_path / "out" / "README.md").read_text()
+    for part in (
+        "# qwen2_moe, quantized with AlphaQ to 3 bits",
+        "3.0000 by codes, 3.5000 as stored, with scales and zero points of groups of 64",
+        "experts: 786.4 KB before, 172.0 KB now",
+        "3 bits: ####",
+        "- widths: the same for all experts",
+        "vllm serve PATH_OF_THIS_DIRECTORY --quantization alphaq",
+        "SHA256SUMS",
+        "whose card states none",
+    ):
+        assert part in text
+    assert str(tmp_path) not in text
+    assert str(tiny_model("qwen2_moe").parent) not in text
+
+
+def test_card_keeps_the_licence_of_the_source(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\r\nlicense: other\nlicense_name: my-licence\nlicense_link: https://example.org/a?b\n"
+        "language: en\ntags:\n- a\n  license: mit\nbase_model: x/y\n"
+        'pipeline_tag: "text-generation"\n---\n# Model\nlicense: z\n'
+    )
+    text = render_card(SUMMARY, "owner/model", tmp_path)
+    assert front_matter(text) == [
+        "license: other",
+        "license_name: my-licence",
+        "language: en",
+        'pipeline_tag: "text-generation"',
+        "base_model: owner/model",
+        "base_model_relation: quantized",
+        "tags: [alphaq, vllm, quantized, moe]",
+    ]
+    assert "whose card states: other." in text
+
+
+@pytest.mark.parametrize(
+    "content", ["", "no front matter", "---\nlicense: mit\n", "---\nlicense: [a,\n b]\n---\n", "\xff"]
+)
+def test_card_does_without_a_licence_that_it_cannot_read(tmp_path, content):
+    (tmp_path / "README.md").write_text(content, encoding="latin-1")
+    text = render_card(SUMMARY, "model", tmp_path)
+    assert front_matter(text) == ["base_model_relation: quantized", "tags: [alphaq, vllm, quantized, moe]"]
+    assert "states none" in text
+
+
+def test_summary_in_json_has_everything(tiny_model, tmp_path):
+    summary = convert(tiny_model("qwen2_moe"), tmp_path / "out", bits=3.0, mode="random", quantizer="mse")
+    result = json.loads(json.dumps(summary.to_dict()))
+    assert result["mode"] == "random"
+    assert result["total_size"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert result["loaded_size"] < result["size_after"] < result["total_size"]

@@ -1,0 +1,68 @@
+"""How errors in a matrix arrive at the output of its layer, against what transformers computes with and without."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from alphaq_vllm import packing
+from offline.allocation.costs import noise
+from offline.quantizers.quantize import quantize
+from offline.sensitivity import propagation
+from offline.sensitivity.matrices import MatrixStats
+from offline.sensitivity.propagation import FLOOR, error_gains
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import find_experts
+
+DOCS_MOE = Path(__file__).parents[2] / "models" / "docs-moe"
+
+
+@pytest.fixture(scope="module")
+def text():
+    return torch.randint(1, 1536, (4, 64), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def gains(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(propagation, "write_text", lambda *_: text)
+        source = open_checkpoint(str(DOCS_MOE))
+        return error_gains(source, find_experts(source), 128)
+
+
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj", "down_proj"])
+def test_error_gains_are_those_of_the_whole_model(gains, text, projection):
+    model = transformers.AutoModelForCausalLM.from_pretrained(DOCS_MOE, dtype=torch.float32).eval()
+    outputs = []
+    model.model.layers[1].register_forward_hook(lambda *call: outputs.append(call[2].double()))
+    experts = model.model.layers[1].mlp.experts
+    weight = experts.down_proj[2] if projection == "down_proj" else experts.gate_up_proj[2]
+    if projection != "down_proj":
+        weight = weight.chunk(2)[projection == "up_proj"]
+    quantized = quantize(weight, 4, 128, "rtn")
+    with torch.no_grad():
+        model(text, use_cache=False)
+        weight.copy_(packing.dequantize(quantized.packed, quantized.scale, quantized.zero_point, 4))
+        model(text, use_cache=False)
+    exact, changed = outputs
+    expected = ((changed - exact).square().sum() / exact.square().sum()).item() / quantized.mse
+    assert gains[f"model.layers.1.mlp.experts.2.{projection}"] == pytest.approx(expected, rel=0.01)
+
+
+def test_an_expert_that_no_token_reaches_still_counts(monkeypatch):
+    monkeypatch.setattr(propagation, "write_text", lambda *_: torch.tensor([[5, 6]]))
+    source = open_checkpoint(str(DOCS_MOE))
+    gains = error_gains(source, find_experts(source), 128)
+    layer = [gain for name, gain in gains.items() if ".layers.0." in name]
+    # Two tokens reach four of the eight experts at most.
+    assert sum(gain == min(layer) for gain in layer) >= 12
+    assert min(layer) == pytest.approx(FLOOR * sum(layer) / len(layer), rel=0.2)
+
+
+def test_propagated_noise_is_the_measured_noise_times_the_gain_of_a_weight():
+    stats = [
+        MatrixStats("a", 3.0, 2.0, 64, {2: 0.1, 4: 0.01}, 8.0),
+        MatrixStats("b", 3.0, 1.0, 32, {2: 0.3, 4: 0.02}, 1),
+    ]
+    assert noise(stats, [2, 4], "propagated").tolist() == [[0.1 / 8, 0.01 / 8], [0.3 / 32, 0.02 / 32]]
