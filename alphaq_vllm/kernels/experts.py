@@ -107,7 +107,8 @@ def expert_offsets(num_bits: Sequence[Sequence[int]], N: int, K: int) -> tuple[l
     """
     if K % UNIT or N * K % 128:
         raise ValueError(f"matrices [{N}, {K}]: expected K a multiple of {UNIT} and N * K a multiple of 128")
-    offsets, end = [], 0
+    offsets: list[list[int]] = []
+    end = 0
     for projections in num_bits:
         offsets.append([])
         for bits in projections:
