@@ -33,7 +33,8 @@ class AlphaQHfConfig(QuantizationConfigMixin):
     dequantize = True
 
     def __init__(self, spec: AlphaQSpec) -> None:
-        super().__init__(quant_method=QUANT_METHOD)
+        # Of its own methods, transformers has an enumeration.
+        super().__init__(quant_method=QUANT_METHOD)  # type: ignore[arg-type]
         self.spec = spec
 
     @classmethod
@@ -67,7 +68,8 @@ class AlphaQHfQuantizer(HfQuantizer):
             )
         return config
 
-    def _process_model_before_weight_loading(
+    # transformers declares what it passes by name as **kwargs, here and in ``convert``.
+    def _process_model_before_weight_loading(  # type: ignore[override]
         self, model: torch.nn.Module, checkpoint_files: Sequence[str], **kwargs: Any
     ) -> None:
         # Only here, because vLLM imports this module too, and needs none of these.
@@ -135,7 +137,7 @@ class DequantizeExperts(ConversionOps):
         self.parts = parts
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, list[torch.Tensor]],
         source_patterns: list[str],
@@ -161,7 +163,7 @@ class DequantizeLinear(ConversionOps):
     """From the stored tensors of a linear layer, which are the source patterns, to its weight."""
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, list[torch.Tensor]],
         source_patterns: list[str],

@@ -26,8 +26,9 @@ import torch
 import triton
 
 from alphaq_vllm.format import stored_bits_per_weight
-from alphaq_vllm.kernels import Gate, PackedExperts, devices, expert_offsets, fused_moe, repack_
-from alphaq_vllm.kernels.tiles import tiles_for
+from alphaq_vllm.kernels import MoEWeights, PackedExperts, Routing, expert_offsets, fused_moe, repack_
+from alphaq_vllm.kernels.triton import devices
+from alphaq_vllm.kernels.triton.tiles import tiles_for
 from benchmarks.peers import PEERS
 from benchmarks.sass import compile_gemm
 
@@ -99,14 +100,14 @@ def random_inputs(shape: Shape, num_tokens: int) -> Inputs:
     return Inputs(x, topk_weights, topk_ids.to(torch.int32))
 
 
-def expected(inputs: Inputs, w13: PackedExperts, w2: PackedExperts) -> torch.Tensor:
+def expected(inputs: Inputs, weights: MoEWeights) -> torch.Tensor:
     """The layer in float64, from experts in the order of the checkpoint."""
     out = torch.zeros(inputs.x.shape, dtype=torch.float64, device="cuda")
     for expert in inputs.topk_ids.unique().tolist():
         tokens, slots = (inputs.topk_ids == expert).nonzero(as_tuple=True)
         x = inputs.x[tokens].double()
-        gate, up = (x @ w13.matrix(expert, projection).double().T for projection in (0, 1))
-        routed = Gate().apply(gate, up) @ w2.matrix(expert, 0).double().T
+        gate, up = (x @ weights.w13.matrix(expert, projection).double().T for projection in (0, 1))
+        routed = weights.gate.apply(gate, up) @ weights.w2.matrix(expert, 0).double().T
         out.index_add_(0, tokens, routed * inputs.topk_weights[tokens, slots, None].double())
     return out
 
@@ -184,19 +185,22 @@ def measure_ours(
     num_bits = torch.cat([experts.num_bits for experts in stored], 1)
     cases = {n: random_inputs(shape, n) for n in tokens}
     firsts = {n: Inputs(*(t[:CHECKED_TOKENS] for t in inputs)) for n, inputs in cases.items()}
-    wanted = {n: expected(inputs, *stored) for n, inputs in firsts.items()}
+    wanted = {n: expected(inputs, MoEWeights(*stored, checked=True)) for n, inputs in firsts.items()}
     layer_bytes = sum(experts.packed.nbytes for experts in stored)
     copies = max(2, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // layer_bytes))
     # The bits of the copies are random anyway, so only the checked set has an order to be brought into.
-    sets = [[PackedExperts(*(t.clone() for t in e.tensors), GROUP_SIZE, e.widths, True) for e in stored]
-            for _ in range(copies - 1)]  # fmt: skip
-    sets.insert(0, [repack_(experts) for experts in stored])
+    sets = [
+        MoEWeights(*(PackedExperts(*(t.clone() for t in e.tensors), GROUP_SIZE, e.widths, True) for e in stored))
+        for _ in range(copies - 1)
+    ]
+    sets.insert(0, MoEWeights(*(repack_(experts) for experts in stored)))
     rows = []
     for n, inputs in cases.items():
         row = {"tokens": n, "kernel": "alphaq", "bits": average_bits, "limit": limit(shape, inputs, num_bits, machine)}
-        actual = fused_moe(inputs.x, *sets[0], *inputs[1:])[:CHECKED_TOKENS]
+        routing = Routing(inputs.topk_weights, inputs.topk_ids)
+        actual = fused_moe(inputs.x, sets[0], routing)[:CHECKED_TOKENS]
         if is_right(actual, wanted[n]):
-            calls = [lambda s=s, inputs=inputs: fused_moe(inputs.x, *s, *inputs[1:]) for s in sets]
+            calls = [lambda s=s, x=inputs.x, routing=routing: fused_moe(x, s, routing) for s in sets]
             row["us"] = time_graph(calls, seconds)
             row["fraction"] = row["limit"] / row["us"]
             if apart:

@@ -13,9 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alphaq_vllm.kernels.devices import Device
-from alphaq_vllm.kernels.gemm import moe_gemm_kernel
-from alphaq_vllm.kernels.tiles import Tiles
+from alphaq_vllm.kernels.triton.devices import Device
+from alphaq_vllm.kernels.triton.gemm import moe_gemm_kernel
+from alphaq_vllm.kernels.triton.tiles import Tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {

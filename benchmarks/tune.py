@@ -1,4 +1,4 @@
-"""Which tiles are the fastest on this GPU, for the table in ``alphaq_vllm/kernels/tiles.py``.
+"""Which tiles are the fastest on this GPU, for the table in ``alphaq_vllm/kernels/triton/tiles.py``.
 
     python -m benchmarks.tune [--models qwen1.5] [--tokens 1,8,64] [--bits 3.5]
 
@@ -17,11 +17,11 @@ from multiprocessing import get_context
 
 import torch
 
-from alphaq_vllm.kernels import moe_triton, tiles
+from alphaq_vllm.kernels.triton import layer, tiles
 from benchmarks.kernels import MODELS, measure_machine, measure_ours, several
 from benchmarks.sass import KernelCode, compile_gemm
 
-# Block_m, and whether weights are scaled before the product: see ``alphaq_vllm/kernels/gemm.py``.
+# Block_m, and whether weights are scaled before the product: see ``alphaq_vllm/kernels/triton/gemm.py``.
 BLOCKS = ((8, False), (16, False), (32, False), (32, True), (64, True), (128, True))
 NUM_WARPS = (4, 8)
 NUM_STAGES = (2, 3, 4, 5)
@@ -68,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     major, minor = torch.cuda.get_device_capability()
     machine = measure_machine()
-    default, default_warps = moe_triton.choose_tiles, tiles.WARPS_PER_MULTIPROCESSOR
+    default, default_warps = layer.choose_tiles, tiles.WARPS_PER_MULTIPROCESSOR
     choices = candidates(10 * major + minor)
     for model, num_tokens in product(arguments.models, arguments.tokens):
         shape = MODELS[model]
@@ -76,7 +76,7 @@ def main() -> None:
         near = [t for t in choices if usual.block_m <= 2 * t.block_m and t.block_m <= 2 * usual.block_m]
         results = []
         for choice, warps in [(None, default_warps), *product(near, WARPS_PER_MULTIPROCESSOR)]:
-            moe_triton.choose_tiles = default if choice is None else lambda *_, choice=choice: choice
+            layer.choose_tiles = default if choice is None else lambda *_, choice=choice: choice
             tiles.WARPS_PER_MULTIPROCESSOR = warps
             (row,) = measure_ours(shape, [num_tokens], arguments.bits, machine, arguments.seconds)
             name = "the table's" if choice is None else f"{choice}, {warps} warps per multiprocessor"

@@ -1,8 +1,21 @@
 """Mixture-of-Experts layers on packed weights of mixed widths: Triton on GPUs, torch on CPUs."""
 
 from alphaq_vllm.kernels.experts import PackedExperts, expert_offsets
-from alphaq_vllm.kernels.layout import repack_
+from alphaq_vllm.kernels.gate import GPT_OSS, SILU, SUPPORTED_ACTIVATIONS, Gate
 from alphaq_vllm.kernels.op import fused_moe
-from alphaq_vllm.kernels.reference import GPT_OSS, SUPPORTED_ACTIVATIONS, Gate
+from alphaq_vllm.kernels.routing import Routing
+from alphaq_vllm.kernels.triton.layout import repack_
+from alphaq_vllm.kernels.weights import MoEWeights
 
-__all__ = ["GPT_OSS", "SUPPORTED_ACTIVATIONS", "Gate", "PackedExperts", "expert_offsets", "fused_moe", "repack_"]
+__all__ = [
+    "GPT_OSS",
+    "SILU",
+    "SUPPORTED_ACTIVATIONS",
+    "Gate",
+    "MoEWeights",
+    "PackedExperts",
+    "Routing",
+    "expert_offsets",
+    "fused_moe",
+    "repack_",
+]

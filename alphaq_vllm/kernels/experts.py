@@ -22,7 +22,7 @@ class PackedExperts:
     scales: ``[E, P, N, K / group_size]`` bfloat16. zero_points: the same shape, float16.
     num_bits: ``[E, P]`` int32. offsets: ``[E, P]`` int64, in words, multiples of 4 (16 bytes).
     widths: at least every width that occurs in num_bits, ascending; known to the host so that nothing waits for a GPU.
-    tiled: packed, scales and zero_points are in the order of ``layout``, which GPUs take, not in the checkpoint's.
+    tiled: packed, scales and zero_points are in the order of ``triton.layout``, for GPUs, not in the checkpoint's.
     """
 
     packed: torch.Tensor
@@ -107,7 +107,8 @@ def expert_offsets(num_bits: Sequence[Sequence[int]], N: int, K: int) -> tuple[l
     """
     if K % UNIT or N * K % 128:
         raise ValueError(f"matrices [{N}, {K}]: expected K a multiple of {UNIT} and N * K a multiple of 128")
-    offsets, end = [], 0
+    offsets: list[list[int]] = []
+    end = 0
     for projections in num_bits:
         offsets.append([])
         for bits in projections:

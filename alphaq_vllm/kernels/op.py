@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
-from alphaq_vllm.kernels.cpu import fused_moe_cpu
+from alphaq_vllm.kernels.cpu import layer as cpu_layer
 from alphaq_vllm.kernels.experts import PackedExperts
-from alphaq_vllm.kernels.reference import SILU, SUPPORTED_ACTIVATIONS, Gate
+from alphaq_vllm.kernels.gate import Gate
+from alphaq_vllm.kernels.routing import Routing
+from alphaq_vllm.kernels.weights import MoEWeights
 
 X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -18,39 +23,23 @@ torch.library.define(
 )
 
 
-def fused_moe(
-    x: torch.Tensor,
-    w13: PackedExperts,
-    w2: PackedExperts,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    w13_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    gate: Gate = SILU,
-    apply_router_weight_on_input: bool = False,
-) -> torch.Tensor:
-    """The routed experts of one layer: the sum of ``weight * down(gated(gate(x), up(x)))`` over a token's experts.
+def fused_moe(x: torch.Tensor, weights: MoEWeights, routing: Routing) -> torch.Tensor:
+    """Compute a layer's routed experts: the sum of ``weight * down(gated(gate(x), up(x)))`` over a token's experts.
 
-    x: ``[num_tokens, hidden_size]`` bfloat16, float16, or (on CPU) float32.
-    w13: gate and up, N = intermediate size of this rank, K = hidden_size. w2: down, N and K exchanged. Both tiled by
-    ``repack_`` on a GPU, both in the order of the checkpoint on a CPU.
-    w13_bias: ``[E, 2, N]``, of gate and up. w2_bias: ``[E, hidden_size]``. Of any floating dtype.
-    topk_weights: ``[num_tokens, top_k]`` float32.
-    topk_ids: ``[num_tokens, top_k]`` int32 or int64, global expert ids; -1 marks padding, which is skipped.
-    expert_map: ``[global_num_experts]`` int32, global to local id, -1 for experts of other ranks, which are skipped.
-    gate: how gate and up become one.
-    apply_router_weight_on_input: the router's weight multiplies x, not the expert's output; needs top_k = 1.
-    Returns ``[num_tokens, hidden_size]`` of x's dtype, a new tensor.
-    Raises ValueError or TypeError for shapes, dtypes and activations other than these.
+    Args:
+        x: ``[num_tokens, hidden_size]`` bfloat16, float16, or (on CPU) float32.
+        weights: the experts that this rank holds, on x's device.
+        routing: the experts of each token, on x's device.
+
+    Returns:
+        ``[num_tokens, hidden_size]`` of x's dtype, a new tensor.
+
+    Raises:
+        TypeError: for dtypes of x or of the routing other than these.
+        ValueError: for shapes other than these, and for router weights on the input with more experts than one a token.
     """
-    _check_weights(w13, w2, w13_bias, w2_bias)
-    _check_inputs(x, w13, topk_weights, topk_ids)
-    if gate.activation not in SUPPORTED_ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {SUPPORTED_ACTIVATIONS}, got {gate.activation!r}")
-    if apply_router_weight_on_input and topk_ids.shape[1] != 1:
-        raise ValueError(f"apply_router_weight_on_input: expected top_k=1, got {topk_ids.shape[1]}")
+    _check_inputs(x, weights, routing)
+    w13, w2 = weights.w13, weights.w2
     return torch.ops.alphaq.fused_moe(
         x,
         w13.tensors,
@@ -59,45 +48,23 @@ def fused_moe(
         w2.tensors,
         w2.group_size,
         w2.widths,
-        topk_weights,
-        topk_ids,
-        w13_bias,
-        w2_bias,
-        expert_map,
-        *gate,
-        apply_router_weight_on_input,
+        routing.topk_weights,
+        routing.topk_ids,
+        weights.w13_bias,
+        weights.w2_bias,
+        routing.expert_map,
+        *weights.gate,
+        routing.apply_router_weight_on_input,
     )
 
 
-def _check_weights(
-    w13: PackedExperts, w2: PackedExperts, w13_bias: torch.Tensor | None, w2_bias: torch.Tensor | None
-) -> None:
-    if (w13.num_projections, w2.num_projections) != (2, 1):
-        raise ValueError(
-            f"w13, w2: expected 2 and 1 projections per expert, got {w13.num_projections} and {w2.num_projections}"
-        )
-    if (w2.num_experts, w2.N, w2.K) != (w13.num_experts, w13.K, w13.N):
-        raise ValueError(
-            f"w2: expected {w13.num_experts} experts [{w13.K}, {w13.N}] to match w13, "
-            f"got {w2.num_experts} experts [{w2.N}, {w2.K}]"
-        )
-    on_gpu = w13.packed.is_cuda
-    if (w13.tiled, w2.tiled) != (on_gpu, on_gpu):
-        raise ValueError(
-            f"w13, w2: expected {'experts tiled by repack_' if on_gpu else 'the order of the checkpoint'} on "
-            f"{w13.packed.device}, got tiled={w13.tiled} and tiled={w2.tiled}"
-        )
-    shapes = {"w13_bias": (w13_bias, (w13.num_experts, 2, w13.N)), "w2_bias": (w2_bias, (w2.num_experts, w2.N))}
-    for name, (bias, shape) in shapes.items():
-        if bias is not None and (bias.shape != shape or not bias.is_contiguous()):
-            raise ValueError(f"{name}: expected a contiguous tensor {list(shape)}, got {list(bias.shape)}")
-
-
-def _check_inputs(x: torch.Tensor, w13: PackedExperts, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+def _check_inputs(x: torch.Tensor, weights: MoEWeights, routing: Routing) -> None:
+    """Check what differs from call to call; the weights were checked when they were put together."""
+    topk_weights, topk_ids = routing.topk_weights, routing.topk_ids
     if x.dtype not in X_DTYPES:
         raise TypeError(f"x: expected one of {X_DTYPES}, got {x.dtype}")
-    if x.dim() != 2 or x.shape[1] != w13.K:
-        raise ValueError(f"x: expected shape [num_tokens, {w13.K}], got {list(x.shape)}")
+    if x.dim() != 2 or x.shape[1] != weights.w13.K:
+        raise ValueError(f"x: expected shape [num_tokens, {weights.w13.K}], got {list(x.shape)}")
     if topk_ids.dtype not in (torch.int32, torch.int64) or topk_weights.dtype != torch.float32:
         raise TypeError(
             "topk_ids, topk_weights: expected int32 or int64, and float32, "
@@ -108,33 +75,61 @@ def _check_inputs(x: torch.Tensor, w13: PackedExperts, topk_weights: torch.Tenso
             f"topk_ids, topk_weights: expected two shapes [{x.shape[0]}, top_k], "
             f"got {list(topk_ids.shape)} and {list(topk_weights.shape)}"
         )
+    if routing.apply_router_weight_on_input and topk_ids.shape[1] != 1:
+        raise ValueError(f"apply_router_weight_on_input: expected top_k=1, got {topk_ids.shape[1]}")
 
 
 def _fused_moe(
-    compute, tiled, x, w13, w13_group_size, w13_widths, w2, w2_group_size, w2_widths, topk_weights,
-    topk_ids, w13_bias, w2_bias, expert_map, activation, limit, alpha, beta, apply_router_weight_on_input,
-):  # fmt: skip
-    w13 = PackedExperts(*w13, w13_group_size, tuple(w13_widths), tiled)
-    w2 = PackedExperts(*w2, w2_group_size, tuple(w2_widths), tiled)
-    gate = Gate(activation, limit, alpha, beta)
-    return compute(
-        x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map, gate, apply_router_weight_on_input
+    compute: Callable[[torch.Tensor, MoEWeights, Routing], torch.Tensor],
+    tiled: bool,
+    x: torch.Tensor,
+    w13: Sequence[torch.Tensor],
+    w13_group_size: int,
+    w13_widths: Sequence[int],
+    w2: Sequence[torch.Tensor],
+    w2_group_size: int,
+    w2_widths: Sequence[int],
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    activation: str,
+    limit: float | None,
+    alpha: float,
+    beta: float,
+    apply_router_weight_on_input: bool,
+) -> torch.Tensor:
+    """Put together again what ``fused_moe`` took apart, and compute."""
+    weights = MoEWeights(
+        _experts(w13, w13_group_size, w13_widths, tiled),
+        _experts(w2, w2_group_size, w2_widths, tiled),
+        w13_bias,
+        w2_bias,
+        Gate(activation, limit, alpha, beta),
+        checked=True,
     )
+    return compute(x, weights, Routing(topk_weights, topk_ids, expert_map, apply_router_weight_on_input))
+
+
+def _experts(tensors: Sequence[torch.Tensor], group_size: int, widths: Sequence[int], tiled: bool) -> PackedExperts:
+    packed, scales, zero_points, num_bits, offsets = tensors
+    return PackedExperts(packed, scales, zero_points, num_bits, offsets, group_size, tuple(widths), tiled)
 
 
 @torch.library.impl("alphaq::fused_moe", "cpu")
-def _fused_moe_cpu(*args):
-    return _fused_moe(fused_moe_cpu, False, *args)
+def _fused_moe_cpu(*args: Any) -> torch.Tensor:
+    return _fused_moe(cpu_layer.fused_moe, False, *args)
 
 
 @torch.library.impl("alphaq::fused_moe", "cuda")
-def _fused_moe_cuda(*args):
+def _fused_moe_cuda(*args: Any) -> torch.Tensor:
     # Triton may be absent where there is no GPU.
-    from alphaq_vllm.kernels.moe_triton import fused_moe_triton
+    from alphaq_vllm.kernels.triton import layer as triton_layer
 
-    return _fused_moe(fused_moe_triton, True, *args)
+    return _fused_moe(triton_layer.fused_moe, True, *args)
 
 
 @torch.library.register_fake("alphaq::fused_moe")
-def _fused_moe_fake(x, *args):
+def _fused_moe_fake(x: torch.Tensor, *args: Any) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)

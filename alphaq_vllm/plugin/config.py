@@ -62,7 +62,9 @@ class AlphaQConfig(QuantizationConfig):
         return cls(AlphaQSpec.from_dict(config))
 
     @classmethod
-    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None):
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> None:
         """None: no other method's checkpoint is AlphaQ's. Raises ValueError if the user says that it is."""
         method = hf_quant_cfg.get("quant_method")
         if user_quant == QUANT_METHOD != method:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, matrix_tensors
-from alphaq_vllm.kernels import Gate, PackedExperts, expert_offsets, fused_moe, repack_
+from alphaq_vllm.kernels import Gate, MoEWeights, PackedExperts, Routing, expert_offsets, fused_moe, repack_
 from alphaq_vllm.plugin._compat import (
     FusedMoEConfig,
     FusedMoEMethodBase,
@@ -66,6 +66,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         self.shapes: dict[str, tuple[int, int]] = {}
         self.offsets: dict[str, list[list[int]]] = {}
         self.loaded: set[str] = set()
+        self.weights: MoEWeights | None = None
         self.report: LoadReport | None = None
 
     def create_weights(
@@ -121,7 +122,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         bits = self.num_bits[shard_id][expert_id]
         full = list(self.shapes[stem])
         full[dim] *= self.tp_size
-        expected = matrix_tensors(*full, bits, self.group_size)[suffix]
+        expected = matrix_tensors(full[0], full[1], bits, self.group_size)[suffix]
         if tuple(loaded_weight.shape) != expected.shape or loaded_weight.dtype != expected.dtype:
             raise ValueError(
                 f"{name}: expected {expected.dtype} of shape {expected.shape} for {bits} bits, got "
@@ -160,7 +161,12 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         if layer.w13_weight_packed.is_cuda:
             for stem in self.shapes:
                 repack_(self._experts(layer, stem, tiled=False))
-            self._warm_up(layer)
+        weights = self._put_together(layer)
+        if layer.w13_weight_packed.is_cuda:
+            self._warm_up(layer, weights)
+        if self.weights is None:
+            # Not again: what is loaded later, vLLM copies into these parameters, which it then puts back.
+            self.weights = weights
         if exchanges_tokens(self.moe):
             self.moe_kernel = modular_kernel(self.moe, partial(self._compute, layer))
         if self.report:
@@ -194,17 +200,12 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             "Triton kernels" if layer.w13_weight_packed.is_cuda else "torch on the CPU",
         )
 
-    def _warm_up(self, layer: RoutedExperts) -> None:
+    def _warm_up(self, layer: RoutedExperts, weights: MoEWeights) -> None:
         # Triton may be absent where there is no GPU.
-        from alphaq_vllm.kernels.moe_triton import warm_up
+        from alphaq_vllm.kernels.triton.layer import warm_up
 
-        warm_up(
-            self._experts(layer, "w13", tiled=True),
-            self._experts(layer, "w2", tiled=True),
-            self.moe.experts_per_token,
-            self.moe.in_dtype,
-            **self._options(layer),
-        )
+        top_k, dtype = self.moe.experts_per_token, self.moe.in_dtype
+        warm_up(weights, top_k, dtype, layer.expert_map, layer.apply_router_weight_on_input)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """None: vLLM's own kernels are not used."""
@@ -242,25 +243,28 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
     def _compute(
         self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
+        routing = Routing(topk_weights, topk_ids, layer.expert_map, layer.apply_router_weight_on_input)
+        return fused_moe(x, self._current_weights(layer), routing)
+
+    def _current_weights(self, layer: RoutedExperts) -> MoEWeights:
+        """The weights that were loaded, or those that the layer has in their place during this call alone.
+
+        Where vLLM offloads weights to a host whose memory the GPU cannot read, the layer gets copies of its parameters
+        for each call. These must not be kept, or they would fill the GPU.
+        """
+        if self.weights is not None and self.weights.w13.packed is layer.w13_weight_packed:
+            return self.weights
+        return self._put_together(layer)
+
+    def _put_together(self, layer: RoutedExperts) -> MoEWeights:
         tiled = layer.w13_weight_packed.is_cuda
-        return fused_moe(
-            x,
+        return MoEWeights(
             self._experts(layer, "w13", tiled),
             self._experts(layer, "w2", tiled),
-            topk_weights,
-            topk_ids,
-            **self._options(layer),
+            getattr(layer, "w13_bias", None),
+            getattr(layer, "w2_bias", None),
+            self._gate(),
         )
-
-    def _options(self, layer: RoutedExperts) -> dict[str, Any]:
-        """What ``fused_moe`` takes beside tensors of every layer."""
-        return {
-            "w13_bias": getattr(layer, "w13_bias", None),
-            "w2_bias": getattr(layer, "w2_bias", None),
-            "expert_map": layer.expert_map,
-            "gate": self._gate(),
-            "apply_router_weight_on_input": layer.apply_router_weight_on_input,
-        }
 
     def _gate(self) -> Gate:
         moe = self.moe

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import runpy
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 import torch
 
-from alphaq_vllm.kernels import Gate, PackedExperts, repack_
-from alphaq_vllm.kernels.reference import SILU, fused_moe_reference
+from alphaq_vllm.kernels import SILU, Gate, MoEWeights, PackedExperts, Routing, repack_
 from alphaq_vllm.packing import pack
+from tests.kernels.reference import fused_moe_reference
 
 # In units of the dtype's eps. bfloat16 on CPU also rounds the weights, as any other program that serves them would;
 # float32 has only the order of its additions to show.
@@ -94,21 +90,33 @@ def pytest_generate_tests(metafunc):
 class Problem:
     """The arguments of ``fused_moe`` and what it must return, in float64."""
 
-    inputs: tuple
-    options: dict
+    x: torch.Tensor
+    weights: MoEWeights
+    routing: Routing
     expected: torch.Tensor
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, MoEWeights, Routing]:
+        return self.x, self.weights, self.routing
 
     def to(self, device: str) -> Problem:
         """On a device, with weights as a GPU takes them."""
-        inputs = tuple(to_device(value, device) for value in self.inputs)
-        options = {name: to_device(value, device) for name, value in self.options.items()}
-        return Problem(inputs, options, self.expected)
+        experts = (tiled_on(device, self.weights.w13), tiled_on(device, self.weights.w2))
+        biases = (on(device, self.weights.w13_bias), on(device, self.weights.w2_bias))
+        # On a CPU, where kernels are interpreted or emulated, the operator would refuse tiled experts.
+        weights = MoEWeights(*experts, *biases, self.weights.gate, checked=device == "cpu")
+        tensors = (on(device, t) for t in (self.routing.topk_weights, self.routing.topk_ids, self.routing.expert_map))
+        routing = Routing(*tensors, self.routing.apply_router_weight_on_input)
+        return Problem(self.x.to(device), weights, routing, self.expected)
 
 
-def to_device(value, device: str):
-    if isinstance(value, PackedExperts):
-        return repack_(PackedExperts(*(t.to(device, copy=True) for t in value.tensors), value.group_size, value.widths))
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+def on(device: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def tiled_on(device: str, experts: PackedExperts) -> PackedExperts:
+    tensors = (t.to(device, copy=True) for t in experts.tensors)
+    return repack_(PackedExperts(*tensors, experts.group_size, experts.widths))
 
 
 def random_matrix(
@@ -175,26 +183,13 @@ def make_problem():
         w2 = random_experts([projections[2:] for projections in bits], hidden, intermediate, group, *options)
         x = (torch.randn(case.num_tokens, hidden) * case.shrink).to(dtype)
         topk_ids, expert_map = random_routing(case)
-        inputs = (x, w13, w2, torch.rand(topk_ids.shape), topk_ids)
-        options = {
-            "w13_bias": torch.randn(case.num_experts, 2, intermediate) if case.has_bias else None,
-            "w2_bias": torch.randn(case.num_experts, hidden).to(dtype) if case.has_bias else None,
-            "expert_map": expert_map,
-            "gate": case.gate,
-            "apply_router_weight_on_input": case.apply_router_weight_on_input,
-        }
-        return Problem(inputs, options, fused_moe_reference(*inputs, **options))
+        routing = Routing(torch.rand(topk_ids.shape), topk_ids, expert_map, case.apply_router_weight_on_input)
+        w13_bias = torch.randn(case.num_experts, 2, intermediate) if case.has_bias else None
+        w2_bias = torch.randn(case.num_experts, hidden).to(dtype) if case.has_bias else None
+        weights = MoEWeights(w13, w2, w13_bias, w2_bias, case.gate)
+        return Problem(x, weights, routing, fused_moe_reference(x, weights, routing))
 
     return make
-
-
-@pytest.fixture(scope="session")
-def interpreter():
-    """A process in which Triton interprets kernels; ``submit`` runs an importable function there."""
-    set_up = (str(Path(__file__).with_name("interpret.py")), None, "__main__")
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=runpy.run_path, initargs=set_up) as pool:
-        assert pool.submit(torch.empty, 1).result().isnan()
-        yield pool
 
 
 @pytest.fixture

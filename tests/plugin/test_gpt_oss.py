@@ -9,9 +9,9 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.model_loader import get_model
 
 from alphaq_vllm import convert
-from alphaq_vllm.kernels import GPT_OSS, PackedExperts
-from alphaq_vllm.kernels.reference import fused_moe_reference
+from alphaq_vllm.kernels import GPT_OSS, MoEWeights, PackedExperts, Routing
 from alphaq_vllm.plugin.gpt_oss import GptOssMoEMethod
+from tests.kernels.reference import fused_moe_reference
 from tests.plugin.layers import HIDDEN, INTERMEDIATE, MODULE, TOP_K, build, run, stored_tensors, widths
 from tests.reliability.loading import engine_config, one_rank, reload, same, state
 from tests.serving.test_families import save_model
@@ -62,9 +62,8 @@ def expected(tensors, routed):
 
     gate_up = tensors["gate_up_proj_bias"]
     biases = torch.stack((gate_up[:, 0::2], gate_up[:, 1::2]), 1), tensors["down_proj_bias"]
-    return fused_moe_reference(
-        routed[0], experts("gate_proj", "up_proj"), experts("down_proj"), *routed[1:], *biases, gate=GPT_OSS
-    )
+    weights = MoEWeights(experts("gate_proj", "up_proj"), experts("down_proj"), *biases, GPT_OSS)
+    return fused_moe_reference(routed[0], weights, Routing(*routed[1:]))
 
 
 def test_layer_computes_what_the_checkpoint_means(tensors, routed):

@@ -1,14 +1,17 @@
 """Weights loaded again into a model that serves: parameters keep their places, their loaders and their values."""
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader import get_model
 
 from alphaq_vllm import convert
 from alphaq_vllm.plugin.support import has_cpu_int4_kernel
 from tests.conftest import MODEL
+from tests.plugin.layers import HIDDEN, TOP_K, build, load, run, stored_tensors
 from tests.reliability.loading import one_rank, reload, same, state
 
 
@@ -44,7 +47,36 @@ def test_reloading_restores_every_parameter_in_place(quantized, tmp_path):
                 assert same(state(model), before)
                 parameters = dict(model.named_parameters())
                 assert {name: parameter.data_ptr() for name, parameter in parameters.items()} == places
+                layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+                assert layers
+                for layer in layers:
+                    assert layer.quant_method.weights.w13.packed is layer.w13_weight_packed
             # A reload that lacks a tensor is refused as a load is.
             del tensors["model.layers.1.mlp.experts.2.up_proj.weight_scale"]
             with pytest.raises(ValueError, match=r"experts\.2\.up_proj\.weight_scale: expected in the checkpoint"):
                 reload(model, config, tensors)
+
+
+class Caller(torch.nn.Module):
+    """A layer of routed experts within a module that may be called with other parameters."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *arguments):
+        return run(self.layer, *arguments)
+
+
+def test_layer_computes_with_the_parameters_that_it_is_called_with():
+    """vLLM calls layers so if it offloads weights and the GPU cannot read the host's memory."""
+    caller = Caller(load(build(4), stored_tensors(4)))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(5, 4, generator=generator).argsort(1)[:, :TOP_K].int()
+    routed = torch.randn(5, HIDDEN, generator=generator), torch.rand(5, TOP_K, generator=generator), ids
+    others = caller.state_dict()
+    others["layer.w2_weight_scale"] = 2 * others["layer.w2_weight_scale"]
+    before = caller(*routed)
+    assert before.any()
+    assert torch.equal(torch.func.functional_call(caller, others, routed), 2 * before)
+    assert torch.equal(caller(*routed), before)

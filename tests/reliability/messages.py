@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Each owns the failures of what lies in it and in no longer path here.
 ROOMS = (
-    "alphaq_vllm", "alphaq_vllm/kernels", "alphaq_vllm/plugin", "offline", "offline/source", "offline/allocation",
-    "offline/quantizers", "offline/writing",
+    "alphaq_vllm", "alphaq_vllm/kernels", "alphaq_vllm/kernels/cpu", "alphaq_vllm/kernels/triton", "alphaq_vllm/plugin",
+    "offline", "offline/source", "offline/allocation", "offline/quantizers", "offline/writing",
 )  # fmt: skip
 
 

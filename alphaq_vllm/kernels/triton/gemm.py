@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alphaq_vllm.kernels.launches import wait_for_previous_kernel
-from alphaq_vllm.kernels.unpack import biased_codes, dequantize, first_operand, halves, load_words
+from alphaq_vllm.kernels.triton.launches import wait_for_previous_kernel
+from alphaq_vllm.kernels.triton.unpack import biased_codes, dequantize, first_operand, halves, load_words
 
 # float16 knows no numbers as small as some scales: weights are multiplied with this, results divided by it.
 FLOAT16_FACTOR = tl.constexpr(64.0)

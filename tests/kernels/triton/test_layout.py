@@ -6,7 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from alphaq_vllm.kernels import PackedExperts, devices, repack_
+from alphaq_vllm.kernels import PackedExperts, repack_
+from alphaq_vllm.kernels.triton import devices
 from alphaq_vllm.packing import unpack
 
 ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -93,7 +94,7 @@ def test_repack_does_large_matrices_in_pieces(make_experts, monkeypatch):
     torch.manual_seed(0)
     experts = make_experts([[3]], 160, 64, 32)
     whole = repack_(dataclasses.replace(experts, packed=experts.packed.clone(), scales=experts.scales.clone()))
-    monkeypatch.setattr("alphaq_vllm.kernels.layout.PIECE", 1)
+    monkeypatch.setattr("alphaq_vllm.kernels.triton.layout.PIECE", 1)
     assert torch.equal(repack_(dataclasses.replace(experts, scales=experts.scales.clone())).packed, whole.packed)
 
 

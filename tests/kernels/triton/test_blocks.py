@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES, make_blocks, max_blocks
-from alphaq_vllm.kernels.cpu import local_expert_ids
-from alphaq_vllm.kernels.tiles import OTHER_TILES, TILES, choose_groups_per_split, choose_tiles
+from alphaq_vllm.kernels import Routing
+from alphaq_vllm.kernels.triton.blocks import MAX_DIRECT_ROUTES, make_blocks, max_blocks
+from alphaq_vllm.kernels.triton.tiles import OTHER_TILES, TILES, choose_groups_per_split, choose_tiles
 
 ROUTINGS = {
     "one route": [[3]],
@@ -56,7 +56,7 @@ def test_make_blocks_skips_experts_of_other_ranks(num_tokens, interpreter):
     expert_map = torch.tensor([1, -1, -1, 0, -1, 2], dtype=torch.int32)
     x = torch.zeros(num_tokens, 32, dtype=torch.float16)
     blocks = interpreter.submit(make_blocks, x, ids, expert_map, 3, 32, 16).result()
-    local = local_expert_ids(ids, expert_map).flatten()
+    local = Routing(torch.rand(ids.shape), ids, expert_map).local_expert_ids().flatten()
     for expert, routes in zip(blocks.expert_ids, blocks.route_ids, strict=True):
         if expert >= 0:
             assert (local[routes[routes >= 0].long()] == expert).all()
@@ -75,14 +75,6 @@ def test_max_blocks_is_reached_by_the_worst_routing(num_routes, num_experts, blo
         if num_routes - (experts - 1) * (1 + extra * block_m) >= 1
     )
     assert worst <= max_blocks(num_routes, num_experts, block_m) <= worst + 1
-
-
-def test_local_expert_ids_skips_padding_and_foreign_experts():
-    topk_ids = torch.tensor([[0, 5], [-1, 3]])
-    expert_map = torch.tensor([1, -1, -1, 0, -1, -1], dtype=torch.int32)
-    assert local_expert_ids(topk_ids, expert_map).tolist() == [[1, -1], [-1, 0]]
-    assert local_expert_ids(topk_ids, None).tolist() == topk_ids.tolist()
-    assert local_expert_ids(topk_ids, expert_map).dtype == local_expert_ids(topk_ids, None).dtype == torch.int32
 
 
 @pytest.mark.parametrize("generation", [*TILES, 0])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from alphaq_vllm.kernels.tiles import TILES, tiles_for
+from alphaq_vllm.kernels.triton.tiles import TILES, tiles_for
 
 # Bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities).
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -70,7 +70,9 @@ def test_other_widths_and_dtypes_compile_without_spills(sm, dtype, widths):
 )
 def test_mixed_widths_compile_without_spills(sm, widths, projections):
     code = (
-        "import json; from benchmarks.sass import compile_gemm; from alphaq_vllm.kernels.tiles import tiles_for\n"
+        "import json\n"
+        "from alphaq_vllm.kernels.triton.tiles import tiles_for\n"
+        "from benchmarks.sass import compile_gemm\n"
         f"for tiles in tiles_for({sm // 10}, {max(widths)}):\n"
         f"    print(json.dumps(compile_gemm({sm}, 'bf16', tiles, {widths}, 128, {projections}).as_dict()))"
     )
@@ -85,8 +87,8 @@ def test_mixed_widths_compile_without_spills(sm, widths, projections):
 
 COMPILE_ALL_ELSE = """
 from itertools import product
-from alphaq_vllm.kernels.blocks import direct_blocks_kernel, place_routes_kernel, rank_routes_kernel
-from alphaq_vllm.kernels.elementwise import activate_kernel, sum_routes_kernel
+from alphaq_vllm.kernels.triton.blocks import direct_blocks_kernel, place_routes_kernel, rank_routes_kernel
+from alphaq_vllm.kernels.triton.elementwise import activate_kernel, sum_routes_kernel
 from benchmarks.sass import compile_kernel
 
 types = dict.fromkeys(("x_ptr", "out_ptr", "hidden_ptr", "bias_ptr"), "*bf16")

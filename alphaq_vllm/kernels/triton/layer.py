@@ -5,45 +5,50 @@ from __future__ import annotations
 import torch
 import triton
 
-from alphaq_vllm.kernels import devices
-from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES, Blocks, make_blocks
-from alphaq_vllm.kernels.elementwise import activate_kernel, sum_routes_kernel
 from alphaq_vllm.kernels.experts import PackedExperts
-from alphaq_vllm.kernels.gemm import moe_gemm_kernel
-from alphaq_vllm.kernels.launches import Launches
-from alphaq_vllm.kernels.reference import Gate
-from alphaq_vllm.kernels.tiles import ROUTES_PER_EXPERT, Tiles, choose_groups_per_split, choose_tiles
-from alphaq_vllm.kernels.unpack import BIASES
+from alphaq_vllm.kernels.routing import Routing
+from alphaq_vllm.kernels.triton import devices
+from alphaq_vllm.kernels.triton.blocks import MAX_DIRECT_ROUTES, Blocks, make_blocks
+from alphaq_vllm.kernels.triton.elementwise import activate_kernel, sum_routes_kernel
+from alphaq_vllm.kernels.triton.gemm import moe_gemm_kernel
+from alphaq_vllm.kernels.triton.launches import Launches
+from alphaq_vllm.kernels.triton.tiles import ROUTES_PER_EXPERT, Tiles, choose_groups_per_split, choose_tiles
+from alphaq_vllm.kernels.triton.unpack import BIASES
+from alphaq_vllm.kernels.weights import MoEWeights
 
 # Bytes of intermediate results at a time; more tokens than that are taken in turn.
 MAX_WORKSPACE = 2**29
 
 
-def fused_moe_triton(
-    x: torch.Tensor,
-    w13: PackedExperts,
-    w2: PackedExperts,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    gate: Gate,
-    apply_router_weight_on_input: bool,
-) -> torch.Tensor:
-    """``fused_moe`` on GPU tensors: launches depend on shapes alone, so it may be captured in a CUDA graph."""
+def fused_moe(x: torch.Tensor, weights: MoEWeights, routing: Routing) -> torch.Tensor:
+    """Compute a layer's routed experts: launches depend on shapes alone, so it may be captured in a CUDA graph.
+
+    Args:
+        x: ``[num_tokens, hidden_size]`` bfloat16 or float16, as all tensors on one GPU.
+        weights: the experts that this rank holds, tiled.
+        routing: the experts of each token.
+
+    Returns:
+        ``[num_tokens, hidden_size]`` of x's dtype, a new tensor.
+
+    Raises:
+        TypeError: for another dtype of x.
+    """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"x: expected bfloat16 or float16 on a GPU, got {x.dtype}: use --dtype bfloat16")
-    # Kernels are compiled for the ids' type, and warm_up has met this one.
-    x, topk_weights, topk_ids = x.contiguous(), topk_weights.contiguous(), topk_ids.to(torch.int32).contiguous()
+    x = x.contiguous()
+    routing = Routing(
+        routing.topk_weights.contiguous(),
+        # Kernels are compiled for the ids' type, and warm_up has met this one.
+        routing.topk_ids.to(torch.int32).contiguous(),
+        routing.expert_map,
+        routing.apply_router_weight_on_input,
+    )
     out = torch.empty_like(x)
-    piece = tokens_per_pass(topk_ids.shape[1], w13, x.element_size())
+    piece = tokens_per_pass(routing.topk_ids.shape[1], weights.w13, x.element_size())
     for i in range(0, x.shape[0], piece):
         tokens = slice(i, i + piece)
-        _moe_pass(
-            x[tokens], out[tokens], w13, w2, topk_weights[tokens], topk_ids[tokens], w13_bias, w2_bias, expert_map,
-            gate, apply_router_weight_on_input,
-        )  # fmt: skip
+        _moe_pass(x[tokens], out[tokens], weights, routing.of_tokens(tokens))
     return out
 
 
@@ -57,19 +62,10 @@ def tokens_per_pass(top_k: int, w13: PackedExperts, itemsize: int) -> int:
     return max(MAX_DIRECT_ROUTES, MAX_WORKSPACE // (top_k * (3 * w13.N + w13.K) * itemsize) // 16 * 16)
 
 
-def _moe_pass(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    w13: PackedExperts,
-    w2: PackedExperts,
-    router_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w13_bias: torch.Tensor | None,
-    w2_bias: torch.Tensor | None,
-    expert_map: torch.Tensor | None,
-    gate: Gate,
-    apply_router_weight_on_input: bool,
-) -> None:
+def _moe_pass(x: torch.Tensor, out: torch.Tensor, weights: MoEWeights, routing: Routing) -> None:
+    w13, w2, gate = weights.w13, weights.w2, weights.gate
+    topk_ids, expert_map, router_weights = routing.topk_ids, routing.expert_map, routing.topk_weights
+    on_input = routing.apply_router_weight_on_input
     num_tokens, top_k = topk_ids.shape
     num_routes = topk_ids.numel()
     widest = max(*w13.widths, *w2.widths)
@@ -85,17 +81,17 @@ def _moe_pass(
     hidden_sums = x.new_empty(num_routes, w13.N // w2.group_size, dtype=torch.float32) if needs_sums else None
     block = min(512, triton.next_power_of_2(w13.N))
     activate_kernel[(num_routes, triton.cdiv(w13.N, block))](
-        gate_up, hidden, hidden_sums, topk_ids, expert_map, router_weights, w13_bias,
+        gate_up, hidden, hidden_sums, topk_ids, expert_map, router_weights, weights.w13_bias,
         0.0 if gate.limit is None else gate.limit, gate.alpha, gate.beta, num_routes, gate_up.shape[0], w13.N,
-        ACTIVATION=gate.activation, CLAMP=gate.limit is not None, MUL_ROUTER_WEIGHT=apply_router_weight_on_input,
+        ACTIVATION=gate.activation, CLAMP=gate.limit is not None, MUL_ROUTER_WEIGHT=on_input,
         GROUP_SIZE=w2.group_size, BLOCK=block, **launches.next,
     )  # fmt: skip
     routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, tiles, device)
     slots = triton.next_power_of_2(top_k)
     block = min(max(1, 2048 // slots), 512, triton.next_power_of_2(w2.N))
     sum_routes_kernel[(num_tokens, triton.cdiv(w2.N, block))](
-        routed, out, topk_ids, expert_map, router_weights, w2_bias, num_tokens, routed.shape[0], w2.N,
-        TOP_K=top_k, SLOTS=slots, MUL_ROUTER_WEIGHT=not apply_router_weight_on_input, BLOCK=block, **launches.next,
+        routed, out, topk_ids, expert_map, router_weights, weights.w2_bias, num_tokens, routed.shape[0], w2.N,
+        TOP_K=top_k, SLOTS=slots, MUL_ROUTER_WEIGHT=not on_input, BLOCK=block, **launches.next,
     )  # fmt: skip
 
 
@@ -131,13 +127,25 @@ def _gemm(
     return out
 
 
-def warm_up(w13: PackedExperts, w2: PackedExperts, top_k: int, dtype: torch.dtype, **options) -> None:
+def warm_up(
+    weights: MoEWeights,
+    top_k: int,
+    dtype: torch.dtype,
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+) -> None:
     """Compile every kernel that serving a layer may need, for any number of tokens.
 
-    options: of ``fused_moe_triton``, as the layer will be called.
+    Args:
+        weights: of the layer, as it will be called.
+        top_k: how many experts a token goes to.
+        dtype: of the activations, bfloat16 or float16.
+        expert_map: of the layer's ``Routing``.
+        apply_router_weight_on_input: of the layer's ``Routing``.
     """
+    w13, w2 = weights.w13, weights.w2
     generation, widest = devices.device_of(w13.packed.device).generation, max(*w13.widths, *w2.widths)
-    num_experts = num_routed_experts(w13, options["expert_map"])
+    num_experts = num_routed_experts(w13, expert_map)
     most = max(MAX_DIRECT_ROUTES, max(ROUTES_PER_EXPERT.values()) * num_experts) // top_k + 1
     done = set()
     for num_tokens in range(1, most + 1):
@@ -149,4 +157,4 @@ def warm_up(w13: PackedExperts, w2: PackedExperts, top_k: int, dtype: torch.dtyp
         done.add(bucket)
         x = torch.zeros(num_tokens, w13.K, dtype=dtype, device=w13.packed.device)
         topk_ids = torch.full((num_tokens, top_k), -1, dtype=torch.int32, device=x.device)
-        fused_moe_triton(x, w13, w2, topk_weights=topk_ids.float(), topk_ids=topk_ids, **options)
+        fused_moe(x, weights, Routing(topk_ids.float(), topk_ids, expert_map, apply_router_weight_on_input))

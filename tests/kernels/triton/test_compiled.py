@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from alphaq_vllm.kernels import Gate, PackedExperts, devices, moe_triton
-from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES
-from alphaq_vllm.kernels.gemm import moe_gemm_kernel
-from alphaq_vllm.kernels.tiles import TILES, choose_tiles
+from alphaq_vllm.kernels import MoEWeights, PackedExperts, Routing
+from alphaq_vllm.kernels.triton import devices, layer
+from alphaq_vllm.kernels.triton.blocks import MAX_DIRECT_ROUTES
+from alphaq_vllm.kernels.triton.gemm import moe_gemm_kernel
+from alphaq_vllm.kernels.triton.tiles import TILES, choose_tiles
 from tests.emulator import driver
 from tests.emulator.driver import emulated
 from tests.emulator.memory import MemoryFault
@@ -29,20 +30,20 @@ SHORT = {
 
 @pytest.fixture
 def run_compiled(monkeypatch):
-    """``fused_moe_triton`` on an emulated GPU."""
+    """The layer on an emulated GPU."""
 
     def run(problem, sm: int) -> torch.Tensor:
         device = devices.Device(4, sm // 10, overlap=sm >= 90, ptx=True)
         monkeypatch.setattr(devices, "device_of", lambda _: device)
         problem = problem.to("cpu")
         with emulated(sm):
-            return moe_triton.fused_moe_triton(*problem.inputs, **problem.options)
+            return layer.fused_moe(*problem.inputs)
 
     return run
 
 
 def matches_reference(run_compiled, problem, dtype, sm, assert_close):
-    many_routes = problem.inputs[-1].numel() > MAX_DIRECT_ROUTES
+    many_routes = problem.routing.topk_ids.numel() > MAX_DIRECT_ROUTES
     assert_close(run_compiled(problem, sm), problem.expected, dtype, many_routes)
 
 
@@ -114,8 +115,12 @@ def test_cases_reach_every_tile(cases):
         } >= set(TILES[generation])
 
 
-def empty_experts(num_experts: int, projections: int, N: int, K: int) -> PackedExperts:
+def empty_weights(num_experts: int, N: int, K: int) -> MoEWeights:
     """For launches that are recorded and not run."""
+    return MoEWeights(empty_experts(num_experts, 2, N, K), empty_experts(num_experts, 1, K, N), checked=True)
+
+
+def empty_experts(num_experts: int, projections: int, N: int, K: int) -> PackedExperts:
     matrices = (num_experts, projections)
     values = torch.empty(*matrices, N, K // 128, dtype=torch.bfloat16)
     num_bits = torch.empty(matrices, dtype=torch.int32)
@@ -133,15 +138,13 @@ def test_warm_up_leaves_nothing_to_compile(expert_map, monkeypatch):
 
     monkeypatch.setattr(triton.JITFunction, "run", record)
     monkeypatch.setattr(devices, "device_of", lambda _: devices.Device(132, 9, overlap=True, ptx=True))
-    w13, w2 = empty_experts(8, 2, 1408, 2048), empty_experts(8, 1, 2048, 1408)
-    options = dict.fromkeys(("w13_bias", "w2_bias")) | {"expert_map": expert_map, "gate": Gate()}
-    options["apply_router_weight_on_input"] = False
+    weights = empty_weights(8, 1408, 2048)
     with emulated(90):
-        moe_triton.warm_up(w13, w2, 4, torch.bfloat16, **options)
+        layer.warm_up(weights, 4, torch.bfloat16, expert_map)
         warm = set(keys)
         for num_tokens, dtype in product([*range(1, 300), 511, 512, 1000, 5000, 32768], (torch.int32, torch.int64)):
             x, ids = torch.empty(num_tokens, 2048, dtype=torch.bfloat16), torch.empty(num_tokens, 4, dtype=dtype)
-            moe_triton.fused_moe_triton(x, w13, w2, topk_weights=torch.empty(num_tokens, 4), topk_ids=ids, **options)
+            layer.fused_moe(x, weights, Routing(torch.empty(num_tokens, 4), ids, expert_map))
     assert len(warm) > 10
     assert keys == warm
 
@@ -157,9 +160,8 @@ def test_columns_are_split_for_few_routes_only(num_tokens, dtype, split, monkeyp
 
     monkeypatch.setattr(triton.JITFunction, "run", record)
     monkeypatch.setattr(devices, "device_of", lambda _: devices.Device(132, 9, overlap=True, ptx=True))
-    w13, w2 = empty_experts(1, 2, 512, 2048), empty_experts(1, 1, 2048, 512)
     x, ids = torch.empty(num_tokens, 2048, dtype=torch.bfloat16), torch.zeros(num_tokens, 8, dtype=torch.int32)
-    moe_triton.fused_moe_triton(x, w13, w2, ids.float(), ids, None, None, None, Gate(), False)
+    layer.fused_moe(x, empty_weights(1, 512, 2048), Routing(ids.float(), ids))
     assert [(out.dtype, out.shape[0] > 1) for out in outputs] == [(dtype, split)] * 2
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alphaq_vllm.kernels.blocks import local_experts
-from alphaq_vllm.kernels.launches import wait_for_previous_kernel
+from alphaq_vllm.kernels.triton.blocks import local_experts
+from alphaq_vllm.kernels.triton.launches import wait_for_previous_kernel
 
 # Parts that are on their way at a time, before any is waited for.
 LOADS_AT_A_TIME = tl.constexpr(4)

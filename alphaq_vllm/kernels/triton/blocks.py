@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from alphaq_vllm.kernels.launches import APART, Launches, wait_for_previous_kernel
+from alphaq_vllm.kernels.triton.launches import APART, Launches, wait_for_previous_kernel
 
 # Up to here every route looks at all others, and nothing is sorted: one launch instead of three.
 MAX_DIRECT_ROUTES = 256

@@ -21,8 +21,8 @@ import dataclasses
 
 import torch
 
-from alphaq_vllm.kernels import devices
 from alphaq_vllm.kernels.experts import PackedExperts
+from alphaq_vllm.kernels.triton import devices
 from alphaq_vllm.packing import unpack
 
 STRIPE = 32

@@ -1,0 +1,1 @@
+"""The layer on CPUs."""
