@@ -1,4 +1,4 @@
-"""A decoder written from the README's format section alone: it imports nothing of the project's own."""
+"""A decoder written from docs/format.md alone: it imports nothing of the project's own."""
 
 import json
 import subprocess
@@ -13,14 +13,19 @@ from safetensors import safe_open
 PARTS = {1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}
 
 
+def place(k, p):
+    """The word and the lowest bit of the field of code ``k`` in a plane of ``p``-bit fields."""
+    return (k // 2) * p // 16, 16 * (k % 2) + (k // 2) * p % 16
+
+
 def decode_unit(words, bits):
     """The 32 codes of one unit of ``bits`` words."""
     codes, done = [0] * 32, 0
     for p in PARTS[bits]:
         plane = words[done : done + p]
         for k in range(32):
-            word = int(plane[(k // 2) * p // 16]) & 0xFFFFFFFF
-            codes[k] |= (word >> (16 * (k % 2) + (k // 2) * p % 16) & (2**p - 1)) << done
+            word, shift = place(k, p)
+            codes[k] |= ((int(plane[word]) & 0xFFFFFFFF) >> shift & (2**p - 1)) << done
         done += p
     return codes
 
@@ -30,7 +35,18 @@ def decode_row(packed, scale, zero_point, bits, group_size):
     return [np.float32(scale[c // group_size]) * (code - zero_point[c // group_size]) for c, code in enumerate(codes)]
 
 
-def test_readme_decoder_agrees_with_dequantize(mixed_checkpoint, dequantized_checkpoint):
+def test_example_is_by_the_rule():
+    lower, upper = place(5, 2), place(5, 1)
+    # The plane of one bit follows the two words of the plane of two.
+    example = (
+        f"Code 5 has its lower bits in word {lower[0]}, from bit {lower[1]}, and its upper bit in word {2 + upper[0]}, "
+        f"bit {upper[1]}."
+    )
+    document = Path(__file__).parents[1] / "docs" / "format.md"
+    assert example in " ".join(document.read_text().split())
+
+
+def test_documented_decoder_agrees_with_dequantize(mixed_checkpoint, dequantized_checkpoint):
     config = json.loads((mixed_checkpoint / "config.json").read_text())["quantization_config"]
     (shard,) = mixed_checkpoint.glob("*.safetensors")
     (dequantized,) = dequantized_checkpoint.glob("*.safetensors")
@@ -65,7 +81,7 @@ def run(command, *arguments):
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
-def test_readme_decoder_of_linear_layers_agrees_with_dequantize(num_bits, tmp_path):
+def test_documented_decoder_of_linear_layers_agrees_with_dequantize(num_bits, tmp_path):
     model = Path(__file__).parent / "models" / "docs-moe"
     run("convert", model, tmp_path / "packed", "--mode", "uniform", "--linear-bits", num_bits)
     run("dequantize", tmp_path / "packed", tmp_path / "plain", "--dtype", "float32")

@@ -1,4 +1,4 @@
-"""README's tables say what the committed results say."""
+"""The tables of README and of the documents say what the committed results, and the commands, say."""
 
 import json
 import shlex
@@ -6,62 +6,128 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import sizes
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# Predictions that README's table is about; its columns, two for each model.
-TOKENS = {"docs-moe": 29952, "stdlib-mixtral-2": 20480}
+README, QUALITY, BENCHMARKS = "README.md", "docs/quality.md", "docs/benchmarks.md"
+# Predictions that a column is about.
+TOKENS = {"docs-moe": 29952, "stdlib-mixtral-2": 20480, "stdlib-mixtral": 19968}
+MACHINES = {"AMD EPYC": ("AMD EPYC", []), "Intel Xeon with AMX": ("Intel(R) Xeon(R) Processor", ["--enforce-eager"])}
 
 
 def results(name):
     return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
 
 
-def table(heading):
-    """Cells of the first table below a heading of README, without its head."""
-    lines = (ROOT / "README.md").read_text().partition(f"\n{heading}\n")[2].splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    rows = []
-    for line in lines[first + 2 :]:
-        if not line.startswith("|"):
-            return rows
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows
+def tables(file):
+    """Every table of a document: its columns' names, and its rows of cells."""
+    found, lines = [], []
+    for line in [*(ROOT / file).read_text().splitlines(), ""]:
+        if line.startswith("|"):
+            lines.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+        elif lines:
+            found.append((lines[0], lines[2:]))
+            lines = []
+    return found
+
+
+def by_column(file, *names):
+    """The tables that have these columns."""
+    return [(head, rows) for head, rows in tables(file) if set(names) <= set(head)]
 
 
 def method(text):
-    """How a row of README or of the results was made: its arguments in any order, or its tool."""
-    text = text.strip("*`")
+    """How a row of a document or of the results was made: its arguments in any order, or its tool."""
+    text = text.replace("(the default)", "").strip().strip("*`")
     return text.split(" ")[0] if text.startswith(("AWQ", "GPTQ")) else tuple(sorted(shlex.split(text)))
 
 
-QUALITY = table("## What does it cost in quality?")
-SERVING = table("### How fast on a CPU?")
+MEASURED = {
+    (row["model"], row["tokens"], method(row["arguments"] or row["variant"])): row for row in results("quality.jsonl")
+}
+FIGURES = {
+    "perplexity": lambda row: f"{100 * (row['perplexity'] / row['reference_perplexity'] - 1):+.1f} %",
+    "KL": lambda row: f"{row['kl']:.3f}",
+}
+QUALITY_TABLES = [
+    (file, head, rows)
+    for file, number in ((README, 1), (QUALITY, 3))
+    for head, rows in by_column(file, "`convert` with", "stored bits")[:number]
+]
 
 
-@pytest.mark.parametrize(("number", "model"), list(enumerate(TOKENS)))
-def test_quality(number, model):
-    measured = {
-        method(row["arguments"] or row["variant"]): row
-        for row in results("quality.jsonl")
-        if (row["model"], row["tokens"]) == (model, TOKENS[model])
-    }
-    assert len(QUALITY) > 10
-    for how, stored_bits, *cells in QUALITY:
-        row = measured[method(how)]
-        increase = 100 * (row["perplexity"] / row["reference_perplexity"] - 1)
-        expected = [f"{increase:+.1f} %", f"{row['kl']:.3f}"]
-        assert cells[2 * number : 2 * number + 2] == expected, how
-        assert float(stored_bits) == pytest.approx(row["stored_bits"], abs=0.006)
+def test_the_tables_of_quality_are_found():
+    assert [len(rows) for _, _, rows in QUALITY_TABLES] == [9, 25, 10, 4]
+    assert len(by_column(README, "stored bits")) == 1
+    assert len(by_column(QUALITY, "stored bits")) == 3
+
+
+@pytest.mark.parametrize(("file", "head", "rows"), QUALITY_TABLES)
+def test_quality(file, head, rows):
+    for how, stored_bits, *cells in rows:
+        for column, cell in zip(head[2:], cells, strict=True):
+            model, _, figure = column.partition(": ")
+            row = MEASURED.get((model, TOKENS[model], method(how)))
+            assert cell == (FIGURES[figure](row) if row else "not measured"), (file, how, column)
+            if row:
+                assert float(stored_bits) == pytest.approx(row["stored_bits"], abs=0.006)
+
+
+def serving(machine, kind, clients):
+    """The line of a format such as ``alphaq, 3.5 bits``."""
+    cpu, arguments = MACHINES[machine.split(", `")[0]]
+    name, _, bits = kind.partition(", ")
+    (row,) = (
+        row
+        for row in results("serving.jsonl")
+        if "error" not in row
+        and (row["cpu"], row["serve_args"]) == (cpu, arguments)
+        and (row["format"], row["bits"]) == (name, float(bits.split()[0]) if bits else None)
+        and row["concurrency"] == int(clients)
+    )
+    return row
+
+
+def test_throughput():
+    ((head, rows),) = by_column(README, "format", "1", "8", "32")
+    assert len(rows) == 5
+    for machine, kind, *cells in rows:
+        figures = [f"{serving(machine, kind, clients)['output_throughput']:.0f}" for clients in head[2:]]
+        assert cells == figures, (machine, kind)
 
 
 def test_serving():
-    measured = {
-        (row["format"], row["bits"], row["concurrency"]): row
-        for row in results("serving.jsonl")
-        if "error" not in row and row["serve_args"] == []
-    }
-    for name, clients, first, following, throughput in SERVING:
-        kind, _, bits = name.partition(", ")
-        row = measured[kind, float(bits.split()[0]) if bits else None, int(clients)]
+    ((head, rows),) = by_column(BENCHMARKS, "format", "clients", "first token")
+    assert head == ["machine", "format", "clients", "first token", "next token", "tokens a second"]
+    assert len(rows) == 17
+    for machine, kind, clients, *cells in rows:
+        row = serving(machine, kind, clients)
         figures = [f"{row['mean_ttft_ms']:.0f} ms", f"{row['mean_tpot_ms']:.1f} ms", f"{row['output_throughput']:.0f}"]
-        assert [first, following, throughput] == figures
+        assert cells == figures, (machine, kind, clients)
+
+
+def conversions(what, machine, date):
+    """Source, seconds and memory of the runs of a day, as they are written, and their speed in MB a second and core."""
+    for row in results("convert.jsonl"):
+        name = row.get("tool") or f"{row['layers']} layers of {row['experts']} experts"
+        if (name, row["cpu"], row["date"][:10]) == (what, MACHINES[machine][0], date):
+            source = row["source_bytes"]
+            size = f"{source / 1e9:.2f} GB" if source > 1e9 else f"{source / 1e6:.1f} MB"
+            cells = [size, f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e6:.0f} MB"]
+            yield cells, row.get("bytes_per_second_and_core")
+
+
+def test_conversion():
+    (_, peers), (_, shapes) = by_column(BENCHMARKS, "peak memory", "seconds")
+    assert (len(peers), len(shapes)) == (8, 2)
+    for what, *cells, machine, date in peers:
+        assert cells in [run for run, _ in conversions(what, machine, date)], what
+    speeds = []
+    for what, *cells, machine, date in shapes:
+        speeds += [f"{speed / 1e6:.1f}" for run, speed in conversions(what, machine, date) if run == cells]
+    assert f"That is {' and '.join(speeds)} MB of source a second and core." in (ROOT / BENCHMARKS).read_text()
+
+
+def test_sizes():
+    assert "\n".join(sizes.table()) in (ROOT / README).read_text()

@@ -1,0 +1,73 @@
+"""README and docs/ point at what exists: files, modules, messages, families."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from offline.quantizers.decoder import CALIBRATED
+from offline.source.architectures import FAMILIES
+from tests.reliability.messages import failures
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
+
+
+def anchors(path):
+    """The names by which a document's headings are linked."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    path = ROOT / name
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        assert found.is_relative_to(ROOT) and found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_every_document_is_linked_from_readme():
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in NAMES if name != "README.md" and f"]({name}" not in text] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_and_files_exist(name):
+    text = (ROOT / name).read_text()
+    for module in re.findall(r"python3? -m ((?:offline|benchmarks|tests)(?:\.[a-z_]+)+)", text):
+        assert importlib.util.find_spec(module), module
+    for file in re.findall(r"`((?:alphaq_vllm|offline|benchmarks|tests|docs|\.ci|\.github)/[\w./-]+)`", text):
+        assert (ROOT / file).exists(), file
+
+
+def spelled_alike(text):
+    """Without what differs between an option and the field of its name."""
+    return re.sub(r"[-_]+", " ", text).strip()
+
+
+def test_troubleshooting_has_messages_that_are_raised():
+    raised = [spelled_alike(failure.message) for failure in failures()]
+    headings = re.findall(r"^\*\*`(.+)`\*\*(.*)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    own = [heading for heading, of in headings if not of]
+    assert len(own) >= 30
+    for heading in own:
+        parts = [re.escape(spelled_alike(part)) for part in heading.split("…")]
+        assert any(re.fullmatch(r".*?\s*".join(parts), message) for message in raised), heading
+
+
+def test_readme_lists_the_families():
+    table = (ROOT / "README.md").read_text().partition("| family |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| [^|]+ \| (`[^|]+`) \| ([^|]+) \| [^|]+ \|$", table, re.MULTILINE)
+    listed = {name: path for names, path in rows for name in re.findall(r"`(\w+)`", names)}
+    assert listed == {name: "propagated + gptq" if name in CALIBRATED else "weights only" for name in FAMILIES}
