@@ -64,6 +64,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         self.tp_rank = moe.moe_parallel_config.tp_rank
         self.global_ids: list[int] = []
         self.shapes: dict[str, tuple[int, int]] = {}
+        self.local_bits: dict[str, list[list[int]]] = {}
         self.offsets: dict[str, list[list[int]]] = {}
         self.loaded: set[str] = set()
         self.weights: MoEWeights | None = None
@@ -87,6 +88,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         shards = {"w13": ("w1", "w3"), "w2": ("w2",)}
         for stem, (out_features, in_features) in self.shapes.items():
             bits = [[self.num_bits[shard][expert] for shard in shards[stem]] for expert in self.global_ids]
+            self.local_bits[stem] = bits
             self.offsets[stem], total = expert_offsets(bits, out_features, in_features)
             groups = matrix_tensors(out_features, in_features, 1, self.group_size)
             per_matrix = (len(bits), len(bits[0]))
@@ -158,6 +160,10 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
                 f"{self.prefix}): copy the checkpoint again or convert again"
             )
         self._check_finite(layer)
+        for stem in self.shapes:
+            # Where vLLM loads weights again, buffers that no checkpoint has come with whatever lay in memory.
+            getattr(layer, f"{stem}_num_bits").copy_(torch.tensor(self.local_bits[stem], dtype=torch.int32))
+            getattr(layer, f"{stem}_offsets").copy_(torch.tensor(self.offsets[stem]))
         if layer.w13_weight_packed.is_cuda:
             for stem in self.shapes:
                 repack_(self._experts(layer, stem, tiled=False))

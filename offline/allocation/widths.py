@@ -19,7 +19,7 @@ from offline.allocation.modes import GRANULARITIES, Sized
 NOISE_KINDS = ("measured", "propagated", "analytic")
 MODES = ("alphaq", "uniform", "ratio", "random")
 # Of gamma: where the error of a layer's output is known, that and alpha are two opinions on how sensitive a matrix is,
-# and the first is the better one. At this share they lose little where alpha misleads (see the README).
+# and the first is the better one. At this share they lose little where alpha misleads (see docs/quality.md).
 PROPAGATED_SHARE = 0.25
 
 

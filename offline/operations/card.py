@@ -58,10 +58,15 @@ def render_card(summary: Summary, name: str, source: Path) -> str:
         "",
         "## Serve",
         "",
+        "Install AlphaQ for vLLM from a checkout of its repository, into the environment that serves "
+        "(`python3 .ci/install.py VENV` in the checkout makes one, with vLLM's CPU build where there is no GPU):",
+        "",
         "```",
-        "pip install alphaq-vllm vllm",
+        'pip install "PATH_OF_THE_CHECKOUT[gpu]"',
         "vllm serve PATH_OF_THIS_DIRECTORY --quantization alphaq",
         "```",
+        "",
+        "In transformers, `import alphaq_vllm` before `from_pretrained`: without it the experts are random.",
         "",
         "`SHA256SUMS` has the checksums of all files; `python -m offline.validate PATH_OF_THIS_DIRECTORY` checks them "
         "and everything else.",
