@@ -53,7 +53,7 @@ def _mixed(compute: Callable[..., Value], kind: str, instruction: Instruction) -
     reads, read_last = [operand(text, np.uint16) for text in sources], operand(last, np.float32)
 
     def run(block: Block, active: Value) -> None:
-        values = [floats(read(block), kind).astype(np.float32) for read in reads]
+        values = [floats(read(block), kind) for read in reads]
         block.write(target, compute(*values, read_last(block)), active)
 
     return run
@@ -76,7 +76,7 @@ def _fma_pairs(kind: str, target: str, *sources: str) -> Step:
     reads = [operand(text, np.uint32) for text in sources]
 
     def run(block: Block, active: Value) -> None:
-        a, b, c = (floats(read(block).view(np.uint16), kind) for read in reads)
+        a, b, c = (floats(read(block).view(np.uint16), kind).astype(np.float64) for read in reads)
         result = a * b + c
         bits = to_bfloat16(result) if kind == "bf16" else result.astype(np.float16).view(np.uint16)
         block.write(target, np.ascontiguousarray(bits).view(np.uint32), active)
