@@ -94,7 +94,7 @@ class Block:
                     raise NotEmulated("a part of the threads waits for an mbarrier, others for what comes behind")
                 if not self.waiting.any():
                     return self._check_end()
-                if (self.waiting != (self.program_counters < end)).any():
+                if not self.waiting.all():
                     raise MemoryFault("barrier: some threads have ended, others wait")
                 self.waiting[:] = False
                 self.shared.barrier()
