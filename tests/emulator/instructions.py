@@ -18,15 +18,16 @@ from tests.emulator.wgmma import WGMMA
 
 
 def step(instruction: Instruction) -> Step:
-    """The step of one instruction, without its guard."""
-    for pattern, make in TABLE.items():
-        match = re.fullmatch(pattern, instruction.opcode)
-        if match:
-            try:
+    """The step of one instruction, without its guard. Raises NotEmulated, which names it, if it is not known."""
+    try:
+        for pattern, make in TABLE.items():
+            match = re.fullmatch(pattern, instruction.opcode)
+            if match:
                 return make(match, *instruction.operands)
-            except TypeError as e:
-                raise NotEmulated(f"the operands of {instruction}") from e
-    return arithmetic(instruction)
+        return arithmetic(instruction)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        # Too few operands, or one of another form, or a type that there is none of.
+        raise NotEmulated(f"the form of {instruction}") from e
 
 
 def _all_lanes(members: str, name: str) -> None:

@@ -15,7 +15,8 @@ from tests.emulator.shared_memory import SharedMemory
 from tests.emulator.tensor_memory import TensorMemory
 
 Value = np.ndarray
-BRANCHES = ("bra", "brx")
+BRANCHES = ("bra", "bra.uni", "brx.idx")
+ENDS = ("ret", "exit")
 TENSOR_LOAD = "tcgen05.ld"
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 # What a type of PTX's is read as.
@@ -259,8 +260,8 @@ def compile_kernel(kernel: Kernel, step: Callable[[Instruction], Step]) -> tuple
         block.program_counters[active] = len(kernel.instructions)
 
     def guarded(instruction: Instruction) -> Step:
-        name = instruction.opcode.split(".")[0]
-        run = branch(instruction) if name in BRANCHES else end if name in ("ret", "exit") else step(instruction)
+        opcode = instruction.opcode
+        run = branch(instruction) if opcode in BRANCHES else end if opcode in ENDS else step(instruction)
         if not instruction.guard:
             return run
         negated, predicate = instruction.guard[0] == "!", instruction.guard.lstrip("!")
@@ -278,9 +279,9 @@ def compile_kernel(kernel: Kernel, step: Callable[[Instruction], Step]) -> tuple
         elif instruction.opcode.startswith(TENSOR_LOAD):
             kernel.asynchronous.update(split_vector(instruction.operands[0]))
     code = [guarded(instruction) for instruction in kernel.instructions]
-    names = [instruction.opcode.split(".")[0] for instruction in kernel.instructions]
-    ends = {i + 1 for i, name in enumerate(names) if name in (*BRANCHES, "ret", "exit", "bar", "barrier", "mbarrier")}
-    for instruction, name in zip(kernel.instructions, names, strict=True):
-        if name in BRANCHES:
+    stops = (*BRANCHES, *ENDS, "bar.sync", "barrier.sync", "mbarrier.try_wait")
+    ends = {i + 1 for i, instruction in enumerate(kernel.instructions) if instruction.opcode.startswith(stops)}
+    for instruction in kernel.instructions:
+        if instruction.opcode in BRANCHES:
             ends.update(targets(instruction))
     return code, frozenset(ends | {len(code)})

@@ -53,6 +53,9 @@ def mutate(block: Block, code: list[Step], ends: frozenset[int], report: Report,
 
     one_of_each: only the first instruction of a kind that orders something.
     """
+    # Other kernels add atomically to what others read, so they may run once only.
+    if not any(instruction.opcode.startswith(MATRIX) for instruction in block.kernel.instructions):
+        return False
     watch = Watch(block, code, ends)
     if not any(opcode.startswith(MATRIX) for opcode in watch.block.executed):
         return False

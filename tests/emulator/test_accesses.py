@@ -192,3 +192,25 @@ def test_the_first_lane_is_elected():
     block = run("elect.sync %r0|%p0, -1;", threads=64)
     assert np.flatnonzero(block.registers["%p0"]).tolist() == [0, 32]
     assert not block.registers["%r0"].any()
+
+
+@covers("bra", "bra.uni", "brx.idx", "ret", "exit")
+def test_threads_part_and_meet_again():
+    block = run(
+        "mov.u32 %r1, %tid.x; mov.b32 %r2, 0;"
+        "again: add.s32 %r2, %r2, 3; sub.s32 %r1, %r1, 1; setp.gt.s32 %p1, %r1, 0; @%p1 bra again; bra.uni over;"
+        "mov.b32 %r2, 99; over: mov.u32 %r3, %tid.x; and.b32 %r4, %r3, 1;"
+        "table: .branchtargets even, odd; brx.idx %r4, table;"
+        "even: mov.b32 %r5, 7; bra.uni end; odd: mov.b32 %r5, 8; end: setp.lt.u32 %p2, %r3, 4; @%p2 exit;"
+        "mov.b32 %r5, 9;"
+    )
+    assert block.registers["%r2"].tolist() == [3 * max(lane, 1) for lane in range(32)]
+    assert block.registers["%r5"].tolist() == [7, 8, 7, 8, *[9] * 28]
+
+
+@pytest.mark.parametrize(
+    "text", ["ld.global.b128 %d0, [%d1]", "st.shared.b32 [%r1]", "ld.global.nc.b32 %r0, [%d1]", "call f"]
+)
+def test_forms_that_are_not_modelled_are_refused_by_name(text):
+    with pytest.raises(NotEmulated, match=text.split()[0]):
+        run(f"{text};", {"%d1": np.uint64(0), "%r1": LANES})
