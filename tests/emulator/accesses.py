@@ -93,7 +93,8 @@ def _copy(match: re.Match, target: str, source: str, size: str, used: str | None
 
 def _commit_copies(match: re.Match) -> Step:
     def run(block: Block, active: Value) -> None:
-        block.whole(active, match[0])
+        if not block.gather(active):
+            return
         block.copies.append([])
 
     return run
@@ -101,7 +102,8 @@ def _commit_copies(match: re.Match) -> Step:
 
 def _wait_copies(match: re.Match, pending: str) -> Step:
     def run(block: Block, active: Value) -> None:
-        block.whole(active, match[0])
+        if not block.gather(active):
+            return
         block.wait_copies(int(pending))
 
     return run
@@ -122,7 +124,8 @@ def _barrier(match: re.Match, number: str, *threads: str) -> Step:
 
 def _fence_proxy(match: re.Match) -> Step:
     def run(block: Block, active: Value) -> None:
-        block.whole(active, match[0])
+        if not block.gather(active):
+            return
         block.shared.fence_proxy()
 
     return run

@@ -17,6 +17,8 @@ from tests.emulator.tensor_memory import TensorMemory
 Value = np.ndarray
 BRANCHES = ("bra", "bra.uni", "brx.idx")
 ENDS = ("ret", "exit")
+# By how opcodes begin: those that use ``Block.gather``.
+GATHERING = ("mbarrier.try_wait", "cp.async.commit", "cp.async.wait", "fence.", "wgmma.", "tcgen05.wait")
 TENSOR_LOAD = "tcgen05.ld"
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 # What a type of PTX's is read as.
@@ -92,7 +94,9 @@ class Block:
                     self.parked[:] = False
                     continue
                 if self.parked.any():
-                    raise NotEmulated("a part of the threads waits for an mbarrier, others for what comes behind")
+                    raise NotEmulated(
+                        "a part of the threads at an instruction that is emulated for all threads at once"
+                    )
                 if not self.waiting.any():
                     return self._check_end()
                 if not self.waiting.all():
@@ -161,11 +165,6 @@ class Block:
             value = np.where(active, value, np.zeros_like(value) if old is None else old)
         self.registers[name] = value
 
-    def whole(self, active: Value, name: str) -> None:
-        """Refuse an instruction that is emulated for all threads at once only."""
-        if not active.all():
-            raise NotEmulated(f"{name} by a part of the threads")
-
     def whole_warps(self, active: Value, name: str) -> None:
         """Refuse what a part of a warp does: PTX leaves ``.aligned`` undefined there."""
         warps = active.reshape(-1, WARP)
@@ -173,7 +172,10 @@ class Block:
             raise MemoryFault(f"{name} by a part of a warp")
 
     def gather(self, active: Value) -> bool:
-        """Let an instruction wait until all threads have come to it. Returns whether they have."""
+        """Let an instruction that is emulated for all threads at once wait for the last. Returns whether it has come.
+
+        It orders nothing: it is one of the ways in which threads may happen to run.
+        """
         if not active.all():
             self.parked |= active
             self.program_counters[active] -= 1
@@ -279,7 +281,7 @@ def compile_kernel(kernel: Kernel, step: Callable[[Instruction], Step]) -> tuple
         elif instruction.opcode.startswith(TENSOR_LOAD):
             kernel.asynchronous.update(split_vector(instruction.operands[0]))
     code = [guarded(instruction) for instruction in kernel.instructions]
-    stops = (*BRANCHES, *ENDS, "bar.sync", "barrier.sync", "mbarrier.try_wait")
+    stops = (*BRANCHES, *ENDS, "bar.sync", "barrier.sync", *GATHERING)
     ends = {i + 1 for i, instruction in enumerate(kernel.instructions) if instruction.opcode.startswith(stops)}
     for instruction in kernel.instructions:
         if instruction.opcode in BRANCHES:

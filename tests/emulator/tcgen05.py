@@ -123,7 +123,8 @@ def _registers(match: re.Match, text: str) -> list[str]:
 
 def _wait_stores(match: re.Match) -> Step:
     def run(block: Block, active: Value) -> None:
-        block.whole(active, match[0])
+        if not block.gather(active):
+            return
         block.tensor_memory.wait_stores()
 
     return run
@@ -131,7 +132,8 @@ def _wait_stores(match: re.Match) -> Step:
 
 def _wait_loads(match: re.Match) -> Step:
     def run(block: Block, active: Value) -> None:
-        block.whole(active, match[0])
+        if not block.gather(active):
+            return
         block.tensor_memory.wait_loads()
         block.in_flight.clear()
 

@@ -146,6 +146,12 @@ class Watch:
                     self.products_of.setdefault(name, set()).add(self.num_started)
             else:
                 self.ran.add(at)
+            # Copies write their bytes while they are waited for, when they are not late yet.
+            if kind == "cp.async.wait_group":
+                run(block, active)
+                self._note(kind, at, instruction)
+                return
+            if kind is not None:
                 self._note(kind, at, instruction)
             run(block, active)
 

@@ -28,7 +28,8 @@ def _multiply(match: re.Match, target: str, first: str, second: str, keep: str, 
     descriptor, kept, used = operand(second, np.uint64), operand(keep, bool), (*names, *first_names)
 
     def run(block: Block, active: Value) -> None:
-        block.whole(active, match[0])
+        if not block.gather(active):
+            return
         places, keeps = np.unique(descriptor(block)), np.unique(kept(block))
         if len(block.threads) % WARPGROUP or len(places) > 1 or len(keeps) > 1:
             raise NotEmulated(f"{match[0]} of warpgroups that do not multiply by one matrix")
@@ -62,7 +63,8 @@ def _check_order(block: Block, opcode: str, sums: list[str], weights: list[str])
 
 def _fence(match: re.Match) -> Step:
     def run(block: Block, active: Value) -> None:
-        block.whole(active, match[0])
+        if not block.gather(active):
+            return
         block.touched = set()
 
     return run
@@ -70,7 +72,8 @@ def _fence(match: re.Match) -> Step:
 
 def _commit(match: re.Match) -> Step:
     def run(block: Block, active: Value) -> None:
-        block.whole(active, match[0])
+        if not block.gather(active):
+            return
         block.products.append([])
 
     return run
@@ -78,7 +81,8 @@ def _commit(match: re.Match) -> Step:
 
 def _wait(match: re.Match, pending: str) -> Step:
     def run(block: Block, active: Value) -> None:
-        block.whole(active, match[0])
+        if not block.gather(active):
+            return
         finished, block.products = block.products[: -1 - int(pending)], block.products[-1 - int(pending) :]
         for group in finished:
             for product in group:
