@@ -9,9 +9,9 @@ behind it: which bytes and words were used, by whom. It does not ask whether the
 - wgmma.fence: a register used since the fence before is a wgmma's until the next fence.
 - cp.async and wgmma groups: without it, a copy or a product would not have been waited for when its bytes or its
   registers are used, or when the block ends.
-- tcgen05.wait::st: words were stored since the wait before.
+- tcgen05.wait::st: words that were stored since the wait before are used until the next wait.
 - tcgen05.wait::ld: words that were loaded since the wait before are written until the next wait.
-- mbarrier.try_wait: a product is in flight.
+- mbarrier.try_wait: what a product in flight uses is used until the next wait, or the block ends before that.
 - tcgen05.commit, mbarrier.init: always.
 
 Barriers also order global memory; the kernels that are watched do not pass anything from thread to thread there.
@@ -25,7 +25,7 @@ from tests.emulator.machine import Block, Step, Value
 from tests.emulator.memory import GlobalMemory
 from tests.emulator.ptx import Instruction
 from tests.emulator.shared_memory import CHUNK, NOBODY, SEVERAL, WRITTEN, SharedMemory
-from tests.emulator.tensor_memory import STORING, TensorMemory
+from tests.emulator.tensor_memory import PRODUCT, STORING, TensorMemory
 
 # By how its opcode begins. Each kind is a row of the report.
 ORDERING = (
@@ -113,7 +113,11 @@ class Watch:
         # The last one of each kind, and what was written, used, stored or loaded ahead of it.
         self.fence, self.unfenced = -1, np.zeros(len(self.block.shared.bytes), bool)
         self.register_fence, self.touched = -1, set()
-        self.load_wait, self.loaded = -1, np.zeros(TensorMemory.SHAPE, bool)
+        nothing = np.zeros(TensorMemory.SHAPE, bool)
+        self.load_wait, self.loaded = -1, nothing
+        self.store_wait, self.stored = -1, nothing
+        self.product_wait, self.products_words = -1, nothing
+        self.products_chunks = np.zeros(len(self.block.shared.operands), bool)
         instructions = block.kernel.instructions
         self.copies = Groups([at for at, i in enumerate(instructions) if i.opcode.startswith("cp.async.")])
         self.products = Groups([at for at, i in enumerate(instructions) if i.opcode.startswith("wgmma.")])
@@ -129,6 +133,8 @@ class Watch:
             self._tensor()
         self.block.run([self._watched(i, at, code[at]) for at, i in enumerate(instructions)], ends)
         self.useful |= {site for site, late in self.products.late.items() if late}
+        if self.products_words.any():
+            self.useful.add(self.product_wait)
 
     def _watched(self, instruction: Instruction, at: int, run: Step) -> Step:
         kind = kind_of(instruction)
@@ -170,11 +176,13 @@ class Watch:
         elif kind in ("cp.async.wait_group", "wgmma.wait_group"):
             (self.copies if kind.startswith("cp") else self.products).wait(at, int(instruction.operands[0]))
         elif kind == "tcgen05.wait::st":
-            useful = bool((block.tensor_memory.state == STORING).any())
+            self.store_wait, self.stored = at, block.tensor_memory.state == STORING
         elif kind == "tcgen05.wait::ld":
             self.load_wait, self.loaded = at, block.tensor_memory.loading.copy()
         elif kind == "mbarrier.try_wait":
-            useful = block.tensor_memory.in_flight
+            memory = block.tensor_memory
+            self.product_wait, self.products_words = at, (memory.state == PRODUCT) | (memory.weights > 0)
+            self.products_chunks = block.shared.operands > 0
         else:
             useful = True
         if useful:
@@ -196,6 +204,8 @@ class Watch:
         def note(words, size, threads, write):
             at = (words.astype(np.int64) * size)[:, None] + np.arange(size)
             self.useful |= self.copies.missed_by({*np.unique(self.copy_to[at]).tolist()})
+            if write and self.products_chunks[at // CHUNK].any():
+                self.useful.add(self.product_wait)
             if write:
                 self.useful |= self.products.missed_by({*np.unique(self.product_of[at // CHUNK]).tolist()})
             if users.note(at, np.broadcast_to(threads[:, None], at.shape), write=write):
@@ -239,7 +249,14 @@ class Watch:
         memory = self.block.tensor_memory
         users = Users(memory.SHAPE)
 
+        def use(at):
+            if self.stored[at].any():
+                self.useful.add(self.store_wait)
+            if self.products_words[at].any():
+                self.useful.add(self.product_wait)
+
         def write(at, warps):
+            use(at)
             if self.loaded[at].any():
                 self.useful.add(self.load_wait)
             if users.conflicts(at, np.broadcast_to(warps, at[0].shape), write=True):
@@ -250,11 +267,13 @@ class Watch:
             users.note(at, np.broadcast_to(warps, at[0].shape), write=True)
 
         def load(at, warps):
+            use(at)
             if users.note(at, np.broadcast_to(warps, at[0].shape), write=False):
                 self.useful |= self.barriers
 
         def begin(product, warp, *, add):
             write(product.sums, np.array(warp))
+            use(product.weights)
             if users.conflicts(product.weights, np.full(product.weights[0].shape, warp), write=False):
                 self.useful |= self.barriers
 
