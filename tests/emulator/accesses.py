@@ -74,6 +74,8 @@ def _atomic_add(match: re.Match, target: str, place: str, source: str) -> Step:
 
 def _copy(match: re.Match, target: str, source: str, size: str, used: str | None = None) -> Step:
     whole = int(size, 0)
+    if whole not in (4, 8, 16) or (match[1] == "g" and whole != 16):
+        raise NotEmulated(f"{match[0]} of {size} bytes")
     to, source_address = address_of(target, np.uint32), address_of(source, np.uint64)
     read_used = operand(used or size, np.uint32)
 
@@ -90,16 +92,41 @@ def _copy(match: re.Match, target: str, source: str, size: str, used: str | None
 
 
 def _commit_copies(match: re.Match) -> Step:
-    return lambda block, active: block.copies.append([])
+    def run(block: Block, active: Value) -> None:
+        if not block.gather(active):
+            return
+        block.copies.append([])
+
+    return run
 
 
 def _wait_copies(match: re.Match, pending: str) -> Step:
-    return lambda block, active: block.wait_copies(int(pending))
-
-
-def _barrier(match: re.Match, *_: str) -> Step:
     def run(block: Block, active: Value) -> None:
+        if not block.gather(active):
+            return
+        block.wait_copies(int(pending))
+
+    return run
+
+
+def _barrier(match: re.Match, number: str, *threads: str) -> Step:
+    """The barrier of the whole block; those of a part of it have another number, or a number of threads."""
+    if number != "0" or threads:
+        raise NotEmulated(f"{match[0]} {', '.join((number, *threads))}")
+
+    def run(block: Block, active: Value) -> None:
+        if match[1] == "bar":
+            block.whole_warps(active, match[0])
         block.waiting |= active
+
+    return run
+
+
+def _fence_proxy(match: re.Match) -> Step:
+    def run(block: Block, active: Value) -> None:
+        if not block.gather(active):
+            return
+        block.shared.fence_proxy()
 
     return run
 
@@ -124,14 +151,9 @@ def _launch_dependents(match: re.Match) -> Step:
     return run
 
 
-def _nothing(match: re.Match, *_: str) -> Step:
-    return lambda block, active: None
-
-
 def _rows(block: Block, at: Value, count: int, active: Value) -> tuple[Value, Value]:
     """Of ldmatrix and stmatrix, the addresses ``[warps * count * 8]`` of the matrices' rows, and who gives them."""
-    if not (active.reshape(-1, WARP).all(1) | ~active.reshape(-1, WARP).any(1)).all():
-        raise NotEmulated("a part of a warp with ldmatrix or stmatrix")
+    block.whole_warps(active, "ldmatrix or stmatrix")
     givers = block.threads[active].reshape(-1, WARP)[:, : 8 * count].reshape(-1)
     return at[givers], givers
 
@@ -176,12 +198,12 @@ ACCESSES: dict[str, Callable[..., Step]] = {
     r"ld\.(?:volatile\.)?(global|shared)(?:::cta)?(?:\.v(\d))?\.(\w+)": _load,
     r"st\.(global|shared)(?:::cta)?(?:\.v(\d))?\.(\w+)": _store,
     r"atom\.global\.gpu\.\w+\.add\.(\w+)": _atomic_add,
-    r"cp\.async\.c[ag]\.shared\.global": _copy,
+    r"cp\.async\.c([ag])\.shared\.global": _copy,
     r"cp\.async\.commit_group": _commit_copies,
     r"cp\.async\.wait_group": _wait_copies,
-    r"(?:bar|barrier)\.sync": _barrier,
+    r"(bar|barrier)\.sync": _barrier,
     r"griddepcontrol\.wait": _wait_for_previous_kernel,
     r"griddepcontrol\.launch_dependents": _launch_dependents,
     r"prefetch\.global\.L2": _prefetch,
-    r"bar\.warp\.sync|fence\.proxy\.async\.shared::cta": _nothing,
+    r"fence\.proxy\.async\.shared::cta": _fence_proxy,
 }

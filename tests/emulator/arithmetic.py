@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 
 import numpy as np
 
 from tests.emulator.machine import TYPES, UNSIGNED, WIDER, Block, NotEmulated, Step, Value, operand, split_vector
 from tests.emulator.matrix import floats
 from tests.emulator.ptx import Instruction
+from tests.emulator.rounding import flush, fused, fused_halves, maximum, minimum, to_bfloat16
 
 
 def arithmetic(instruction: Instruction) -> Step:
     """The step of one instruction. Raises NotEmulated if it is none of these."""
-    name, *modifiers = instruction.opcode.split(".")
-    if name == "mov":
-        return _move(modifiers[0], *instruction.operands)
-    if name == "cvt":
-        return _convert(modifiers, *instruction.operands)
-    if name == "setp":
-        return _compare(modifiers, *instruction.operands)
-    if name == "selp":
-        return _arithmetic(lambda a, b, p: np.where(p, a, b), [TYPES[modifiers[0]]] * 2 + [bool], instruction)
-    dtype = TYPES.get(modifiers[-1]) if modifiers else None
-    flags = set(modifiers[:-1]) - {"ftz", "rn", "approx", "full", "lo"}
-    if modifiers[-2:] in (["f32", "bf16"], ["f32", "f16"]) and name in ("add", "sub", "fma"):
-        return _mixed(ARITHMETIC[(name,)][0], modifiers[-1], instruction)
-    if instruction.opcode in ("fma.rn.bf16x2", "fma.rn.f16x2"):
-        return _fma_pairs(modifiers[-1].removesuffix("x2"), *instruction.operands)
-    if modifiers and modifiers[-1] == "f32x2":
-        return _paired(ARITHMETIC[(name, *flags)][0], instruction)
-    if dtype is not None and (name, *flags) in ARITHMETIC:
-        compute, kinds = ARITHMETIC[(name, *flags)]
-        return _arithmetic(compute, [dtype if kind is None else kind(dtype) for kind in kinds], instruction)
-    raise NotEmulated(str(instruction))
+    make = OPCODES.get(instruction.opcode)
+    if make is None:
+        raise NotEmulated(str(instruction))
+    return make(instruction)
 
 
 def _arithmetic(compute: Callable[..., Value], types: list[type], instruction: Instruction) -> Step:
     target, *sources = instruction.operands
+    if len(sources) != len(types):
+        raise NotEmulated(str(instruction))
     reads = [operand(text, dtype) for text, dtype in zip(sources, types, strict=True)]
 
     def run(block: Block, active: Value) -> None:
@@ -53,8 +41,9 @@ def _mixed(compute: Callable[..., Value], kind: str, instruction: Instruction) -
     reads, read_last = [operand(text, np.uint16) for text in sources], operand(last, np.float32)
 
     def run(block: Block, active: Value) -> None:
-        values = [floats(read(block), kind).astype(np.float32) for read in reads]
-        block.write(target, compute(*values, read_last(block)), active)
+        with np.errstate(all="ignore"):
+            values = [floats(read(block), kind) for read in reads]
+            block.write(target, compute(*values, read_last(block)), active)
 
     return run
 
@@ -65,20 +54,21 @@ def _paired(compute: Callable[..., Value], instruction: Instruction) -> Step:
     reads = [operand(text, np.uint64) for text in sources]
 
     def run(block: Block, active: Value) -> None:
-        floats = [read(block).view(np.float32) for read in reads]
-        block.write(target, compute(*floats).view(np.uint64), active)
+        with np.errstate(all="ignore"):
+            result = compute(*(read(block).view(np.float32) for read in reads))
+        block.write(target, result.view(np.uint64), active)
 
     return run
 
 
-def _fma_pairs(kind: str, target: str, *sources: str) -> Step:
-    """Of both 16-bit floats of each register, in float64; rounded to bfloat16 by way of float32, to float16 at once."""
+def _fma_pairs(kind: str, instruction: Instruction) -> Step:
+    """Of both 16-bit floats of each register."""
+    target, *sources = instruction.operands
     reads = [operand(text, np.uint32) for text in sources]
 
     def run(block: Block, active: Value) -> None:
-        a, b, c = (floats(read(block).view(np.uint16), kind) for read in reads)
-        result = a * b + c
-        bits = to_bfloat16(result) if kind == "bf16" else result.astype(np.float16).view(np.uint16)
+        with np.errstate(all="ignore"):
+            bits = fused_halves(*(floats(read(block).view(np.uint16), kind) for read in reads), kind)
         block.write(target, np.ascontiguousarray(bits).view(np.uint32), active)
 
     return run
@@ -100,13 +90,9 @@ def _multiply_high(a: Value, b: Value) -> Value:
     return (_multiply_wide(a, b) >> (8 * a.dtype.itemsize)).astype(a.dtype)
 
 
-def _fused(a: Value, b: Value, c: Value) -> Value:
-    return (a.astype(np.float64) * b + c).astype(a.dtype)
-
-
 def _divide(a: Value, b: Value) -> Value:
     # numpy rounds integers down, PTX towards zero.
-    return a / b if a.dtype.kind == "f" else ((a - np.fmod(a, b)) // b).astype(a.dtype)
+    return ((a - np.fmod(a, b)) // b).astype(a.dtype)
 
 
 def _shift_left(a: Value, n: Value) -> Value:
@@ -136,45 +122,12 @@ def _permute_bytes(a: Value, b: Value, selector: Value) -> Value:
     return np.ascontiguousarray(np.take_along_axis(both, nibbles.astype(np.int64), 1)).view(np.uint32)[:, 0]
 
 
-def _max(a: Value, b: Value) -> Value:
-    return np.fmax(a, b)
+def _flushed(compute: Callable[..., Value]) -> Callable[..., Value]:
+    return lambda *values: flush(compute(*map(flush, values)))
 
 
-def _min(a: Value, b: Value) -> Value:
-    return np.fmin(a, b)
-
-
-# What computes, and the type of each source: None is the instruction's.
-ARITHMETIC: dict[tuple[str, ...], tuple[Callable[..., Value], list]] = {
-    ("add",): (np.add, [None, None]),
-    ("sub",): (np.subtract, [None, None]),
-    ("mul",): (np.multiply, [None, None]),
-    ("mul", "wide"): (_multiply_wide, [None, None]),
-    ("mul", "hi"): (_multiply_high, [None, None]),
-    ("mad",): (lambda a, b, c: a * b + c, [None, None, None]),
-    ("mad", "wide"): (lambda a, b, c: _multiply_wide(a, b) + c, [None, None, _wide]),
-    ("fma",): (_fused, [None, None, None]),
-    ("div",): (_divide, [None, None]),
-    ("rem",): (np.fmod, [None, None]),
-    ("min",): (_min, [None, None]),
-    ("max",): (_max, [None, None]),
-    ("and",): (np.bitwise_and, [None, None]),
-    ("or",): (np.bitwise_or, [None, None]),
-    ("xor",): (np.bitwise_xor, [None, None]),
-    ("not",): (np.invert, [None]),
-    ("neg",): (np.negative, [None]),
-    ("abs",): (np.abs, [None]),
-    ("shl",): (_shift_left, [None, _u32]),
-    ("shr",): (_shift_right, [None, _u32]),
-    ("bfe",): (_extract_bits, [None, _u32, _u32]),
-    ("prmt",): (_permute_bytes, [None, None, None]),
-    ("popc",): (lambda a: np.bitwise_count(a).astype(np.uint32), [None]),
-    ("ex2",): (np.exp2, [None]),
-    ("rcp",): (np.reciprocal, [None]),
-}
-
-
-def _move(kind: str, target: str, source: str) -> Step:
+def _move(kind: str, instruction: Instruction) -> Step:
+    target, source = instruction.operands
     targets, sources = split_vector(target), split_vector(source)
     dtype = TYPES[kind]
     if len(targets) == len(sources) == 1:
@@ -194,17 +147,10 @@ def _move(kind: str, target: str, source: str) -> Step:
     return run
 
 
-def to_bfloat16(value: Value) -> Value:
-    """Bits of the nearest bfloat16, ties to even."""
-    bits = value.astype(np.float32).view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(value), np.uint16(0x7FFF), rounded)
-
-
-def _convert(modifiers: list[str], target: str, *sources: str) -> Step:
-    to, source = modifiers[-2:]
-    if set(modifiers[:-2]) - {"rn", "ftz"}:
-        raise NotEmulated(f"cvt.{'.'.join(modifiers)}")
+def _convert(to: str, source: str, instruction: Instruction) -> Step:
+    target, *sources = instruction.operands
+    if len(sources) != (2 if to.endswith("x2") else 1):
+        raise NotEmulated(str(instruction))
     reads = [operand(text, TYPES[source]) for text in sources]
 
     def number(value: Value) -> Value:
@@ -225,24 +171,94 @@ def _convert(modifiers: list[str], target: str, *sources: str) -> Step:
     return run
 
 
-COMPARISONS = {
+def _compare(compare: Callable[..., Value], kind: str, instruction: Instruction) -> Step:
+    if len(instruction.operands) != 3 or "|" in instruction.operands[0]:
+        raise NotEmulated(str(instruction))
+    return _arithmetic(compare, [TYPES[kind]] * 2, instruction)
+
+
+INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
+LONG_INTEGERS = INTEGERS[2:]
+BITS = ("b16", "b32", "b64")
+# What computes, the type of each source but for the instruction's own (None), and the types it is for.
+FORMS: dict[str, tuple[Callable[..., Value], list, tuple[str, ...]]] = {
+    "add": (np.add, [None, None], (*INTEGERS, "f32")),
+    "sub": (np.subtract, [None, None], (*INTEGERS, "f32")),
+    "mul": (np.multiply, [None, None], ("f32",)),
+    "mul.lo": (np.multiply, [None, None], INTEGERS),
+    "mul.wide": (_multiply_wide, [None, None], INTEGERS[:4]),
+    "mul.hi": (_multiply_high, [None, None], ("u32", "s32")),
+    "mad.lo": (lambda a, b, c: a * b + c, [None, None, None], INTEGERS),
+    "mad.wide": (lambda a, b, c: _multiply_wide(a, b) + c, [None, None, _wide], ("u32", "s32")),
+    "fma.rn": (fused, [None, None, None], ("f32",)),
+    "div": (_divide, [None, None], LONG_INTEGERS),
+    # Within 2 ulp, here nearer.
+    "div.full": (np.divide, [None, None], ("f32",)),
+    "rem": (np.fmod, [None, None], LONG_INTEGERS),
+    "min": (minimum, [None, None], (*LONG_INTEGERS, "f32")),
+    "max": (maximum, [None, None], (*LONG_INTEGERS, "f32")),
+    "and": (np.bitwise_and, [None, None], (*BITS, "pred")),
+    "or": (np.bitwise_or, [None, None], (*BITS, "pred")),
+    "xor": (np.bitwise_xor, [None, None], (*BITS, "pred")),
+    "not": (np.invert, [None], (*BITS, "pred")),
+    "neg": (np.negative, [None], ("s32", "s64", "f32")),
+    "abs": (np.abs, [None], ("s32", "f32", "ftz.f32")),
+    "shl": (_shift_left, [None, _u32], BITS),
+    "shr": (_shift_right, [None, _u32], (*INTEGERS, *BITS)),
+    "bfe": (_extract_bits, [None, _u32, _u32], LONG_INTEGERS),
+    "prmt": (_permute_bytes, [None, None, None], ("b32",)),
+    "popc": (lambda a: np.bitwise_count(a).astype(np.uint32), [None], ("b32", "b64")),
+    # Within 2 ulp, here nearer.
+    "ex2.approx": (np.exp2, [None], ("f32",)),
+    "selp": (lambda a, b, p: np.where(p, a, b), [None, None, lambda _: bool], (*BITS, "f32")),
+}
+# Those that have a form that flushes subnormal numbers.
+FLUSHING = ("add", "sub", "mul", "fma.rn", "div.full", "min", "max", "ex2.approx")
+ORDERS = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+EQUALITIES = {"eq": np.equal, "ne": np.not_equal}
+FLOAT_COMPARISONS = {
+    **ORDERS,
     "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
+    "ne": lambda a, b: (a < b) | (a > b),
     # Also true if one of the two is NaN.
     "ltu": lambda a, b: ~(a >= b),
     "leu": lambda a, b: ~(a > b),
     "gtu": lambda a, b: ~(a <= b),
     "geu": lambda a, b: ~(a < b),
+    "equ": lambda a, b: ~((a < b) | (a > b)),
+    "neu": np.not_equal,
 }
+FLOAT_CONVERSIONS = ("f32.bf16", "f32.f16", "rn.bf16.f32", "rn.f16.f32", "rn.bf16x2.f32", "rn.f16x2.f32")
 
 
-def _compare(modifiers: list[str], target: str, *sources: str) -> Step:
-    name, kind = modifiers[0], modifiers[-1]
-    if name not in COMPARISONS or set(modifiers[1:-1]) - {"ftz"} or len(sources) != 2:
-        raise NotEmulated(f"setp.{'.'.join(modifiers)}")
-    first, second = (operand(text, TYPES[kind]) for text in sources)
-    return lambda block, active: block.write(target, COMPARISONS[name](first(block), second(block)), active)
+def _opcodes() -> Iterator[tuple[str, Callable[[Instruction], Step]]]:
+    for name, (compute, kinds, types) in FORMS.items():
+        for kind in types:
+            dtype = TYPES[kind.removeprefix("ftz.")]
+            sources = [dtype if kind is None else kind(dtype) for kind in kinds]
+            yield f"{name}.{kind}", partial(_arithmetic, _flushed(compute) if "ftz" in kind else compute, sources)
+        if name in FLUSHING:
+            yield f"{name}.ftz.f32", partial(_arithmetic, _flushed(compute), [np.float32] * len(kinds))
+    for name, compute in (("add", np.add), ("sub", np.subtract), ("mul", np.multiply), ("fma.rn", fused)):
+        yield f"{name}.f32x2", partial(_paired, compute)
+    for kind in ("bf16", "f16"):
+        yield f"fma.rn.{kind}x2", partial(_fma_pairs, kind)
+        for name, compute in (("add.rn", np.add), ("sub.rn", np.subtract), ("fma.rn", fused)):
+            yield f"{name}.f32.{kind}", partial(_mixed, compute, kind)
+    for kind in (*BITS, *UNSIGNED_TYPES, "f32", "pred"):
+        yield f"mov.{kind}", partial(_move, kind)
+    for to, source in product(INTEGERS, repeat=2):
+        yield f"cvt.{to}.{source}", partial(_convert, to, source)
+    for form in FLOAT_CONVERSIONS:
+        yield f"cvt.{form}", partial(_convert, *form.split(".")[-2:])
+    for comparisons, kinds in (
+        (ORDERS, INTEGERS),
+        (EQUALITIES, (*INTEGERS, *BITS)),
+        (FLOAT_COMPARISONS, ("f32",)),
+    ):
+        for (name, compare), kind in product(comparisons.items(), kinds):
+            yield f"setp.{name}.{kind}", partial(_compare, compare, kind)
+
+
+UNSIGNED_TYPES = ("u16", "u32", "u64")
+OPCODES: dict[str, Callable[[Instruction], Step]] = dict(_opcodes())

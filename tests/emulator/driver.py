@@ -16,8 +16,9 @@ from triton.runtime.cache import get_cache_manager
 
 from tests.emulator.instructions import step
 from tests.emulator.machine import Block, compile_kernel
-from tests.emulator.memory import GlobalMemory, MemoryFault, SharedMemory
+from tests.emulator.memory import GlobalMemory, MemoryFault
 from tests.emulator.ptx import parse
+from tests.emulator.shared_memory import SharedMemory
 
 # Largest shared memory of one program (CUDA programming guide, table of compute capabilities).
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}

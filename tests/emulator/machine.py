@@ -9,11 +9,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.emulator.memory import IN_FLIGHT, WARP, WRITTEN, GlobalMemory, MemoryFault, SharedMemory
+from tests.emulator.memory import WARP, GlobalMemory, MemoryFault
 from tests.emulator.ptx import Instruction, Kernel
+from tests.emulator.shared_memory import SharedMemory
+from tests.emulator.tensor_memory import TensorMemory
 
 Value = np.ndarray
-BRANCHES = ("bra", "brx")
+BRANCHES = ("bra", "bra.uni", "brx.idx")
+ENDS = ("ret", "exit")
+# By how opcodes begin: those that use ``Block.gather``.
+GATHERING = ("mbarrier.try_wait", "cp.async.commit", "cp.async.wait", "fence.", "wgmma.", "tcgen05.wait")
+TENSOR_LOAD = "tcgen05.ld"
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 # What a type of PTX's is read as.
 TYPES = {
@@ -44,10 +50,10 @@ class Copy:
 
 @dataclass
 class Product:
-    """A matrix product that was begun: what computes it, once it is waited for, and the registers that it writes."""
+    """A wgmma in flight: the registers that it uses and the chunks of shared memory that it reads."""
 
-    compute: Callable[[Block], None]
-    registers: tuple[str, ...] = ()
+    registers: tuple[str, ...]
+    chunks: np.ndarray
 
 
 @dataclass
@@ -62,14 +68,18 @@ class Block:
     registers: dict[str, Value] = field(default_factory=dict)
     copies: list[list[Copy]] = field(default_factory=lambda: [[]])
     products: list[list[Product]] = field(default_factory=lambda: [[]])
-    tensor_memory: Value = field(default_factory=lambda: np.zeros((128, 512), np.uint32))
-    barriers: dict[int, int] = field(default_factory=dict)  # by address, the parity of the phase they are in
+    # Registers that an instruction in flight writes or reads, and which instruction.
+    in_flight: dict[str, str] = field(default_factory=dict)
+    # Of wgmma's registers, those that other instructions used since wgmma.fence. None: there was no fence yet.
+    touched: set[str] | None = None
+    tensor_memory: TensorMemory = field(default_factory=TensorMemory)
     executed: Counter = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.threads = np.arange(self.kernel.num_threads)
         self.program_counters = np.zeros(self.kernel.num_threads, np.int64)
         self.waiting = np.zeros(self.kernel.num_threads, bool)
+        self.parked = np.zeros(self.kernel.num_threads, bool)
 
     def run(self, code: Sequence[Step], ends: frozenset[int]) -> None:
         """Run to the end. code: one step per instruction. ends: where threads may part or meet again.
@@ -78,25 +88,50 @@ class Block:
         """
         end = len(code)
         while True:
-            ready = ~self.waiting & (self.program_counters < end)
+            ready = ~self.waiting & ~self.parked & (self.program_counters < end)
             if not ready.any():
+                if self.parked.all():
+                    self.parked[:] = False
+                    continue
+                if self.parked.any():
+                    raise NotEmulated(
+                        "a part of the threads at an instruction that is emulated for all threads at once"
+                    )
                 if not self.waiting.any():
-                    return
-                if (self.waiting != (self.program_counters < end)).any():
+                    return self._check_end()
+                if not self.waiting.all():
                     raise MemoryFault("barrier: some threads have ended, others wait")
                 self.waiting[:] = False
                 self.shared.barrier()
+                self.tensor_memory.barrier()
                 continue
             at = int(self.program_counters[ready].min())
             active = ready & (self.program_counters == at)
+            warps = int(active.reshape(-1, WARP).any(1).sum())
             while True:
-                instruction = self.kernel.instructions[at]
-                self.executed[instruction.opcode] += int(active.reshape(-1, WARP).any(1).sum())
+                self.executed[self.kernel.instructions[at].opcode] += warps
                 self.program_counters[active] = at + 1
                 code[at](self, active)
                 at += 1
                 if at in ends:
                     break
+
+    def _check_end(self) -> None:
+        if any(self.products) or self.tensor_memory.in_flight:
+            raise MemoryFault("the end of a block with a matrix product in flight")
+        if self.tensor_memory.columns:
+            raise MemoryFault("the end of a block before tcgen05.dealloc")
+
+    def touch(self, name: str, *, read: bool) -> None:
+        """Note that an instruction uses a register that asynchronous instructions use too."""
+        by = self.in_flight.get(name)
+        if by == TENSOR_LOAD and read:
+            # PTX: what depends on the register is ordered behind tcgen05.ld without a wait.
+            del self.in_flight[name]
+        elif by is not None:
+            raise MemoryFault(f"{name}: used before the {by} that uses it was waited for")
+        if self.touched is not None:
+            self.touched.add(name)
 
     def read(self, name: str, dtype: type, *, undefined: bool = False) -> Value:
         """A register as values of a type; of a narrower type, its low bits.
@@ -108,15 +143,16 @@ class Block:
             return np.full(len(self.threads), 0xA5A5A5A5A5A5A5A5 >> 64 - 8 * np.dtype(dtype).itemsize, dtype)
         if value is None:
             raise MemoryFault(f"{name}: read before it was written")
-        for group in self.products:
-            if any(name in product.registers for product in group):
-                raise MemoryFault(f"{name}: read before the product that writes it was waited for")
+        if name in self.kernel.asynchronous:
+            self.touch(name, read=True)
         if dtype is bool or value.dtype.itemsize == np.dtype(dtype).itemsize:
             return value.view(dtype)
         return value.astype(UNSIGNED[8 * np.dtype(dtype).itemsize]).view(dtype)
 
     def write(self, name: str, value: Value, active: Value) -> None:
         """Write the active threads' values, whose type has the register's size or is an integer's that is extended."""
+        if name in self.kernel.asynchronous:
+            self.touch(name, read=False)
         bits = self.kernel.registers[name]
         if bits == 1:
             value = value.astype(bool)
@@ -129,9 +165,25 @@ class Block:
             value = np.where(active, value, np.zeros_like(value) if old is None else old)
         self.registers[name] = value
 
+    def whole_warps(self, active: Value, name: str) -> None:
+        """Refuse what a part of a warp does: PTX leaves ``.aligned`` undefined there."""
+        warps = active.reshape(-1, WARP)
+        if not (warps.all(1) | ~warps.any(1)).all():
+            raise MemoryFault(f"{name} by a part of a warp")
+
+    def gather(self, active: Value) -> bool:
+        """Let an instruction that is emulated for all threads at once wait for the last. Returns whether it has come.
+
+        It orders nothing: it is one of the ways in which threads may happen to run.
+        """
+        if not active.all():
+            self.parked |= active
+            self.program_counters[active] -= 1
+        return bool(active.all())
+
     def start_copy(self, copy: Copy) -> None:
         """Begin to write shared memory; nobody may touch those bytes until ``wait_copies``."""
-        self.shared.store(copy.addresses, copy.values, copy.threads, IN_FLIGHT)
+        self.shared.start_copy(copy.addresses, copy.values.shape[1], copy.threads)
         self.copies[-1].append(copy)
 
     def wait_copies(self, pending: int) -> None:
@@ -139,29 +191,25 @@ class Block:
         finished, self.copies = self.copies[: -1 - pending], self.copies[-1 - pending :]
         for group in finished:
             for copy in group:
-                self.shared.store(copy.addresses, copy.values, copy.threads, WRITTEN)
-
-    def wait_products(self, pending: int) -> None:
-        """Finish the groups of matrix products but for the last ``pending`` ones that were committed."""
-        finished, others = self.products[: -1 - pending], self.products[-1 - pending :]
-        # A product may add to registers that those behind it add to as well.
-        self.products = []
-        for group in finished:
-            for product in group:
-                product.compute(self)
-        self.products = others
+                self.shared.finish_copy(copy.addresses, copy.values, copy.threads)
 
 
 # What one instruction does to a block, for the threads that are active.
 Step = Callable[[Block, Value], None]
 
 
+SPECIALS: dict[str, Callable[[Block], Value]] = {
+    "%tid.x": lambda b: b.threads,
+    "%ntid.x": lambda b: np.full(len(b.threads), len(b.threads)),
+    **{f"%ctaid.{axis}": lambda b, i=i: np.full(len(b.threads), b.index[i]) for i, axis in enumerate("xyz")},
+}
+
+
 def operand(text: str, dtype: type, *, undefined: bool = False) -> Callable[[Block], Value]:
     """What reads an operand: a register, a special register, a constant, or the start of shared memory."""
-    specials = {"%tid.x": lambda b: b.threads, "%ntid.x": lambda b: np.full(len(b.threads), len(b.threads))}
-    specials |= {f"%ctaid.{axis}": lambda b, i=i: np.full(len(b.threads), b.index[i]) for i, axis in enumerate("xyz")}
-    if text in specials:
-        return lambda b: specials[text](b).astype(dtype)
+    special = SPECIALS.get(text)
+    if special is not None:
+        return lambda b: special(b).astype(dtype)
     if text == "global_smem":
         return lambda b: np.full(len(b.threads), SharedMemory.BASE, dtype)
     if text[0].isalpha() or text[0] == "%":
@@ -214,8 +262,8 @@ def compile_kernel(kernel: Kernel, step: Callable[[Instruction], Step]) -> tuple
         block.program_counters[active] = len(kernel.instructions)
 
     def guarded(instruction: Instruction) -> Step:
-        name = instruction.opcode.split(".")[0]
-        run = branch(instruction) if name in BRANCHES else end if name in ("ret", "exit") else step(instruction)
+        opcode = instruction.opcode
+        run = branch(instruction) if opcode in BRANCHES else end if opcode in ENDS else step(instruction)
         if not instruction.guard:
             return run
         negated, predicate = instruction.guard[0] == "!", instruction.guard.lstrip("!")
@@ -227,10 +275,15 @@ def compile_kernel(kernel: Kernel, step: Callable[[Instruction], Step]) -> tuple
 
         return run_if
 
+    for instruction in kernel.instructions:
+        if instruction.opcode.startswith("wgmma.mma_async"):
+            kernel.asynchronous.update(*map(split_vector, instruction.operands[:2]))
+        elif instruction.opcode.startswith(TENSOR_LOAD):
+            kernel.asynchronous.update(split_vector(instruction.operands[0]))
     code = [guarded(instruction) for instruction in kernel.instructions]
-    names = [instruction.opcode.split(".")[0] for instruction in kernel.instructions]
-    ends = {i + 1 for i, name in enumerate(names) if name in (*BRANCHES, "ret", "exit", "bar", "barrier", "mbarrier")}
-    for instruction, name in zip(kernel.instructions, names, strict=True):
-        if name in BRANCHES:
+    stops = (*BRANCHES, *ENDS, "bar.sync", "barrier.sync", *GATHERING)
+    ends = {i + 1 for i, instruction in enumerate(kernel.instructions) if instruction.opcode.startswith(stops)}
+    for instruction in kernel.instructions:
+        if instruction.opcode in BRANCHES:
             ends.update(targets(instruction))
     return code, frozenset(ends | {len(code)})

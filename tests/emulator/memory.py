@@ -1,8 +1,4 @@
-"""The emulated GPU's memories, which refuse what a GPU would forgive or punish by garbage.
-
-Global memory is the tensors that a kernel was given, and nothing between them. Shared memory knows of each byte whether
-it was written, and by which warps it was written and read since the last barrier.
-"""
+"""The emulated GPU's global memory: the tensors that a kernel was given, and nothing between them."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import numpy as np
 import torch
 
 WARP = 32
-UNWRITTEN, IN_FLIGHT, WRITTEN = range(3)
 
 
 class MemoryFault(Exception):
@@ -74,60 +69,3 @@ class GlobalMemory:
         for chosen, words, indices in self._locate(addresses, size):
             self.written.add((words.ctypes.data, words.ctypes.data + words.nbytes - 1))
             words[indices] = np.ascontiguousarray(values[chosen]).view(words.dtype).reshape(-1)
-
-
-class SharedMemory:
-    """One block's shared memory."""
-
-    # Where it starts: a multiple of 1024, on which the swizzles of matrix operands rely.
-    BASE = 1024
-
-    def __init__(self, size: int) -> None:
-        self.bytes = np.zeros(self.BASE + size, np.uint8)
-        self.state = np.full(self.BASE + size, UNWRITTEN, np.uint8)
-        # One bit for each warp; of the accesses since the last barrier.
-        self.writers = np.zeros(self.BASE + size, np.uint32)
-        self.readers = np.zeros(self.BASE + size, np.uint32)
-
-    def barrier(self) -> None:
-        """Every warp's accesses are ordered before those that follow."""
-        self.writers[:] = 0
-        self.readers[:] = 0
-
-    def _locate(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        addresses = addresses.astype(np.int64)
-        if (addresses < self.BASE).any() or (addresses + size > len(self.bytes)).any():
-            raise MemoryFault(f"shared memory: {size} bytes outside of the {len(self.bytes) - self.BASE}")
-        if (addresses % size).any():
-            raise MemoryFault(f"shared memory: {size} bytes at an address that is no multiple of {size}")
-        return addresses[:, None] + np.arange(size)
-
-    def load(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
-        """The bytes at each thread's address: ``[len(addresses), size]`` uint8."""
-        places = self._locate(addresses, size)
-        self.read(places, (np.uint32(1) << (threads // WARP).astype(np.uint32))[:, None])
-        return self.bytes[places]
-
-    def read(self, places: np.ndarray, warps: np.ndarray | np.uint32) -> None:
-        """Note that these bytes are read by warps, and check that they may be."""
-        if (self.state[places] != WRITTEN).any():
-            state = "still in flight" if (self.state[places] == IN_FLIGHT).any() else "that nobody wrote"
-            raise MemoryFault(f"shared memory: read of bytes {state}")
-        if (self.writers[places] & ~warps).any():
-            raise MemoryFault("shared memory: read of what another warp wrote, without a barrier between")
-        np.bitwise_or.at(self.readers, places, warps)
-
-    def store(self, addresses: np.ndarray, values: np.ndarray, threads: np.ndarray, state: int = WRITTEN) -> None:
-        """Write ``values [len(addresses), size]`` uint8, or with IN_FLIGHT only announce that they will be written."""
-        places = self._locate(addresses, values.shape[1])
-        warps = (np.uint32(1) << (threads // WARP).astype(np.uint32))[:, None]
-        others = ((self.writers[places] | self.readers[places]) & ~warps) != 0
-        # The same value from several warps is how a compiler writes what they all hold.
-        if (others & ((self.bytes[places] != values) | ((self.readers[places] & ~warps) != 0))).any():
-            raise MemoryFault("shared memory: write to what another warp used, without a barrier between")
-        if (self.state[places] == IN_FLIGHT).any() and state == IN_FLIGHT:
-            raise MemoryFault("shared memory: two copies in flight to the same bytes")
-        if state == WRITTEN:
-            self.bytes[places] = values
-            np.bitwise_or.at(self.writers, places, warps)
-        self.state[places] = state

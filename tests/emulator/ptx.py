@@ -20,7 +20,10 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """One kernel. registers: each one's bits, 1 for a predicate; labels: the index of the instruction they precede."""
+    """One kernel. registers: each one's bits, 1 for a predicate; labels: the index of the instruction they precede.
+
+    asynchronous: the registers that instructions use while later ones run already (``compile_kernel`` finds them).
+    """
 
     num_threads: int
     parameters: list[tuple[str, str]]  # type ("u64", "u32", "f32") and name
@@ -28,6 +31,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)  # of labels, by the label that precedes the table
+    asynchronous: set[str] = field(default_factory=set)
 
 
 def parse(text: str) -> Kernel:

@@ -1,170 +1,176 @@
-"""Generation 10's matrix instructions, whose first operand and sum are in tensor memory: 128 lanes of 512 words.
+"""Generation 10's tensor memory, 128 lanes of 512 words, which refuses what is not ordered.
 
-Warp w reaches lanes 32 * (w % 4) and on. A product of 64 rows uses 16 lanes of each four warps', one of 128 all.
+tcgen05.st and tcgen05.ld are done once tcgen05.wait::st or ::ld has waited for them, a tcgen05.mma once an mbarrier has
+that tcgen05.commit arrives at. Until then nothing else may use those words, but for a tcgen05.mma of the same form that
+adds to the same sums. What one warp did is ordered with what another does by a barrier between. The registers that
+tcgen05.ld writes may be read without a wait, for PTX orders what depends on them. It does not order what overwrites the
+words that were read: that is what tcgen05.wait::ld is for.
+
+PTX also describes tcgen05.fence::before_thread_sync and ::after_thread_sync around a barrier between threads. Triton
+writes neither: it relies on bar.sync, which orders all accesses of all threads. So does this; it refuses those fences.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from tests.emulator.machine import Block, NotEmulated, Product, Step, Value, address_of, operand, split_vector
-from tests.emulator.matrix import floats, matrix_in_shared_memory
-from tests.emulator.memory import WARP, MemoryFault
+from tests.emulator.memory import MemoryFault
+from tests.emulator.shared_memory import NOBODY, SEVERAL, SharedMemory
+
+# What a word is: STORING until tcgen05.wait::st, PRODUCT until the product that writes it was waited for.
+UNWRITTEN, STORING, PRODUCT, WRITTEN = range(4)
+Places = tuple[np.ndarray, np.ndarray]
 
 
-def _allocate(match: re.Match, target: str, columns: str) -> Step:
-    address = address_of(target, np.uint32)
+@dataclass
+class TensorProduct:
+    """A tcgen05.mma in flight: which words it reads and writes, its operand in shared memory, and its form."""
 
-    def run(block: Block, active: Value) -> None:
-        first = block.threads[active][:1]
-        block.shared.store(address(block)[first], np.zeros((1, 4), np.uint8), first)
-
-    return run
-
-
-def _places(block: Block, addresses: Value, active: Value, shape: str, count: int, split: int) -> tuple[Value, Value]:
-    """Lanes and columns ``[threads, count]`` of what each active thread's registers are for."""
-    base = addresses[active].astype(np.int64)[:, None]
-    warp, thread, register = (
-        block.threads[active][:, None] // WARP,
-        block.threads[active][:, None] % WARP,
-        np.arange(count),
-    )
-    if shape == "16x128b":
-        # As the first operand of mma holds 16 rows of 8 16-bit numbers, repeated along the columns.
-        lane, column = thread // 4 + register % 2 * 8, thread % 4 + register // 2 * 4
-    elif shape == "32x32b":
-        lane, column = thread + 0 * register, 0 * thread + register
-    else:
-        # 16x32bx2: 16 threads have a lane each, the other 16 the same lanes some columns further on.
-        lane, column = thread % 16 + 0 * register, thread // 16 * split + register
-    lane = lane + (base >> 16)
-    if (lane // 32 != warp % 4).any():
-        raise MemoryFault("tensor memory: a lane of another warp's")
-    return lane, column + (base & 0xFFFF)
+    weights: Places
+    sums: Places
+    chunks: np.ndarray
+    form: int
 
 
-def _store(match: re.Match, target: str, *split_and_source: str) -> Step:
-    *split, source = split_and_source
-    names, address = split_vector(source), address_of(target, np.uint32)
+class TensorMemory:
+    """One block's tensor memory, and the products that use it. columns: how many are allocated."""
 
-    def run(block: Block, active: Value) -> None:
-        values = np.stack([block.read(name, np.uint32)[active] for name in names], 1)
-        places = _places(block, address(block), active, match[1], len(names), int(split[0]) if split else 0)
-        block.tensor_memory[places] = values
+    SHAPE = (128, 512)
 
-    return run
+    def __init__(self) -> None:
+        self.columns = 0
+        self.may_allocate = True
+        # Products since the last tcgen05.commit, then those that were committed, with the mbarrier's address.
+        self.open: list[TensorProduct] = []
+        self.committed: list[tuple[int, list[TensorProduct]]] = []
+        self.phases: dict[int, int] = {}  # of mbarriers by address: the parity of the phase they are in
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a product was not waited for."""
+        return bool(self.open or self.committed)
 
-def _load(match: re.Match, target: str, source: str, split: str = "0") -> Step:
-    names, address = split_vector(target), address_of(source, np.uint32)
+    def allocate(self, columns: int) -> None:
+        """Most kernels have none, so its words are made here."""
+        if self.columns or not self.may_allocate:
+            raise MemoryFault("tensor memory: tcgen05.alloc again, or behind tcgen05.relinquish_alloc_permit")
+        self.columns = columns
+        self.words = np.zeros(self.SHAPE, np.uint32)
+        self.state = np.full(self.SHAPE, UNWRITTEN, np.uint8)
+        self.loading = np.zeros(self.SHAPE, bool)
+        self.weights = np.zeros(self.SHAPE, np.uint8)  # how many products in flight read it
+        # Which warp used a word since the last barrier.
+        self.writer = np.full(self.SHAPE, NOBODY, np.int8)
+        self.reader = np.full(self.SHAPE, NOBODY, np.int8)
 
-    def run(block: Block, active: Value) -> None:
-        values = np.zeros((len(active), len(names)), np.uint32)
-        places = _places(block, address(block), active, match[1], len(names), int(split))
-        values[active] = block.tensor_memory[places]
-        for i, name in enumerate(names):
-            block.write(name, np.ascontiguousarray(values[:, i]), active)
+    def deallocate(self, columns: int, warp: int) -> None:
+        """Give all columns back."""
+        if columns != self.columns:
+            raise MemoryFault(f"tensor memory: tcgen05.dealloc of {columns} of {self.columns} columns")
+        at = np.indices((self.SHAPE[0], columns))
+        self._check_write((at[0], at[1]), np.array(warp))
+        self.columns = 0
 
-    return run
+    def barrier(self) -> None:
+        """Every warp's accesses are ordered before those that follow."""
+        if self.columns:
+            self.writer[:] = NOBODY
+            self.reader[:] = NOBODY
 
+    def _check_read(self, at: Places, warps: np.ndarray) -> None:
+        if not self.columns or (at[1] >= self.columns).any():
+            raise MemoryFault(f"tensor memory: a column beyond the {self.columns} allocated ones")
+        state, writer = self.state[at], self.writer[at]
+        for kind, text in (
+            (UNWRITTEN, "that nobody wrote"),
+            (STORING, "that tcgen05.st writes, without tcgen05.wait::st"),
+            (PRODUCT, "that a tcgen05.mma in flight writes"),
+        ):
+            if (state == kind).any():
+                raise MemoryFault(f"tensor memory: use of words {text}")
+        if ((writer != NOBODY) & (writer != warps)).any():
+            raise MemoryFault("tensor memory: use of what another warp wrote, without a barrier between")
 
-def _rows_from(place: int, rows: int, columns: int) -> tuple[Value, Value]:
-    """Lanes and columns of 128 rows, or of 64; these in the first 16 lanes of each warp's, or in the others."""
-    lanes = (place >> 16) + (np.arange(4)[:, None] * 32 + np.arange(rows // 4)).reshape(-1, 1)
-    if place >> 16 not in range(0, 32, rows // 4):
-        raise NotEmulated(f"tcgen05.mma of {rows} rows in lanes from {place >> 16} on")
-    return lanes, (place & 0xFFFF) + np.arange(columns)
+    def _check_write(self, at: Places, warps: np.ndarray) -> None:
+        if not self.columns or (at[1] >= self.columns).any():
+            raise MemoryFault(f"tensor memory: a column beyond the {self.columns} allocated ones")
+        if self.loading[at].any():
+            raise MemoryFault("tensor memory: write to what tcgen05.ld reads, without tcgen05.wait::ld")
+        if self.weights[at].any():
+            raise MemoryFault("tensor memory: write to what a tcgen05.mma in flight reads")
+        state = self.state[at]
+        if (state == STORING).any():
+            raise MemoryFault("tensor memory: write to words that tcgen05.st writes, without tcgen05.wait::st")
+        if (state == PRODUCT).any():
+            raise MemoryFault("tensor memory: write to words that a tcgen05.mma in flight writes")
+        self._check_order(at, warps)
 
+    def _check_order(self, at: Places, warps: np.ndarray) -> None:
+        for users in (self.writer[at], self.reader[at]):
+            if ((users != NOBODY) & (users != warps)).any():
+                raise MemoryFault("tensor memory: write to what another warp used, without a barrier between")
 
-def _multiply(match: re.Match, target: str, first: str, second: str, form: str, keep: str) -> Step:
-    to, weights = address_of(target, np.uint32), address_of(first, np.uint32)
-    descriptor, form_of, kept = operand(second, np.uint64), operand(form, np.uint32), operand(keep, bool)
+    def store(self, at: Places, values: np.ndarray, warps: np.ndarray) -> None:
+        """Begin tcgen05.st. warps: by which of them each word is written."""
+        self._check_write(at, warps)
+        self.words[at], self.state[at], self.writer[at] = values, STORING, warps
 
-    def run(block: Block, active: Value) -> None:
-        thread = int(np.flatnonzero(active)[0])
-        to_place, weight_place = int(to(block)[thread]), int(weights(block)[thread])
-        place, add, bits = int(descriptor(block)[thread]), bool(kept(block)[thread]), int(form_of(block)[thread])
-        # Instruction descriptor: float32 sums, 16-bit operands of one type, 64 or 128 rows, columns in eights.
-        kind, rows, columns = ("f16", "bf16")[bits >> 7 & 1], (bits >> 24 & 31) * 16, (bits >> 17 & 63) * 8
-        if (bits >> 4 & 3) != 1 or (bits >> 7 & 7) != (bits >> 10 & 7) or rows not in (64, 128) or bits >> 13 & 15:
-            raise NotEmulated(f"tcgen05.mma of the form {bits:#x}")
+    def load(self, at: Places, warps: np.ndarray) -> np.ndarray:
+        """Begin tcgen05.ld."""
+        self._check_read(at, warps)
+        reader = self.reader[at]
+        self.reader[at] = np.where((reader == NOBODY) | (reader == warps), warps, SEVERAL)
+        self.loading[at] = True
+        return self.words[at]
 
-        def compute(block: Block) -> None:
-            words = block.tensor_memory[_rows_from(weight_place, rows, 8)]
-            matrix = floats(np.ascontiguousarray(words).view(np.uint16), kind)
-            result = matrix @ floats(matrix_in_shared_memory(block, place, columns), kind).T
-            at = _rows_from(to_place, rows, columns)
+    def wait_stores(self) -> None:
+        """tcgen05.wait::st by all threads."""
+        self.state[self.state == STORING] = WRITTEN
+
+    def wait_loads(self) -> None:
+        """tcgen05.wait::ld by all threads."""
+        self.loading[:] = False
+
+    def begin(self, product: TensorProduct, warp: int, *, add: bool) -> None:
+        """Check that a product may begin, and keep others from the words that it uses."""
+        warps = np.array(warp)
+        self._check_read(product.weights, warps)
+        sums = self.state[product.sums]
+        before = [p for group in (self.open, *(g for _, g in self.committed)) for p in group]
+        if (sums == PRODUCT).any():
+            if any(p.form != product.form and _overlap(p.sums, product.sums) for p in before):
+                raise MemoryFault("tensor memory: sums of two products in flight whose forms differ")
+            self._check_order(product.sums, warps)
+        else:
+            self._check_write(product.sums, warps)
             if add:
-                result = result + block.tensor_memory[at].view(np.float32)
-            block.tensor_memory[at] = result.astype(np.float32).view(np.uint32)
+                self._check_read(product.sums, warps)
+        self.weights[product.weights] += 1
+        self.state[product.sums] = PRODUCT
+        self.open.append(product)
 
-        block.products[-1].append(Product(compute))
+    def commit(self, address: int) -> None:
+        """The products until now arrive at the mbarrier once they are done."""
+        self.committed.append((address, self.open))
+        self.open = []
 
-    return run
-
-
-def _commit(match: re.Match, barrier: str) -> Step:
-    address = address_of(barrier, np.uint32)
-
-    def run(block: Block, active: Value) -> None:
-        place = int(address(block)[active][0])
-
-        def arrive(block: Block) -> None:
-            block.barriers[place] ^= 1
-
-        block.products[-1].append(Product(arrive))
-        block.products.append([])
-
-    return run
-
-
-def _initialize(match: re.Match, barrier: str, count: str) -> Step:
-    address = address_of(barrier, np.uint32)
-    if count != "1":
-        raise NotEmulated("mbarrier of several arrivals")
-
-    def run(block: Block, active: Value) -> None:
-        block.barriers[int(address(block)[active][0])] = 0
-
-    return run
+    def wait(self, address: int, parity: int, shared: SharedMemory) -> None:
+        """All threads wait for the mbarrier's phase of that parity, as late as can be."""
+        while self.phases[address] == parity:
+            if not self.committed:
+                raise MemoryFault("mbarrier: a wait that nothing ends")
+            arrived, products = self.committed.pop(0)
+            for product in products:
+                self.weights[product.weights] -= 1
+                self.state[product.sums] = WRITTEN
+                shared.release_operand(product.chunks, ordered=True)
+            if arrived not in self.phases:
+                raise MemoryFault("mbarrier: tcgen05.commit arrives at one that is no more")
+            self.phases[arrived] ^= 1
 
 
-def _invalidate(match: re.Match, barrier: str) -> Step:
-    address = address_of(barrier, np.uint32)
-    return lambda block, active: block.barriers.pop(int(address(block)[active][0])) and None
-
-
-def _try_wait(match: re.Match, target: str, barrier: str, parity: str) -> Step:
-    address, read_parity = address_of(barrier, np.uint32), operand(parity, np.uint32)
-
-    def run(block: Block, active: Value) -> None:
-        place, phase = int(address(block)[active][0]), int(read_parity(block)[active][0])
-        if block.barriers[place] == phase:
-            # As late as can be, so that operands that were overwritten too early show.
-            block.wait_products(0)
-        if block.barriers[place] == phase:
-            raise MemoryFault("mbarrier: a wait that nothing ends")
-        block.write(target, np.ones(len(active), bool), active)
-
-    return run
-
-
-def _nothing(match: re.Match, *_: str) -> Step:
-    return lambda block, active: None
-
-
-TENSOR_MEMORY: dict[str, Callable[..., Step]] = {
-    r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32": _allocate,
-    r"tcgen05\.st\.sync\.aligned\.(16x128b|16x32bx2|32x32b)\.x\d+\.b32": _store,
-    r"tcgen05\.ld\.sync\.aligned\.(16x128b|16x32bx2|32x32b)\.x\d+\.b32": _load,
-    r"tcgen05\.mma\.cta_group::1\.kind::f16": _multiply,
-    r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?:\.shared::cluster)?\.b64": _commit,
-    r"mbarrier\.init\.shared(?:::cta)?\.b64": _initialize,
-    r"mbarrier\.inval\.shared(?:::cta)?\.b64": _invalidate,
-    r"mbarrier\.try_wait\.parity\.shared(?:::cta)?\.b64": _try_wait,
-    r"tcgen05\.(?:wait::(?:ld|st)|relinquish_alloc_permit|dealloc).*": _nothing,
-}
+def _overlap(first: Places, second: Places) -> bool:
+    lanes = np.intersect1d(first[0], second[0])
+    return bool(len(lanes) and len(np.intersect1d(first[1], second[1])))
