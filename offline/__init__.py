@@ -7,7 +7,7 @@ from alphaq_vllm import __version__ as VERSION
 if find_spec("torch") is None:
     # With this name, ``python -m offline.COMMAND`` prints the sentence alone.
     raise ModuleNotFoundError(
-        "the packages that AlphaQ needs are not installed: run python3 .ci/install.py VENV, then VENV/bin/python",
+        "offline: expected the packages that it needs, got none: run python3 .ci/install.py VENV, then VENV/bin/python",
         name="offline",
     )
 

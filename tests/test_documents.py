@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from offline.quantizers.decoder import CALIBRATED
+from offline.cli import spelled
+from offline.model.decoder import CALIBRATED
 from offline.source.architectures import FAMILIES
 from tests.reliability.messages import failures
 
@@ -52,8 +53,8 @@ def test_commands_and_files_exist(name):
 
 
 def spelled_alike(text):
-    """Without what differs between an option and the field of its name."""
-    return re.sub(r"[-_]+", " ", text).strip()
+    """As the command line spells it, without what differs between an option and the field of its name."""
+    return re.sub(r"[-_]+", " ", spelled(text)).strip()
 
 
 def test_troubleshooting_has_messages_that_are_raised():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alphaq_vllm.kernels import Gate, devices, moe_triton, repack_
+from alphaq_vllm.kernels import MoEWeights, Routing, repack_
+from alphaq_vllm.kernels.triton import devices, layer
 from tests.emulator import driver
 from tests.emulator.driver import emulated
 from tests.emulator.machine import Block
@@ -41,7 +42,7 @@ def run_mutations(num_tokens: int, sm: int, monkeypatch, *, one_of_each: bool) -
     monkeypatch.setattr(devices, "device_of", lambda _: devices.Device(4, sm // 10, overlap=sm >= 90, ptx=True))
     monkeypatch.setattr(driver, "Block", Mutated)
     with emulated(sm):
-        moe_triton.fused_moe_triton(x, w13, w2, torch.rand(ids.shape), ids, None, None, None, Gate(), False)
+        layer.fused_moe(x, MoEWeights(w13, w2, checked=True), Routing(torch.rand(ids.shape), ids))
     return report
 
 

@@ -4,7 +4,7 @@ import re
 
 from tests.reliability.messages import ROOT, failures
 
-KINDS = {"ValueError", "TypeError", "FileNotFoundError", "OSError", "ImportError", "argparse.ArgumentTypeError"}
+KINDS = {"ValueError", "TypeError", "FileNotFoundError", "OSError", "ImportError", "AttributeError", "ModuleNotFoundError"}
 # They put a failure of another kind into words.
 TRANSLATORS = {"_death", "_resumable"}
 
@@ -16,7 +16,7 @@ def is_in_form(failure):
         and "\n" not in failure.message
         and not failure.message.endswith((".", "!"))
         and len(failure.message) < 500
-        and re.search(r"\{.+\}|--[a-z]|^[a-z_, ]+:", failure.message)
+        and re.search(r"\{.+\}|`[a-z_]+`|--[a-z]|^[a-z_, ]+:", failure.message)
     )
 
 
