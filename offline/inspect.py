@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     """The command."""
     parser = Parser("inspect", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("checkpoint", help="directory of an AlphaQ checkpoint, or name of one on the Hub")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw heat maps, as PNG, PDF or SVG")
+    parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="draw heat maps, as PNG, PDF or SVG")
     add_json_option(parser)
     args = parser.parse_args(arguments)
     result = inspect(args.checkpoint, args.plot)

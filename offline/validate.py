@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     """The command."""
     parser = Parser("validate", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("checkpoint", help="directory of an AlphaQ checkpoint, or name of one on the Hub")
-    parser.add_argument("--source", metavar="MODEL", help="the model that it was converted from")
+    parser.add_argument("--source", default=None, metavar="MODEL", help="the model that it was converted from")
     add_json_option(parser)
     args = parser.parse_args(arguments)
     result = validate(args.checkpoint, args.source)

@@ -323,7 +323,7 @@ def _widths(field: str, value: Sequence[int] | int | str) -> tuple[int, ...]:
 
 def _number(kind: type[Number], expected: str, field: str, value: Any) -> Number:
     try:
-        if isinstance(value, bool) or kind(value) != float(value):
+        if isinstance(value, bool) or (kind is int and kind(value) != float(value)):
             raise ValueError
         return kind(value)
     except (TypeError, ValueError):

@@ -197,7 +197,7 @@ BAD_ARGUMENTS = {
     "bits nan": (["--bits", "nan"], "got nan"),
     "bits negative": (["--bits=-1"], "got -1"),
     "bits zero": (["--bits", "0"], "--bits: expected an average from 2 to 4, .* got 0"),
-    "bits a word": (["--bits", "few"], "argument --bits: invalid float value: 'few'"),
+    "bits a word": (["--bits", "few"], "--bits: expected a number of bits, got 'few'"),
     "candidate 9": (["--candidate-bits", "2,9"], "--candidate-bits: expected ascending widths out of"),
     "candidates empty": (["--candidate-bits", ""], "expected widths such as 2,3,4, got ''"),
     "gamma negative": (["--gamma=-2"], "--gamma: expected 'auto' or a finite number"),

@@ -230,7 +230,7 @@ def test_dequantize_auto_wants_a_dtype_in_the_config(checkpoint, tmp_path):
     assert dequantize(str(checkpoint), tmp_path / "old")["dtype"] == "bfloat16"
     assert "torch_dtype" not in json.loads((tmp_path / "old" / "config.json").read_bytes())
     edit_config(checkpoint, lambda config: config.pop("torch_dtype"))
-    with pytest.raises(ValueError, match="got None: give `dtype`"):
+    with pytest.raises(ValueError, match="got None: pass `dtype`"):
         dequantize(str(checkpoint), tmp_path / "out")
 
 

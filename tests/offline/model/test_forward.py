@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from offline.model import forward as room
+from offline.model import text as text_module
 from offline.model.decoder import CALIBRATED, Decoder
 from offline.model.forward import forward
 from offline.model.text import write_text
@@ -64,5 +64,5 @@ def test_write_text_is_the_same_on_every_run():
 
 
 def test_write_text_keeps_to_the_context_of_the_model(monkeypatch):
-    monkeypatch.setattr(room, "PASSES", 0)
+    monkeypatch.setattr(text_module, "PASSES", 0)
     assert write_text(*open_model(DOCS_MOE), tokens=4096, length=4096).shape == (4, 1024)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from offline.allocation.costs import noise
 from offline.quantizers.quantize import quantization_mse
-from offline.sensitivity.matrices import MatrixStats, measure
+from offline.sensitivity.matrices import MatrixStats, measure_matrices
 from offline.sensitivity.spectra import hill_alpha
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
@@ -20,7 +20,7 @@ def test_measure_describes_every_matrix(tiny_model, widths):
     path = tiny_model("mixtral")
     source = open_checkpoint(str(path))
     matrices = find_experts(source).matrices
-    stats = measure(source, matrices, widths, 64)
+    stats = measure_matrices(source, matrices, widths, 64)
     assert [matrix.name for matrix in stats] == [matrix.name for matrix in matrices]
     weight = load_file(path / "model.safetensors")["model.layers.1.block_sparse_moe.experts.2.w2.weight"].float()
     last = next(matrix for matrix in stats if matrix.name == "model.layers.1.block_sparse_moe.experts.2.w2")
@@ -39,7 +39,7 @@ def test_measure_names_the_matrix_that_is_not_finite(model):
     save_file(tensors, model / "model.safetensors")
     source = open_checkpoint(str(model))
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.1\.up_proj\.weight: .* got 2 NaN or infinite"):
-        measure(source, find_experts(source).matrices, (), 128)
+        measure_matrices(source, find_experts(source).matrices, (), 128)
 
 
 def test_noise_analytic_falls_fourfold_with_a_bit():
