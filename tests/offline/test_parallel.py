@@ -55,7 +55,7 @@ def test_run_all_raises_what_the_function_raises(workers):
         (
             signal.raise_signal,
             signal.SIGKILL,
-            "was killed by SIGKILL, as happens when memory runs out: set --workers lower",
+            "was killed by SIGKILL, as happens when memory runs out: set `workers` lower",
         ),
         (signal.raise_signal, signal.SIGSEGV, "was killed by SIGSEGV$"),
     ],
