@@ -7,8 +7,19 @@ import torch
 
 from alphaq_vllm.kernels import devices, fused_moe
 from alphaq_vllm.kernels.blocks import MAX_DIRECT_ROUTES
-from alphaq_vllm.kernels.moe_triton import fused_moe_triton, tokens_per_pass, warm_up
-from alphaq_vllm.kernels.tiles import TILES
+from alphaq_vllm.kernels.moe_triton import fused_moe_triton, tokens_per_pass
+
+# Every width, every way to make blocks, and what emulated GPUs are not asked.
+QUICK = {
+    "group-32-all-widths-torch.float16",
+    "one-expert-only-torch.bfloat16",
+    "all-skipped-torch.float16",
+    "no-token-torch.float16",
+    "130-tokens-foreign-torch.bfloat16",
+    "clamped-swiglu-and-bias-torch.float16",
+    "gelu-torch.bfloat16",
+    "weight-on-input-torch.float16",
+}
 
 
 def has_many_routes(problem):
@@ -55,28 +66,6 @@ def test_fused_moe_triton_takes_tokens_in_passes_that_fit_the_workspace(cases, m
     finally:
         interpreter.submit(exec, patch.format(2**29)).result()
     assert_close(actual, problem.expected, torch.float16)
-
-
-def test_warm_up_meets_every_tile_and_both_ways_to_make_blocks(default_case, make_problem, interpreter):
-    problem = make_problem(default_case, torch.float16).to("cpu")
-    _, w13, w2, _, _ = problem.inputs
-    options = {**problem.options, "w13_bias": None, "w2_bias": None}
-    patch = "import alphaq_vllm.kernels.moe_triton as m; m.{} = {}"
-    record = (
-        "lambda x, *a, topk_ids, **k: seen.append((m.choose_tiles(topk_ids.numel(), 4, 9, 4), topk_ids.numel() > 256))"
-    )
-    interpreter.submit(
-        exec, "import builtins, alphaq_vllm.kernels.moe_triton as m\nbuiltins.seen = []; builtins.m = m"
-    ).result()
-    interpreter.submit(exec, patch.format("original", "m.fused_moe_triton")).result()
-    interpreter.submit(exec, patch.format("fused_moe_triton", record)).result()
-    try:
-        interpreter.submit(warm_up, w13, w2, 2, torch.float16, **options).result()
-        seen = interpreter.submit(eval, "seen").result()
-    finally:
-        interpreter.submit(exec, patch.format("fused_moe_triton", "m.original")).result()
-    assert {tiles for tiles, _ in seen} == set(TILES[9])
-    assert {is_sorted for _, is_sorted in seen} == {False, True}
 
 
 @pytest.mark.gpu
