@@ -6,7 +6,12 @@ PRESET ?= short
 OLDEST_VLLM = 0.27.1
 BENCH_ARGS ?=
 
-.PHONY: demo bench test test-oldest test-gpu test-long lint
+# Each of the workers runs whole files, one after the other, with its share of the cores. A GPU is not shared.
+WORKERS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
+PYTEST = .venv-test/bin/python -m pytest
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo bench test test-oldest test-kernels test-long test-gpu lint
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/python -m benchmarks.demo "$(MODEL)" --bits $(BITS) --serve-args="$(SERVE_ARGS)"
@@ -16,7 +21,7 @@ bench: .venv-test/.installed .venv-peers/.installed
 	.venv-test/bin/python -m benchmarks.suite $(PRESET) $(BENCH_ARGS)
 
 test: lint test-oldest
-	.venv-test/bin/python -m pytest
+	$(PYTEST) $(SIDE_BY_SIDE)
 
 # The plugin on the oldest vLLM that has a wheel for CPUs: imports and what needs no server.
 OLDEST = PYTHONPATH=.venv-oldest:. .venv-test/bin/python
@@ -24,11 +29,16 @@ test-oldest: .venv-oldest/.installed
 	$(OLDEST) -c 'import vllm; assert vllm.__version__.startswith("$(OLDEST_VLLM)"), vllm.__version__'
 	$(OLDEST) -m pytest $(addprefix tests/plugin/test_,compat.py config.py support.py placement.py)
 
-test-gpu: .venv-test/.installed
-	.venv-test/bin/python -m pytest -m gpu
+# All of what the kernels compute and compile to. To be run, and its PASSED committed, when they changed.
+test-kernels: .venv-test/.installed
+	$(PYTEST) -n $(WORKERS) -m "kernels or not kernels" tests/kernels tests/emulator --ignore tests/kernels/test_digest.py
+	.venv-test/bin/python -m tests.kernels.digest --write
 
 test-long: .venv-test/.installed
-	.venv-test/bin/python -m pytest -m long
+	$(PYTEST) -m long --timeout 7200
+
+test-gpu: .venv-test/.installed
+	$(PYTEST) -m gpu
 
 lint: .venv-test/.installed
 	.venv-test/bin/ruff check .

@@ -1,9 +1,10 @@
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.reliability.bad_inputs import numbers_by_test
 
@@ -11,13 +12,37 @@ MODEL = Path(__file__).parent / "models" / "docs-moe"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
+def pytest_configure():
+    """Give processes that run tests side by side, and the servers that these start, a share of the cores each."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        torch.set_num_threads(threads)
+        # Bound to cores, the servers of both would be bound to the same ones.
+        os.environ |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
 def pytest_collection_modifyitems(items):
-    """Give tests their numbers in the table of bad inputs."""
+    """Give tests their numbers in the table of bad inputs, and begin with those that take longest."""
+    items.sort(key=lambda item: "tests/serving/" not in item.nodeid)
     numbers = numbers_by_test()
     for item in items:
         for name in dict.fromkeys((item.nodeid, item.nodeid.split("[")[0])):
             for number in numbers.get(name, ()):
                 item.add_marker(pytest.mark.bad_input(number=number))
+
+
+def run_alphaq(*arguments):
+    """A command line of the converter, in this process, which has imported all that it needs."""
+    # The kernels' tests run where there is torch and Triton alone.
+    from offline.__main__ import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["alphaq", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as ended:
+            assert not ended.code
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +59,8 @@ def mixed_checkpoint(tmp_path_factory):
     bit_map = folder / "bit_map.json"
     bit_map.write_text(json.dumps({name: 1 + i % 8 for i, name in enumerate(matrices)}))
     checkpoint = folder / "checkpoint"
-    command = [sys.executable, "-m", "offline.convert", str(MODEL), str(checkpoint)]
     # Groups of 64 columns, so that two ranks can share the 128 columns of down_proj.
-    subprocess.run([*command, "--bit-map", str(bit_map), "--group-size", "64", "--quantizer", "mse"], check=True)
+    run_alphaq("convert", MODEL, checkpoint, "--bit-map", bit_map, "--group-size", "64", "--quantizer", "mse")
     return checkpoint
 
 
@@ -44,6 +68,5 @@ def mixed_checkpoint(tmp_path_factory):
 def dequantized_checkpoint(mixed_checkpoint, tmp_path_factory):
     """What the mixed checkpoint means, in float32."""
     folder = tmp_path_factory.mktemp("dequantized") / "model"
-    command = [sys.executable, "-m", "offline.dequantize", str(mixed_checkpoint), str(folder), "--dtype", "float32"]
-    subprocess.run(command, check=True)
+    run_alphaq("dequantize", mixed_checkpoint, folder, "--dtype", "float32")
     return folder

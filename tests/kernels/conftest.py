@@ -86,6 +86,19 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", CASES, ids=lambda case: case.name)
 
 
+def pytest_collection_modifyitems(items):
+    """Cases that a module does not count among its ``QUICK`` ones are for when the kernels change."""
+    for item in items:
+        quick = getattr(getattr(item, "module", None), "QUICK", None)
+        if (
+            quick
+            and "case" in item.fixturenames
+            and item.callspec.id not in quick
+            and not item.get_closest_marker("gpu")
+        ):
+            item.add_marker(pytest.mark.kernels)
+
+
 @dataclass(frozen=True)
 class Problem:
     """The arguments of ``fused_moe`` and what it must return, in float64."""

@@ -1,8 +1,9 @@
 """What loading takes, measured in a process of its own.
 
-python -m tests.serving.loading_memory '{"quantization": "alphaq"}' FIRST CHECKPOINT
+python -m tests.serving.loading_memory FIRST '[["CHECKPOINT", {"max_model_len": 64}]]'
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -38,29 +39,54 @@ def save_wide_model(folder):
     ]
 
 
-def loading_memory(first, checkpoint, **arguments):
-    """The greatest bytes allocated while ``checkpoint`` loads, above those before, and the bytes that the model holds.
+def loading_memory(first, models):
+    """What loading each of some models takes, one after the other in one process.
 
-    first: a checkpoint to load before it, because the first also loads vLLM's code; arguments: vLLM's.
+    first: a checkpoint to load before them, because the first also loads vLLM's code; models: folders, each with
+    arguments for vLLM. Returns for each the greatest bytes allocated while it loads, above those before; the bytes that
+    the model holds; those of its experts; and those of the largest new tensor of integers that is not in the model.
     """
-    command = [sys.executable, "-m", "tests.serving.loading_memory", json.dumps(arguments), str(first), str(checkpoint)]
+    command = [sys.executable, "-m", "tests.serving.loading_memory", str(first), json.dumps(models)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     return json.loads(output.split("RESULT")[1])
 
 
-def main():
-    # Imports vLLM, which the tests that call this need not.
-    from tests.reliability.loading import load, one_rank
+def measure(checkpoint, arguments):
+    before = storages(integers())
+    with sampled(allocated_bytes, 0.001) as samples:
+        model = load(checkpoint, **arguments)
+    peak = max(size for _, size in samples) - samples[0][1]
+    experts = [module for module in model.modules() if type(module).__name__ == "RoutedExperts"]
+    held = storages(tensors_of(model))
+    of_experts = storages(tensor for module in experts for tensor in tensors_of(module))
+    others = [size for place, size in storages(integers()).items() if place not in held.keys() | before.keys()]
+    return [peak, sum(held.values()), sum(of_experts.values()), max(others, default=0)]
 
-    arguments, first, checkpoint = json.loads(sys.argv[1]), *sys.argv[2:]
+
+def integers():
+    """Tensors like those that hold packed words."""
+    gc.collect()
+    return [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.dtype == torch.int32]
+
+
+def tensors_of(module):
+    return [*module.parameters(), *module.buffers()]
+
+
+def storages(tensors):
+    """The bytes of each piece of memory, by its place."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def main():
+    first, models = sys.argv[1], json.loads(sys.argv[2])
     with one_rank(tempfile.mkdtemp()):
         load(first)
-        with sampled(allocated_bytes, 0.001) as samples:
-            model = load(checkpoint, **arguments)
-    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    print("RESULT", json.dumps([max(size for _, size in samples) - samples[0][1], sum(held.values())]))
+        print("RESULT", json.dumps([measure(*model) for model in models]))
 
 
 if __name__ == "__main__":
+    # Imports vLLM, which the tests that start this need not.
+    from tests.reliability.loading import load, one_rank
+
     main()

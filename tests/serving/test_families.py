@@ -1,9 +1,8 @@
 """Every family: a checkpoint that transformers wrote, converted and loaded by vLLM, against the dequantized weights."""
 
 import json
-import subprocess
-import sys
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -13,9 +12,9 @@ from alphaq_vllm import convert, dequantize
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
 from tests.offline.conftest import COMMON, CONFIGS
+from tests.serving.scoring import PROMPT, score
 
 ON_GPU = torch.cuda.is_available()
-PROMPT = list(range(3, 63))
 # What vLLM's kernels for latent attention ask for.
 MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 HYBRID = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
@@ -45,26 +44,15 @@ FAMILIES = (
     *ALWAYS, "deepseek_v3", "glm4_moe", "granitemoe", "granitemoeshared", "llama4", "llama4_text", "minimax_m2",
     "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
 )  # fmt: skip
-SCORE = """
-import gc, json, os, sys
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-from vllm import LLM, SamplingParams
-prompt = json.loads(sys.argv[2])
-sizes = {"max_model_len": 128, "max_num_seqs": 2}
-text = {"language_model_only": True, "skip_tokenizer_init": True}
-llm = LLM(sys.argv[1], enforce_eager=True, **json.loads(sys.argv[3]), **sizes, **text)
-options = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-(output,) = llm.generate({"prompt_token_ids": prompt}, options)
-print("SCORES", json.dumps([e[t].logprob for e, t in zip(output.prompt_logprobs[1:], prompt[1:])]))
-"""
 
 
-def scored_by_vllm(model, arguments):
-    command = [sys.executable, "-c", SCORE, str(model), json.dumps(PROMPT), json.dumps(arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return torch.tensor(json.loads(result.stdout.split("SCORES")[1]))
+@pytest.fixture(scope="module")
+def vllm():
+    """Processes that begin with vLLM imported, one for each call."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        yield pool
 
 
 @torch.inference_mode()
@@ -99,7 +87,7 @@ def save_model(model_type, folder):
 @pytest.mark.parametrize(
     "model_type", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
 )
-def test_vllm_gives_the_log_probabilities_of_the_dequantized_model(model_type, tmp_path):
+def test_vllm_gives_the_log_probabilities_of_the_dequantized_model(model_type, vllm, tmp_path):
     if model_type in TORCHVISION:
         pytest.importorskip("torchvision")
     source, checkpoint, dequantized = (tmp_path / name for name in ("source", "checkpoint", "dequantized"))
@@ -118,8 +106,12 @@ def test_vllm_gives_the_log_probabilities_of_the_dequantized_model(model_type, t
     if model_type.startswith("deepseek") and not ON_GPU:
         # The kernels that vLLM prefers on a CPU with AMX do not take float32.
         arguments["attention_backend"] = "CPU_MLA"
-    score = partial(scored_by_vllm, arguments=arguments) if model_type in VLLM_ALONE else scored_by_transformers
-    served, expected, original = scored_by_vllm(checkpoint, arguments), score(dequantized), score(source)
+
+    def scored_by_vllm(model):
+        return torch.tensor(vllm.submit(score, model, arguments).result())
+
+    reference = scored_by_vllm if model_type in VLLM_ALONE else scored_by_transformers
+    served, expected, original = scored_by_vllm(checkpoint), reference(dequantized), reference(source)
     assert (expected - original).abs().mean() > 0.02
     difference = (served - expected).abs()
     assert difference.mean() < 0.02

@@ -1,68 +1,58 @@
-"""What the loaded experts take, and what loading them takes."""
+"""What loaded experts take, and what loading them takes: quantized already, and quantized by vLLM."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from alphaq_vllm import convert
-from tests.serving.loading_memory import EXPERTS, SIZE, loading_memory, save_wide_model
+from tests.conftest import run_alphaq
+from tests.serving.loading_memory import EXPERTS, LAYERS, SIZE, loading_memory, save_wide_model
 
-MEASURE = """
-import gc, json, os, sys
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-import torch
-from vllm import LLM
-
-def expert_bytes(model):
-    held = {}
-    for module in model.modules():
-        if type(module).__name__ == "RoutedExperts":
-            for tensor in (*module.parameters(), *module.buffers()):
-                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(held.values())
-
-def largest_other_tensor(model):
-    named = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    tensors = (t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.dtype == torch.int32)
-    others = (t.untyped_storage() for t in tensors if t.untyped_storage().data_ptr() not in named)
-    return max((storage.nbytes() for storage in others), default=0)
-
-llm = LLM(sys.argv[1], quantization="alphaq", enforce_eager=True, max_model_len=128, max_num_seqs=2)
-gc.collect()
-result = [llm.apply_model(f)[0] for f in (expert_bytes, largest_other_tensor)]
-print("RESULT", json.dumps(result))
-"""
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="measures the memory of a CPU")
 
 
-def test_expert_parameters_hold_the_stored_bytes(mixed_checkpoint):
-    stored = largest_layer = 0
-    for shard in Path(mixed_checkpoint).glob("*.safetensors"):
-        with shard.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        sizes = {n: t["data_offsets"][1] - t["data_offsets"][0] for n, t in header.items() if ".experts." in n}
-        stored += sum(sizes.values())
-        largest_layer = max(largest_layer, sum(size for n, size in sizes.items() if n.endswith("weight_packed")))
-    output = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(mixed_checkpoint)], check=True, capture_output=True, text=True
-    ).stdout
-    held, other = json.loads(output.split("RESULT")[1])
-    assert abs(held - stored) <= 0.01 * stored
-    assert other < 0.1 * largest_layer, "packed words are kept twice"
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint with large layers, whose source lies beside it."""
+    folder = tmp_path_factory.mktemp("wide")
+    widths = {name: 2 + (i // 3 + i) % 3 for i, name in enumerate(save_wide_model(folder / "source"))}
+    (folder / "bit_map.json").write_text(json.dumps(widths))
+    checkpoint = folder / "checkpoint"
+    run_alphaq("convert", folder / "source", checkpoint, "--bit-map", folder / "bit_map.json", "--quantizer", "rtn")
+    return checkpoint
 
 
-def test_loading_takes_the_stored_bytes_and_at_most_a_layer(mixed_checkpoint, tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("measures the memory of a CPU")
-    widths = {name: 2 + (i // 3 + i) % 3 for i, name in enumerate(save_wide_model(tmp_path / "model"))}
-    checkpoint = tmp_path / "checkpoint"
-    convert(tmp_path / "model", checkpoint, bit_map=widths, quantizer="rtn")
+@pytest.fixture(scope="module")
+def measured(mixed_checkpoint, checkpoint):
+    """What loading the checkpoint takes, and what loading its source, which vLLM quantizes."""
+    settings = {"quant_method": "alphaq", "bit_map": str(checkpoint.with_name("bit_map.json")), "quantizer": "rtn"}
+    online = {"skip_tokenizer_init": True, "hf_overrides": {"quantization_config": settings}}
+    models = [(str(checkpoint), {"skip_tokenizer_init": True}), (str(checkpoint.with_name("source")), online)]
+    return loading_memory(mixed_checkpoint, models)
+
+
+def test_experts_hold_the_stored_bytes(measured, checkpoint):
+    stored = 0
+    for shard in checkpoint.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            stored += sum(file.get_tensor(name).nbytes for name in file.keys() if ".experts." in name)  # noqa: SIM118
+    for _, _, experts, other in measured:
+        assert abs(experts - stored) <= 0.01 * stored
+        assert other < 0.1 * stored / LAYERS, "packed words are kept twice"
+
+
+@on_cpu
+def test_loading_takes_the_stored_bytes_and_at_most_a_layer(measured, checkpoint):
     stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     layer = EXPERTS * 3 * SIZE * SIZE * (3 + 32 / 128) / 8
-    peak, _ = loading_memory(mixed_checkpoint, checkpoint)
+    peak, *_ = measured[0]
     assert 0.9 * stored <= peak <= stored + layer
+
+
+@on_cpu
+def test_quantizing_while_loading_takes_the_quantized_bytes_and_less_than_a_layer(measured):
+    layer = 2 * EXPERTS * 3 * SIZE * SIZE
+    peak, held, *_ = measured[1]
+    assert held < 1.5 * layer
+    assert 0.9 * held <= peak <= held + layer

@@ -19,12 +19,16 @@ from tests.emulator import driver
 from tests.emulator.driver import emulated
 from tests.emulator.memory import MemoryFault
 
-# Compute capabilities that differ in matrix instructions or tiles.
-CAPABILITIES = [80, 90, 100, 120]
-# What generation 9 runs all of, the others run these of; `make test-long` all.
-SHORT = {
-    *("width-3", "width-8", "group-64", "group-128-many-tokens", "300-tokens", "foreign-experts", "no-token"),
-    *("16-tokens", "40-tokens-group-128", "100-tokens-all-widths", "200-tokens-group-128", "300-tokens-group-64"),
+# Compute capabilities that differ in matrix instructions, tiles or shared memory.
+CAPABILITIES = [80, 89, 90, 100, 120]
+# Those that `make test` runs: each generation's tiles, each dtype, few and many routes.
+QUICK = {
+    *("one-token-torch.bfloat16-80", "16-tokens-torch.float16-80", "63-tokens-torch.bfloat16-80"),
+    *("300-tokens-torch.bfloat16-80", "group-128-many-tokens-torch.bfloat16-90", "padding-torch.float16-90"),
+    *("width-8-torch.bfloat16-90", "one-expert-only-torch.bfloat16-90", "300-tokens-torch.float16-90"),
+    *("one-token-torch.float16-100", "one-expert-only-torch.bfloat16-100", "100-tokens-padding-torch.bfloat16-100"),
+    *("300-tokens-torch.bfloat16-100", "one-token-torch.bfloat16-120", "16-tokens-torch.bfloat16-120"),
+    *("one-expert-only-torch.bfloat16-120", "300-tokens-torch.float16-120"),
 }
 
 
@@ -42,29 +46,15 @@ def run_compiled(monkeypatch):
     return run
 
 
-def matches_reference(run_compiled, problem, dtype, sm, assert_close):
+@pytest.mark.parametrize("sm", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_kernels_match_reference(case, dtype, sm, run_compiled, make_problem, assert_close, poisoned_empty):
+    problem = make_problem(case, dtype)
     many_routes = problem.routing.topk_ids.numel() > MAX_DIRECT_ROUTES
     assert_close(run_compiled(problem, sm), problem.expected, dtype, many_routes)
 
 
-@pytest.mark.parametrize("sm", CAPABILITIES)
-def test_compiled_kernels_match_reference(case, sm, run_compiled, make_problem, assert_close, poisoned_empty):
-    if sm != 90 and case.name not in SHORT:
-        pytest.skip("make test-long runs it")
-    problem = make_problem(case, torch.bfloat16)
-    matches_reference(run_compiled, problem, torch.bfloat16, sm, assert_close)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("sm", [*CAPABILITIES, 89])
-def test_compiled_kernels_match_reference_in_every_case(
-    case, sm, dtype, run_compiled, make_problem, assert_close, poisoned_empty
-):
-    matches_reference(run_compiled, make_problem(case, dtype), dtype, sm, assert_close)
-
-
-@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("sm", [pytest.param(80, marks=pytest.mark.kernels), 90])
 def test_compiled_kernels_repeat_to_the_bit(sm, cases, run_compiled, make_problem):
     problem = make_problem(cases["63-tokens"], torch.float16)
     assert torch.equal(run_compiled(problem, sm), run_compiled(problem, sm))
@@ -100,19 +90,20 @@ def test_the_emulator_notices_missing_order(sm, ordering, cases, run_compiled, m
         run_compiled(problem, sm)
 
 
-def test_cases_reach_every_tile(cases):
-    """Of each generation, and so do those that are run for all generations."""
-    for generation in TILES:
-        chosen = {
-            choose_tiles(case.num_tokens * case.top_k, case.num_experts, generation, max(case.widths))
-            for case in cases.values()
+@pytest.mark.parametrize("sm", [80, 90, 100, 120])
+def test_cases_reach_every_tile(cases, sm):
+    """All of them do, and so do the quick ones alone."""
+
+    def reached(some):
+        return {
+            choose_tiles(case.num_tokens * case.top_k, case.num_experts, sm // 10, max(case.widths))
+            for case in some
             if case.num_tokens and case.routing != "foreign"
         }
-        assert chosen >= set(TILES[generation])
-        in_short = {name for name in SHORT if max(cases[name].widths) <= 4}
-        assert {
-            choose_tiles(cases[n].num_tokens * cases[n].top_k, cases[n].num_experts, generation, 4) for n in in_short
-        } >= set(TILES[generation])
+
+    quick = [cases[name.split("-torch.")[0]] for name in QUICK if name.endswith(f"-{sm}")]
+    assert reached(cases.values()) >= set(TILES[sm // 10])
+    assert reached(quick) >= set(TILES[sm // 10])
 
 
 def empty_weights(num_experts: int, N: int, K: int) -> MoEWeights:

@@ -8,7 +8,18 @@ import torch
 from alphaq_vllm.kernels import fused_moe
 from alphaq_vllm.kernels.triton import devices, layer
 from alphaq_vllm.kernels.triton.blocks import MAX_DIRECT_ROUTES
-from alphaq_vllm.kernels.triton.tiles import TILES
+
+# Every width, every way to make blocks, and what emulated GPUs are not asked.
+QUICK = {
+    "group-32-all-widths-torch.float16",
+    "one-expert-only-torch.bfloat16",
+    "all-skipped-torch.float16",
+    "no-token-torch.float16",
+    "130-tokens-foreign-torch.bfloat16",
+    "clamped-swiglu-and-bias-torch.float16",
+    "gelu-torch.bfloat16",
+    "weight-on-input-torch.float16",
+}
 
 
 def has_many_routes(problem):
@@ -53,27 +64,6 @@ def test_takes_tokens_in_passes_that_fit_the_workspace(cases, make_problem, asse
     finally:
         interpreter.submit(exec, patch.format(2**29)).result()
     assert_close(actual, problem.expected, torch.float16)
-
-
-def test_warm_up_meets_every_tile_and_both_ways_to_make_blocks(default_case, make_problem, interpreter):
-    problem = make_problem(default_case, torch.float16).to("cpu")
-    patch = "import alphaq_vllm.kernels.triton.layer as m; m.{} = {}"
-    record = (
-        "lambda x, weights, routing: seen.append("
-        "(m.choose_tiles(routing.topk_ids.numel(), 4, 9, 4), routing.topk_ids.numel() > 256))"
-    )
-    interpreter.submit(
-        exec, "import builtins, alphaq_vllm.kernels.triton.layer as m\nbuiltins.seen = []; builtins.m = m"
-    ).result()
-    interpreter.submit(exec, patch.format("original", "m.fused_moe")).result()
-    interpreter.submit(exec, patch.format("fused_moe", record)).result()
-    try:
-        interpreter.submit(layer.warm_up, problem.weights, 2, torch.float16).result()
-        seen = interpreter.submit(eval, "seen").result()
-    finally:
-        interpreter.submit(exec, patch.format("fused_moe", "m.original")).result()
-    assert {tiles for tiles, _ in seen} == set(TILES[9])
-    assert {is_sorted for _, is_sorted in seen} == {False, True}
 
 
 @pytest.mark.gpu

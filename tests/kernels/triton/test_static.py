@@ -10,6 +10,7 @@ import pytest
 
 from alphaq_vllm.kernels.triton.tiles import TILES, tiles_for
 
+kernels = pytest.mark.kernels
 # Bytes of shared memory that one program may have (CUDA programming guide, table of compute capabilities).
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Integer instructions per weight by width and block_m, as benchmarks.kernels --static defines them. Only to be lowered.
@@ -38,14 +39,13 @@ def compiled(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in output.splitlines()]
 
 
+@pytest.mark.parametrize("width", [pytest.param(2, marks=kernels), 3, pytest.param(4, marks=kernels)])
 @pytest.mark.parametrize("sm", CEILINGS)
-def test_inner_loops_stay_below_the_recorded_ceilings(sm):
-    rows = compiled("--sm", str(sm))
-    assert {(row["widths"][0], row["block_m"]) for row in rows} == {
-        (width, tiles.block_m) for width in (2, 3, 4) for tiles in TILES[sm // 10]
-    }
+def test_inner_loops_stay_below_the_recorded_ceilings(sm, width):
+    rows = compiled("--sm", str(sm), "--widths", str(width))
+    assert {row["block_m"] for row in rows} == {tiles.block_m for tiles in TILES[sm // 10]}
     for row in rows:
-        (width,) = row["widths"]
+        assert row["widths"] == [width]
         assert row["integer_per_weight"] <= CEILINGS[sm][width][row["block_m"]], row
         assert row["spilled_bytes"] == 0, row
         # Four words of 32 codes are 16 bytes a thread for each bit of the width.
@@ -57,6 +57,7 @@ def test_inner_loops_stay_below_the_recorded_ceilings(sm):
         assert row["matrix"] == {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[sm]
 
 
+@kernels
 @pytest.mark.parametrize(("sm", "dtype", "widths"), [(89, "fp16", "1,8"), (90, "fp16", "3,5"), (90, "bf16", "6,7,8")])
 def test_other_widths_and_dtypes_compile_without_spills(sm, dtype, widths):
     for row in compiled("--sm", str(sm), "--dtype", dtype, "--widths", widths):
@@ -64,6 +65,7 @@ def test_other_widths_and_dtypes_compile_without_spills(sm, dtype, widths):
         assert row["shared_bytes"] <= SHARED_MEMORY[sm], row
 
 
+@kernels
 @pytest.mark.parametrize(
     ("sm", "widths", "projections"),
     [*((sm, (2, 3, 4), 2) for sm in (80, 90, 100, 120)), (90, (2, 3, 4), 1), (90, (3, 8), 2)],
@@ -82,7 +84,7 @@ def test_mixed_widths_compile_without_spills(sm, widths, projections):
     assert all(row["spilled_bytes"] == 0 for row in rows)
     # The registers that the tiles' table grants are what lets so many run at a time.
     if sm == 90 and max(widths) <= 4:
-        assert [(row["block_m"], row["programs"]) for row in rows] == [(16, 4), (32, 3), (64, 2), (128, 1)]
+        assert all(row["programs"] >= {16: 4, 32: 3, 64: 2, 128: 1}[row["block_m"]] for row in rows)
 
 
 COMPILE_ALL_ELSE = """
@@ -113,5 +115,6 @@ for sm, (ids, absent) in product((80, 90, 100), (("*i32", ("expert_map_ptr", "bi
 """
 
 
+@kernels
 def test_the_other_kernels_compile():
     subprocess.run([sys.executable, "-c", COMPILE_ALL_ELSE], check=True)

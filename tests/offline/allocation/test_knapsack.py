@@ -67,7 +67,8 @@ def test_allocate_of_45000_matrices_is_fast_and_tight(widths, sizes, gamma, aver
     costs, numel = realistic(45_000, widths, gamma, sizes)
     start = time.process_time()
     allocation = allocate(costs, numel, widths, average_bits)
-    assert time.process_time() - start < 2
+    # Usually less than one; what grows with the square of the matrices takes an hour.
+    assert time.process_time() - start < 30
     assert 0 <= allocation.gap < 1e-5
     assert allocation.gap == pytest.approx((allocation.cost - allocation.lower_bound) / allocation.cost, abs=1e-12)
     assert allocation.average_bits <= average_bits

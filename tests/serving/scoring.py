@@ -1,0 +1,19 @@
+"""What vLLM makes of a prompt, without a server: for processes that end with it."""
+
+import os
+
+PROMPT = list(range(3, 63))
+
+
+def score(model, arguments):
+    """The log-probabilities of the prompt's tokens but the first."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm import LLM, SamplingParams
+
+    sizes = {"max_model_len": 128, "max_num_seqs": 2}
+    text = {"language_model_only": True, "skip_tokenizer_init": True}
+    llm = LLM(str(model), enforce_eager=True, **arguments, **sizes, **text)
+    options = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    (output,) = llm.generate({"prompt_token_ids": PROMPT}, options)
+    return [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], PROMPT[1:], strict=True)]
