@@ -194,6 +194,7 @@ FORMS: dict[str, tuple[Callable[..., Value], list, tuple[str, ...]]] = {
     "div": (_divide, [None, None], LONG_INTEGERS),
     # Within 2 ulp, here nearer.
     "div.full": (np.divide, [None, None], ("f32",)),
+    "div.approx": (np.divide, [None, None], ("f32",)),
     "rem": (np.fmod, [None, None], LONG_INTEGERS),
     "min": (minimum, [None, None], (*LONG_INTEGERS, "f32")),
     "max": (maximum, [None, None], (*LONG_INTEGERS, "f32")),
@@ -213,7 +214,7 @@ FORMS: dict[str, tuple[Callable[..., Value], list, tuple[str, ...]]] = {
     "selp": (lambda a, b, p: np.where(p, a, b), [None, None, lambda _: bool], (*BITS, "f32")),
 }
 # Those that have a form that flushes subnormal numbers.
-FLUSHING = ("add", "sub", "mul", "fma.rn", "div.full", "min", "max", "ex2.approx")
+FLUSHING = ("add", "sub", "mul", "fma.rn", "div.full", "div.approx", "min", "max", "ex2.approx")
 ORDERS = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
 EQUALITIES = {"eq": np.equal, "ne": np.not_equal}
 FLOAT_COMPARISONS = {

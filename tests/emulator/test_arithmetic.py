@@ -81,6 +81,8 @@ SPECIAL = [
     ("fma.rn.f32", (1.0, 1.0 + 2.0**-23, -(2.0**-24) + 2.0**-48), 1.0 + 2.0**-23),
     *(("div.full.f32", (1.0, 0.0), INFINITE), ("div.full.f32", (0.0, 0.0), NAN), ("div.full.f32", (-3.0, 2.0), -1.5)),
     ("div.full.ftz.f32", (LEAST, 1.0), 0.0),
+    *(("div.approx.f32", (1.0, 0.0), INFINITE), ("div.approx.f32", (-3.0, 2.0), -1.5)),
+    ("div.approx.ftz.f32", (LEAST, 1.0), 0.0),
     *(
         ("ex2.approx.f32", (x,), y)
         for x, y in ((-INFINITE, 0.0), (INFINITE, INFINITE), (-0.0, 1.0), (-127.0, 2.0**-127))
@@ -267,7 +269,9 @@ def test_every_opcode_has_vectors_and_agrees(opcode):
     assert any([check(opcode) for check in checks])
 
 
-@pytest.mark.parametrize(("opcode", "bound"), [("ex2.approx.f32", 2.0**-22), ("div.full.f32", 2.0**-22)])
+@pytest.mark.parametrize(
+    ("opcode", "bound"), [("ex2.approx.f32", 2.0**-22), ("div.full.f32", 2.0**-22), ("div.approx.f32", 2.0**-22)]
+)
 def test_approximations_are_within_the_bounds_of_ptx(opcode, bound):
     rng = np.random.default_rng(0)
     values = [rng.uniform(-120, 120, 256).astype(np.float32), rng.uniform(1, 9, 256).astype(np.float32)]

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from alphaq_vllm import convert
-from offline import convert as command
+from offline.operations import convert as operation
 from offline.writing import writer
 
 SHARD = 600_000
@@ -355,7 +355,7 @@ def mount(tmp_path):
 def test_convert_survives_a_disk_that_fills_up(source, expected, mount, monkeypatch, workers):
     disk = mount()
     # Room enough for the check, but not any more when the shards are written.
-    monkeypatch.setattr(command, "check_output", lambda *arguments: None)
+    monkeypatch.setattr(operation, "check_output", lambda *arguments: None)
     (disk / "other").write_bytes(bytes(7_000_000))
     with pytest.raises(OSError, match=r"No space left on device: .*`resume`") as caught:
         convert(
