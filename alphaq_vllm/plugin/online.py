@@ -61,12 +61,8 @@ def choose_online(model: str, revision: str | None, settings: Mapping[str, Any])
     """
     start = time.monotonic()
     options = _options(settings)
-    widths, room, group_size, quantizer = (
-        options.widths(),
-        options.room(),
-        options.group_size,
-        options.quantizer or "mse",
-    )
+    widths, room, group_size = options.widths(), options.room(), options.group_size
+    quantizer = options.quantizer or "mse"
     source = open_checkpoint(model, revision)
     _check_source(source)
     every_expert = find_experts(source)

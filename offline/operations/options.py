@@ -20,6 +20,7 @@ from offline.allocation.sizes import Room, fit_memory, target_size
 from offline.allocation.widths import MODES, Budget
 from offline.model.text import Calibration
 from offline.progress import parse_bytes
+from offline.quantizers.grids import GRIDS
 from offline.quantizers.quantize import QUANTIZERS
 from offline.source.selection import Selection
 from offline.writing.writer import DEFAULT_SHARD_BYTES
@@ -245,6 +246,8 @@ class MeasureOptions:
 
     def __post_init__(self) -> None:
         self.budget()
+        if self.quantizer not in GRIDS:
+            raise ValueError(f"`quantizer`: expected one of {', '.join(GRIDS)}, got {self.quantizer!r}")
 
     def budget(self, noise: str = Budget.noise) -> Budget:
         """A budget that needs what is to be measured; noise: unless the user names one."""

@@ -146,6 +146,14 @@ def test_options_refuse(fields, message):
     assert str(caught.value).startswith(message)
 
 
+def test_what_is_measured_is_checked():
+    with pytest.raises(ValueError, match="`quantizer`: expected one of mse, rtn, hqq, got 'gptq'"):
+        MeasureOptions(quantizer="gptq")
+    with pytest.raises(ValueError, match="`candidate_bits`: expected ascending widths"):
+        MeasureOptions(candidate_bits=(9,))
+    assert MeasureOptions(candidate_bits="2,8", noise="propagated").budget().measured_widths == (2, 8)
+
+
 def test_settings_of_another_program_are_refused_by_name():
     with pytest.raises(ValueError, match="got workers, which only a conversion takes: leave them out"):
         options_from({"workers": 2}, ["bits"])
