@@ -7,6 +7,8 @@ OLDEST_VLLM = 0.27.1
 BENCH_ARGS ?=
 
 # Each of the workers runs whole files, one after the other, with its share of the cores. A GPU is not shared.
+# The order is that of collection: servers, which take longest, first, and vLLM's models, which change transformers'
+# PhiMoE in their process, after the converter's tests.
 WORKERS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
 PYTEST = .venv-test/bin/python -m pytest
 SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
