@@ -10,6 +10,7 @@ import torch
 from alphaq_vllm.plugin.support import has_cpu_int4_kernel
 from benchmarks.fidelity import measure
 from benchmarks.server import vllm_server
+from tests.serving.comparison import TWO_RANKS_ON_CPUS
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests" / "models" / "docs-moe"
@@ -36,7 +37,7 @@ def test_server_with_quantized_linear_layers_gives_the_log_probabilities_of_the_
     ]
     subprocess.run([*command, "--linear-bits", linear_bits], check=True)
     two_ranks = ["--tensor-parallel-size", "2"] if torch.cuda.device_count() != 1 else []
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if two_ranks else None
+    environment = TWO_RANKS_ON_CPUS if two_ranks else None
     text = (ROOT / "LICENSE").read_text()
     # bfloat16 would bury small faults: on this model two programs differ by 0.03 without any quantization.
     result = measure(checkpoint, text, 2048, "float16", two_ranks, work=tmp_path, environment=environment)
