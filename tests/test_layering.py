@@ -1,6 +1,7 @@
 """What each room may import. Arrows point one way; README and docs/development.md draw the same picture."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,17 @@ def test_nobody_but_the_commands_parses_arguments():
     for name, path in NAMES.items():
         if name not in COMMANDS | {"offline.cli"}:
             assert "argparse" not in path.read_text(), name
+
+
+def test_nobody_but_the_commands_spells_options():
+    for name, path in NAMES.items():
+        if name.startswith("offline.") and name not in COMMANDS | {"offline.cli", "offline.__main__"}:
+            tree = ast.parse(path.read_text())
+            docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and n not in docstrings]
+            options = {option for text in texts if isinstance(text, str) for option in re.findall(r"--[a-z][a-z-]*", text)}
+            # How vLLM is called.
+            assert options <= {"--quantization"}, name
 
 
 def test_only_guests_import_offline():

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from filelock import FileLock
 
@@ -30,7 +31,7 @@ def cache_directory() -> Path:
 def cached_statistics(job: Job, budget: Budget) -> tuple[Statistics, str]:
     """The statistics of all of a source's experts that a budget needs, and a sentence on where they come from.
 
-    They are measured by ``offline.measure`` in a process of its own, which returns the memory that it took, unless a
+    They are measured in a process of its own, which returns the memory that it took, unless a
     file is there of the same source, settings and version. A file is whole or absent, and programs that start together
     measure once.
     Raises ValueError if measuring fails.
@@ -59,17 +60,19 @@ def cached_statistics(job: Job, budget: Budget) -> tuple[Statistics, str]:
 
 
 def _measure(job: Job, noise: str, widths: tuple[int, ...], output: Path) -> None:
-    """Run ``offline.measure``, whose progress and errors go where this process's do."""
-    # Not -m, which would take a folder named offline in the working directory.
-    path = [str(Path(offline.__file__).parents[1]), *sys.path]
-    code = (
-        f"import sys; sys.path[:] = {path!r}; from offline.cli import run; from offline.measure import main; run(main)"
-    )
-    command = [sys.executable, "-c", code, str(job.source.path), "-o", str(output), "--noise", noise]
-    command += ["--group-size", str(job.group_size), "--quantizer", job.quantizer]
+    """Run ``measure`` in a process, whose progress and errors go where this process's do."""
+    options: dict[str, Any] = {"noise": noise, "group_size": job.group_size, "quantizer": job.quantizer}
     if widths:
-        command += ["--candidate-bits", ",".join(map(str, widths))]
-    status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        options["candidate_bits"] = widths
+    # Not -m, which would take a folder named offline in the working directory.
+    code = f"""
+import sys
+sys.path[:] = {[str(Path(offline.__file__).parents[1]), *sys.path]!r}
+from offline.cli import run
+from offline.operations.measure import measure
+run(lambda _: measure({str(job.source.path)!r}, {str(output)!r}, **{options!r}))
+"""
+    status = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode
     if status:
         raise ValueError(
             f"{job.model}: expected to measure its expert matrices, got exit status {status} of offline.measure: "

@@ -104,7 +104,7 @@ class Statistics:
         if gains and not self.has_gains:
             raise ValueError(
                 f"{self.path}: expected the column {_GAIN} for `noise=propagated`, got none: measure again with "
-                "--noise propagated"
+                "`noise=propagated`"
             )
 
     def of(self, names: Iterable[str]) -> list[MatrixStats]:
