@@ -14,6 +14,7 @@ first, without importing transformers.
 from __future__ import annotations
 
 from importlib import import_module
+from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 from alphaq_vllm._offline import check_offline
@@ -53,15 +54,14 @@ def __dir__() -> list[str]:
 def register() -> None:
     """Make ``--quantization alphaq`` known to vLLM; the entry point of ``vllm.general_plugins``, safe to call again.
 
-    Warns of a version of vLLM that was not tested. Raises ImportError for one without the interface that is needed.
+    It never raises: vLLM calls it in every process, and would serve no model at all. What is wrong is said when an
+    AlphaQ checkpoint is to be served.
     """
-    from alphaq_vllm.plugin._compat import ModelRegistry, check_interface, check_version
-
-    check_version()
-    check_interface()
-    from alphaq_vllm.plugin.config import AlphaQConfig  # noqa: F401
-
-    ModelRegistry.register_model("GptOssForCausalLM", "alphaq_vllm.plugin.gpt_oss:GptOssForCausalLM")
+    try:
+        from alphaq_vllm.plugin import config  # noqa: F401
+    except Exception as error:
+        # vLLM shows messages of loggers below its own only.
+        getLogger("vllm.alphaq").warning("This vLLM has no place for --quantization alphaq: %s", error)
 
 
 register_when_imported()

@@ -103,7 +103,9 @@ def test_nobody_but_the_commands_spells_options():
             tree = ast.parse(path.read_text())
             docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
             texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and n not in docstrings]
-            options = {option for text in texts if isinstance(text, str) for option in re.findall(r"--[a-z][a-z-]*", text)}
+            options = {
+                option for text in texts if isinstance(text, str) for option in re.findall(r"--[a-z][a-z-]*", text)
+            }
             # How vLLM is called.
             assert options <= {"--quantization"}, name
 

@@ -1,30 +1,27 @@
-"""AlphaQ as vLLM's quantization ``alphaq``: which layer is served by which method."""
+"""AlphaQ as vLLM's quantization ``alphaq``: which layer is served by which method.
+
+Imported in every process of vLLM, whatever that serves. So what only AlphaQ needs is imported when a config is made,
+and a version of vLLM that lacks some of it is an error for AlphaQ alone.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from alphaq_vllm._offline import check_offline
 from alphaq_vllm.format import QUANT_METHOD, SHARD_IDS, AlphaQSpec
-from alphaq_vllm.plugin._compat import (
-    LinearBase,
-    QuantizationConfig,
-    QuantizeMethodBase,
-    RoutedExperts,
-    UnquantizedLinearMethod,
-    WeightsMapper,
-    register_quantization_config,
-)
-from alphaq_vllm.plugin.files import check_files
-from alphaq_vllm.plugin.linear import AlphaQLinearMethod
-from alphaq_vllm.plugin.moe import AlphaQMoEMethod
-from alphaq_vllm.plugin.report import LoadReport
-from alphaq_vllm.plugin.support import GPT_OSS_ACTIVATION
+
+if TYPE_CHECKING:
+    from alphaq_vllm.plugin._compat import RoutedExperts, WeightsMapper
+    from alphaq_vllm.plugin.linear import AlphaQLinearMethod
+    from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -36,6 +33,12 @@ class AlphaQConfig(QuantizationConfig):
     """
 
     def __init__(self, spec: AlphaQSpec | None = None, settings: Mapping[str, Any] | None = None) -> None:
+        from alphaq_vllm.plugin import _compat
+        from alphaq_vllm.plugin.report import LoadReport
+
+        _compat.check_version()
+        _compat.check_interface()
+        _take_models()
         super().__init__()
         self.settings = settings or {}
         self.quantizer: str | None = None
@@ -47,6 +50,11 @@ class AlphaQConfig(QuantizationConfig):
         self.group_size = spec.group_size
         self.num_bits = dict(spec.num_bits)
         self.linear = dict(spec.linear)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be what vLLM sends to its workers, each of which is a new process."""
+        self.__dict__.update(state)
+        _take_models()
 
     def __repr__(self) -> str:
         return f"AlphaQConfig(group_size={self.group_size}, modules={len(self.num_bits)}, linear={len(self.linear)})"
@@ -80,6 +88,8 @@ class AlphaQConfig(QuantizationConfig):
         Raises ValueError or OSError as ``check_sums`` and ``choose_online`` do.
         """
         if self.decided:
+            from alphaq_vllm.plugin.files import check_files
+
             check_files(Path(model_name))
             return
         check_offline()
@@ -119,6 +129,8 @@ class AlphaQConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """AlphaQ for the experts and linear layers that the config names; the rest stays as it is in the checkpoint."""
+        from alphaq_vllm.plugin._compat import LinearBase, RoutedExperts, UnquantizedLinearMethod
+
         method: AlphaQMoEMethod | AlphaQLinearMethod | None = None
         if isinstance(layer, RoutedExperts):
             method = self._experts_method(layer, prefix)
@@ -144,6 +156,9 @@ class AlphaQConfig(QuantizationConfig):
             from alphaq_vllm.plugin.online import OnlineMoEMethod
 
             return OnlineMoEMethod(*arguments, quantizer=self.quantizer)
+        from alphaq_vllm.plugin.moe import AlphaQMoEMethod
+        from alphaq_vllm.plugin.support import GPT_OSS_ACTIVATION
+
         if layer.moe_config.activation.value == GPT_OSS_ACTIVATION:
             from alphaq_vllm.plugin.gpt_oss import GptOssMoEMethod
 
@@ -170,6 +185,8 @@ class AlphaQConfig(QuantizationConfig):
         )
 
     def _linear_method(self, prefix: str) -> AlphaQLinearMethod | None:
+        from alphaq_vllm.plugin.linear import AlphaQLinearMethod
+
         parent, _, name = prefix.rpartition(".")
         fused = [] if prefix in self.linear else self.packed_modules_mapping.get(name, [])
         parts = [f"{parent}.{part}" for part in fused] or [prefix]
@@ -179,3 +196,13 @@ class AlphaQConfig(QuantizationConfig):
                 f"{prefix}: vLLM fuses {', '.join(parts)}, so they must be stored alike, got {formats}: convert again"
             )
         return AlphaQLinearMethod(prefix, formats[0], parts) if formats[0] else None
+
+
+def _take_models() -> None:
+    """Have vLLM build AlphaQ's variants of its models, in this process, which has an AlphaQ checkpoint to serve.
+
+    They load other checkpoints as vLLM's own do.
+    """
+    from alphaq_vllm.plugin._compat import ModelRegistry
+
+    ModelRegistry.register_model("GptOssForCausalLM", "alphaq_vllm.plugin.gpt_oss:GptOssForCausalLM")

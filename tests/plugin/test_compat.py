@@ -58,20 +58,79 @@ def test_check_interface_names_both_versions_and_what_is_missing(monkeypatch):
         _compat.check_interface()
 
 
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 HIDE = """
+from vllm.model_executor.layers.quantization import get_quantization_config
+get_quantization_config("fp8")
 import vllm.model_executor.layers.fused_moe as fused_moe
 del fused_moe.RoutedExperts
 import alphaq_vllm
 alphaq_vllm.register()
+print(get_quantization_config("fp8").get_name())
+get_quantization_config("alphaq").from_config({})
 """
 
 
-def test_register_without_an_interface_names_both_versions():
-    result = subprocess.run([sys.executable, "-c", HIDE], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode != 0
+def test_an_interface_that_is_missing_concerns_alphaq_alone_and_is_named():
+    result = run(HIDE)
+    assert (result.returncode, result.stdout) == (1, "fp8\n")
     message = result.stderr.splitlines()[-1]
     assert message.startswith(f"ImportError: alphaq-vllm needs {RANGE}, got vLLM {_compat.vllm.__version__} (")
     assert "RoutedExperts" in message
+
+
+def test_register_never_raises():
+    code = """
+import vllm.model_executor.layers.quantization as quantization
+del quantization.register_quantization_config
+import alphaq_vllm
+alphaq_vllm.register()
+"""
+    result = run(code)
+    assert result.returncode == 0
+    assert "This vLLM has no place for --quantization alphaq: cannot import name" in result.stderr + result.stdout
+
+
+def test_registering_imports_hardly_anything():
+    code = """
+import sys
+import vllm.model_executor.layers.quantization.base_config
+before = set(sys.modules)
+import alphaq_vllm
+alphaq_vllm.register()
+new = set(sys.modules) - before
+assert all(name.startswith("alphaq_vllm") for name in new) and len(new) < 10, new
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_models_are_replaced_only_where_an_alphaq_checkpoint_is_served():
+    code = """
+import pickle, sys
+import alphaq_vllm
+from vllm.model_executor.models.registry import ModelRegistry
+def module():
+    return ModelRegistry.models["GptOssForCausalLM"].module_name
+alphaq_vllm.register()
+print(module())
+if sys.argv[1:]:
+    pickle.loads(bytes.fromhex(sys.argv[1]))
+else:
+    from alphaq_vllm.plugin.config import AlphaQConfig
+    config = pickle.dumps(AlphaQConfig())
+print(module())
+if not sys.argv[1:]:
+    print(config.hex())
+"""
+    theirs, ours, config = run(code).stdout.split()
+    assert (theirs, ours) == ("vllm.model_executor.models.gpt_oss", "alphaq_vllm.plugin.gpt_oss")
+    # As in a worker, to which vLLM sends the config.
+    result = subprocess.run([sys.executable, "-c", code, config], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [theirs, ours]
 
 
 def test_local_expert_ids_without_expert_parallelism_are_all():
