@@ -23,9 +23,20 @@ from offline.source.fingerprint import fingerprint
 
 
 def cache_directory() -> Path:
-    """Where statistics are kept: ``ALPHAQ_CACHE``, by default ``alphaq`` in the user's cache directory."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("ALPHAQ_CACHE") or user / "alphaq").expanduser()
+    """Where statistics are kept: ``ALPHAQ_CACHE``, by default ``alphaq`` in the user's cache directory.
+
+    Raises ValueError if there is no such place, for want of a home directory.
+    """
+    if chosen := os.environ.get("ALPHAQ_CACHE"):
+        return Path(chosen).expanduser()
+    if user := os.environ.get("XDG_CACHE_HOME"):
+        return Path(user, "alphaq")
+    try:
+        return Path.home() / ".cache" / "alphaq"
+    except RuntimeError:
+        raise ValueError(
+            "ALPHAQ_CACHE: expected a directory for statistics, got none, and the user has no home directory: set it"
+        ) from None
 
 
 def cached_statistics(job: Job, budget: Budget) -> tuple[Statistics, str]:
@@ -40,7 +51,12 @@ def cached_statistics(job: Job, budget: Budget) -> tuple[Statistics, str]:
     noise = budget.noise if widths else "analytic"
     key = json.dumps([sampled, job.group_size, noise, widths, job.quantizer, VERSION])
     path = directory / f"{job.source.path.resolve().name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.csv"
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{directory}: expected a directory for statistics, got {error}: set ALPHAQ_CACHE to one"
+        ) from error
     with FileLock(path.with_suffix(".lock")):
         again = ""
         if path.exists():
