@@ -7,7 +7,9 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 SUMS = "SHA256SUMS"
 # Files that no checkpoint has without a sum.
@@ -27,11 +29,23 @@ def render_sums(directory: Path) -> str:
     return "".join(f"{sha256(directory / name)}  {name}\n" for name in names)
 
 
-def check_sums(directory: Path) -> int:
-    """Compare all files with the sums that the conversion left; return how many.
+class Comparison(NamedTuple):
+    """Files that have a sum: all of them, those that are not there, and those with other contents."""
 
-    Raises FileNotFoundError or ValueError for a missing or malformed file of sums, for missing files and different
-    contents, and for files of the checkpoint that have no sum. Other files may have been added.
+    names: Sequence[str]
+    missing: Sequence[str]
+    different: Sequence[str]
+
+    def without(self, patterns: Sequence[str]) -> Comparison:
+        """The same, but for files whose names match one of some patterns."""
+        return Comparison(*([n for n in some if not any(fnmatchcase(n, p) for p in patterns)] for some in self))
+
+
+def compare_sums(directory: Path) -> Comparison:
+    """Compare all files with the sums that the conversion left. Other files may have been added.
+
+    Raises FileNotFoundError or ValueError for a missing or malformed file of sums, and for files of the checkpoint that
+    have no sum.
     """
     path = directory / SUMS
     if not path.is_file():
@@ -40,19 +54,37 @@ def check_sums(directory: Path) -> int:
         )
     sums = _parse(path)
     essential = {file.name for pattern in ESSENTIAL for file in directory.glob(pattern)}
-    if missing := sorted(essential - sums.keys()):
-        raise ValueError(f"{path}: expected a sum for every file of the checkpoint, got none for {_few(missing)}")
-    if missing := [name for name in sums if not (directory / name).is_file()]:
-        raise FileNotFoundError(f"{directory}: expected all files of {SUMS}, got no {_few(missing)}: copy it again")
+    if without := sorted(essential - sums.keys()):
+        raise ValueError(f"{path}: expected a sum for every file of the checkpoint, got none for {_few(without)}")
+    present = [name for name in sums if (directory / name).is_file()]
     # Python lets other threads run while it computes a sum.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(sha256, [directory / name for name in sums])
-        damaged = [name for (name, digest), sha in zip(sums.items(), found, strict=True) if sha != digest]
-    if damaged:
-        raise ValueError(
-            f"{directory}: expected the contents that {SUMS} states, got others in {_few(damaged)}: copy it again"
+        found = dict(zip(present, pool.map(sha256, [directory / name for name in present]), strict=True))
+    different = [name for name, digest in found.items() if digest != sums[name]]
+    return Comparison(list(sums), [name for name in sums if name not in found], different)
+
+
+def check_sums(directory: Path) -> int:
+    """Compare all files with the sums that the conversion left; return how many.
+
+    Raises FileNotFoundError or ValueError as ``compare_sums`` and ``refuse`` do.
+    """
+    comparison = compare_sums(directory)
+    refuse(directory, comparison)
+    return len(comparison.names)
+
+
+def refuse(directory: Path, comparison: Comparison) -> None:
+    """Raise FileNotFoundError if a file is missing, and ValueError if one has other contents."""
+    if comparison.missing:
+        raise FileNotFoundError(
+            f"{directory}: expected all files of {SUMS}, got no {_few(comparison.missing)}: copy it again"
         )
-    return len(sums)
+    if comparison.different:
+        raise ValueError(
+            f"{directory}: expected the contents that {SUMS} states, got others in {_few(comparison.different)}: "
+            "copy it again"
+        )
 
 
 def sha256(path: Path) -> str:

@@ -7,10 +7,12 @@ import time
 from functools import cache
 from pathlib import Path
 
-from alphaq_vllm.checksums import SUMS, check_sums
+from alphaq_vllm.checksums import SUMS, compare_sums, refuse
 from alphaq_vllm.plugin._compat import logger
 
 VERIFY = "ALPHAQ_VERIFY"
+# What people edit in a finished checkpoint: no weight and no token depends on it.
+EDITABLE = ("*.md", "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*", "alphaq_stats.csv")
 
 
 @cache
@@ -19,7 +21,8 @@ def check_files(directory: Path) -> None:
 
     That takes a second for each gigabyte and core, and leaves the files in the page cache for loading. Not checked are
     names on the Hub, whose client checks what it downloads, and anything if ``ALPHAQ_VERIFY`` is 0.
-    Raises ValueError or OSError for a file that is missing or not what was written.
+    What people edit may have changed: that is a warning.
+    Raises ValueError or OSError for another file that is missing or not what was written.
     """
     if not directory.is_dir() or os.environ.get(VERIFY) == "0":
         return
@@ -28,7 +31,11 @@ def check_files(directory: Path) -> None:
         return
     start = time.monotonic()
     try:
-        files = check_sums(directory)
+        comparison = compare_sums(directory)
+        refuse(directory, comparison.without(EDITABLE))
     except (ValueError, OSError) as error:
         raise ValueError(f"{error}, or set {VERIFY}=0 if it was changed on purpose") from error
-    logger.info("AlphaQ checked %d files of %s in %.1f s", files, directory, time.monotonic() - start)
+    if changed := [*comparison.missing, *comparison.different]:
+        logger.warning("%s: served although changed since the conversion: %s", directory, ", ".join(changed))
+    seconds = time.monotonic() - start
+    logger.info("AlphaQ checked %d files of %s in %.1f s", len(comparison.names), directory, seconds)

@@ -39,11 +39,13 @@ def test_a_checkpoint_as_it_was_written_is_served(converted):
     serve(converted)
 
 
-def test_a_flipped_bit_in_any_file_is_refused(converted, copy):
-    names = sorted(file.name for file in converted.iterdir())
+def test_a_flipped_bit_in_what_is_loaded_is_refused(converted, copy):
+    editable = {"README.md", "generation_config.json", "alphaq_stats.csv"}
+    names = sorted(file.name for file in converted.iterdir() if file.name not in editable)
     assert {"config.json", "tokenizer.json", SUMS} < set(names)
     for name in names:
-        for place in (0, (copy / name).stat().st_size // 2, -1):
+        # The first sum is of the card, which people edit.
+        for place in (0 if name != SUMS else -2, (copy / name).stat().st_size // 2, -1):
             flip(copy / name, place)
             check_files.cache_clear()
             with pytest.raises(ValueError, match=f"{SUMS}.* or set ALPHAQ_VERIFY=0 if it was changed on purpose"):
@@ -60,6 +62,16 @@ def test_a_file_that_is_gone_or_was_added_is_refused(copy):
     shard.unlink()
     with pytest.raises(ValueError, match=f"expected all files of {SUMS}, got no {shard.name}"):
         serve(copy)
+
+
+def test_what_people_edit_is_served_with_a_warning(copy, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(files.logger, "warning", lambda text, *values: warnings.append(text % values))
+    (copy / "README.md").write_text("# Ours\n")
+    (copy / "generation_config.json").unlink()
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    serve(copy)
+    assert warnings == [f"{copy}: served although changed since the conversion: generation_config.json, README.md"]
 
 
 def test_what_was_changed_on_purpose_is_served(copy, monkeypatch):

@@ -18,7 +18,7 @@ def is_in_form(failure):
         and "\n" not in failure.message
         and not failure.message.endswith((".", "!"))
         and len(failure.message) < 500
-        and re.search(r"\{.+\}|`[a-z_]+`|--[a-z]|^[a-z_, ]+:", failure.message)
+        and re.search(r"\{.+\}|`[a-z_]+`|--[a-z]|^[A-Za-z_, ]+:", failure.message)
     )
 
 
