@@ -83,5 +83,5 @@ def test_server_refuses_wrong_settings_before_weights_load(tmp_path):
         vllm_server(MODEL, [*ARGUMENTS, *overrides(bits=9)], log=log),
     ):
         pass
-    assert "--bits: expected an average from 2 to 4" in log.read_text()
+    assert "`bits`: expected an average from 2 to 4" in log.read_text()
     assert "EngineCore" not in log.read_text()
