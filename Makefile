@@ -37,7 +37,7 @@ test-kernels: .venv-test/.installed
 	.venv-test/bin/python -m tests.kernels.digest --write
 
 test-long: .venv-test/.installed
-	$(PYTEST) -m long --timeout 7200
+	$(PYTEST) -n $(WORKERS) -m long --timeout 7200
 
 test-gpu: .venv-test/.installed
 	$(PYTEST) -m gpu
