@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from alphaq_vllm.format import SUPPORTED_BITS
 from offline.allocation.modes import Sized
@@ -20,10 +21,15 @@ def read_bit_map(path: Path) -> dict[str, int]:
         raise ValueError(f"{path}: expected a JSON object of matrix names and widths, got {error}") from error
     if not isinstance(bits, dict):
         raise ValueError(f"{path}: expected a JSON object of matrix names and widths, got {bits!r:.80}")
+    check_widths(str(path), bits)
+    return bits
+
+
+def check_widths(where: str, bits: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming ``where`` they are from and the matrix, unless all widths are supported."""
     for name, width in bits.items():
         if type(width) is not int or width not in SUPPORTED_BITS:
-            raise ValueError(f"{path}: {name}: expected one of the widths {SUPPORTED_BITS}, got {width!r:.80}")
-    return bits
+            raise ValueError(f"{where}: {name}: expected one of the widths {SUPPORTED_BITS}, got {width!r:.80}")
 
 
 def check_bit_map(bits: Mapping[str, int], matrices: Sequence[Sized]) -> None:

@@ -54,9 +54,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
     every_expert = find_experts(source)
     runs = can_run(every_expert)
     quantizer = options.quantizer or ("gptq" if runs else "mse")
-    calibration = options.text()
-    if calibration and quantizer != "gptq":
-        raise ValueError(f"`calibration`: expected `quantizer=gptq`, got {quantizer}, which works without text")
+    calibration = options.text(quantizer)
     given = read_statistics(Path(options.stats)) if options.stats else None
     widths = options.widths("propagated" if (given.has_gains if given else runs) else "measured")
     room, selection = options.room(), options.selection()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from alphaq_vllm.format import LINEAR_BITS, SUPPORTED_BITS
-from offline.allocation.bit_map import read_bit_map
+from offline.allocation.bit_map import check_widths, read_bit_map
 from offline.allocation.sizes import Room, fit_memory, target_size
 from offline.allocation.widths import MODES, Budget
 from offline.model.text import Calibration
@@ -193,7 +193,10 @@ class ConvertOptions(WidthOptions):
             raise ValueError(
                 f"`bit_map`: expected to be the only choice of widths, got also {', '.join(given)}: leave out one"
             )
-        return dict(self.bit_map) if isinstance(self.bit_map, Mapping) else read_bit_map(Path(self.bit_map))
+        if isinstance(self.bit_map, Mapping):
+            check_widths("`bit_map`", self.bit_map)
+            return dict(self.bit_map)
+        return read_bit_map(Path(self.bit_map))
 
     def selection(self) -> Selection:
         """What is left alone, or has a width given by hand."""
@@ -206,16 +209,15 @@ class ConvertOptions(WidthOptions):
         parts = (str(override).rpartition("=") for override in overrides)
         return Selection(exclude, tuple((pattern, _width(pattern, bits)) for pattern, _, bits in parts))
 
-    def text(self) -> Calibration | None:
-        """What to calibrate on, if the user says anything of it."""
+    def text(self, quantizer: str = "gptq") -> Calibration | None:
+        """What to calibrate on, if the user says anything of it; quantizer: unless the user names one."""
+        quantizer = self.quantizer or quantizer
         files = [self.calibration] if isinstance(self.calibration, (str, Path)) else list(self.calibration)
         length = Calibration.length if self.calibration_length is None else self.calibration_length
         if not files and self.calibration_tokens is None and self.calibration_length is None:
             return None
-        if self.quantizer not in (None, "gptq"):
-            raise ValueError(
-                f"`calibration`: expected `quantizer=gptq`, got {self.quantizer}, which works without text"
-            )
+        if quantizer != "gptq":
+            raise ValueError(f"`calibration`: expected `quantizer=gptq`, got {quantizer}, which works without text")
         return Calibration(tuple(map(Path, files)), self.calibration_tokens, length)
 
     def shard_bytes(self) -> int:

@@ -166,7 +166,13 @@ def _quantized(job: Job, matrix: ExpertMatrix, num_bits: int) -> dict[str, torch
 
 
 def _quantized_linear(job: Job, layer: LinearLayer) -> dict[str, torch.Tensor]:
-    return quantize_linear(job.source, layer, job.linear[layer])
+    """Raises ValueError for NaN or infinite weights."""
+    linear_format = job.linear[layer]
+    weight = job.source.tensors[layer.tensor].load_float32().to(compute_device())
+    if bad := int((~weight.isfinite()).sum()):
+        raise ValueError(f"{layer.tensor}: expected finite weights, got {bad} NaN or infinite: the source is damaged")
+    quantized = quantize_symmetric(weight, linear_format.num_bits, linear_format.group_size)
+    return {f"{layer.name}.{PACKED}": quantized.packed, f"{layer.name}.{SCALE}": quantized.scale}
 
 
 def _summary(job: Job, choice: Choice, shards: Sequence[Shard]) -> Summary:
@@ -207,12 +213,3 @@ def to_spec(bits: Mapping[str, int], experts: Experts, group_size: int) -> Alpha
         projections = num_bits[matrix.module]
         projections[matrix.projection] = (*projections.get(matrix.projection, ()), bits[matrix.name])
     return AlphaQSpec(group_size, num_bits)
-
-
-def quantize_linear(source: Checkpoint, layer: LinearLayer, linear_format: LinearFormat) -> dict[str, torch.Tensor]:
-    """The tensors that store a layer of ``source``. Raises ValueError for NaN or infinite weights."""
-    weight = source.tensors[layer.tensor].load_float32().to(compute_device())
-    if bad := int((~weight.isfinite()).sum()):
-        raise ValueError(f"{layer.tensor}: expected finite weights, got {bad} NaN or infinite: the source is damaged")
-    quantized = quantize_symmetric(weight, linear_format.num_bits, linear_format.group_size)
-    return {f"{layer.name}.{PACKED}": quantized.packed, f"{layer.name}.{SCALE}": quantized.scale}

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader import get_model
 
 from alphaq_vllm import convert
+from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 from alphaq_vllm.plugin.support import has_cpu_int4_kernel
 from tests.conftest import MODEL
 from tests.plugin.layers import HIDDEN, TOP_K, build, load, run, stored_tensors
@@ -31,7 +32,16 @@ def quantized(tmp_path_factory):
     return folder
 
 
-def test_reloading_restores_every_parameter_in_place(quantized, tmp_path):
+def test_reloading_restores_every_parameter_in_place(quantized, tmp_path, monkeypatch):
+    put_together = AlphaQMoEMethod._put_together
+
+    def check_tables(method, layer):
+        for stem in method.shapes:
+            assert getattr(layer, f"{stem}_num_bits").tolist() == method.local_bits[stem]
+            assert getattr(layer, f"{stem}_offsets").tolist() == method.offsets[stem]
+        return put_together(method, layer)
+
+    monkeypatch.setattr(AlphaQMoEMethod, "_put_together", check_tables)
     tensors = {name: t for file in quantized.glob("*.safetensors") for name, t in load_file(file).items()}
     with one_rank(tmp_path):
         arguments = EngineArgs(str(quantized), quantization="alphaq", enforce_eager=True, max_model_len=128)

@@ -131,6 +131,8 @@ def test_rooms_selection_and_text(tmp_path):
         ({"mode": "manual"}, "`mode=manual`: expected a bit map, got none: see `bit_map`"),
         ({"mode": "uniform", "bit_map": {"a": 3}}, "`mode=uniform`: expected no bit map"),
         ({"bit_map": {"a": 3}, "seed": 1}, "`bit_map`: expected to be the only choice of widths, got also `seed`"),
+        ({"bit_map": {"a": 9}}, "`bit_map`: a: expected one of the widths"),
+        ({"bit_map": {"a": 3.0}}, "`bit_map`: a: expected one of the widths"),
         ({"mode": "uniform", "gamma": 3}, "`mode=uniform`: expected only options that it uses, got also `gamma`"),
         ({"override": ["*"]}, "`override`: expected PATTERN=BITS with bits out of"),
         ({"override": {"*": 9}}, "`override`: expected PATTERN=BITS with bits out of"),
