@@ -1,0 +1,123 @@
+// Activations as digits, and the gate between the two products of an expert.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "vectors.h"
+
+namespace alphaq {
+
+// What a matrix is multiplied with: rows of x, each group of columns as integers with a factor of its own.
+//
+// An integer is DIGITS bytes from -128 to 127, `sum of digit[d] * 256^d`. Of a row, `digits` has [unit, digit, column
+// of the unit], and `factors` [group, 2]: what one step of the integers means, and the sum of the group's integers.
+struct Digits {
+  int8_t* digits;
+  float* factors;
+  int64_t columns;
+  int64_t group_size;
+  int count;
+
+  int64_t groups() const { return columns / group_size; }
+  int8_t* row(int64_t i) const { return digits + i * columns * count; }
+  float* row_factors(int64_t i) const { return factors + i * groups() * 2; }
+};
+
+// The largest integer of so many digits, less one where float32 might round it up.
+constexpr int32_t largest(int digits) { return digits == 1 ? 127 : digits == 2 ? 32639 : 8355710; }
+
+// Write row i of `to` from columns of float32. A group with a number that is not finite yields NaN.
+template <int DIGITS>
+void quantize_row(const float* x, const Digits& to, int64_t i) {
+  typedef int8_t Bytes __attribute__((vector_size(LANES)));
+  int8_t* digits = to.row(i);
+  float* factors = to.row_factors(i);
+  for (int64_t group = 0; group < to.groups(); ++group, x += to.group_size, digits += DIGITS * to.group_size) {
+    F32 most{};
+    I32 finite = (I32)spread<U32>(~0u);
+    for (int64_t k = 0; k < to.group_size; k += LANES) {
+      const F32 values = load<F32>(x + k);
+      const F32 sizes = values < 0 ? -values : values;
+      finite &= sizes <= FLT_MAX;
+      most = sizes > most ? sizes : most;
+    }
+    float size = 0;
+    bool all_finite = true;
+    for (int lane = 0; lane < LANES; ++lane) {
+      size = most[lane] > size ? most[lane] : size;
+      all_finite &= finite[lane] != 0;
+    }
+    const float step = size / largest(DIGITS);
+    // Numbers so small that a step would be subnormal count as nothing.
+    const float inverse = all_finite && step >= FLT_MIN ? largest(DIGITS) / size : 0;
+    I32 sums{};
+    for (int64_t k = 0; k < to.group_size; k += LANES) {
+      const F32 values = inverse ? load<F32>(x + k) * inverse : F32{};
+      I32 rest = __builtin_convertvector(values + (values < 0 ? spread<F32>(-0.5f) : spread<F32>(0.5f)), I32);
+      sums += rest;
+#pragma GCC unroll 3
+      for (int d = 0; d < DIGITS; ++d) {
+        const I32 digit = ((rest + 128) & 255) - 128;
+        store(digits + k / UNIT * UNIT * DIGITS + d * UNIT + k % UNIT, __builtin_convertvector(digit, Bytes));
+        rest = (rest - digit) >> 8;
+      }
+    }
+    int32_t sum = 0;
+    for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
+    factors[2 * group] = all_finite ? step : NAN;
+    factors[2 * group + 1] = sum;
+  }
+}
+
+// e^x to about one unit in the last place; 0 and infinity beyond float32's range, NaN for NaN.
+INLINE F32 exp(F32 x) {
+  x = x < -104.0f ? spread<F32>(-104.0f) : x;
+  x = x > 89.0f ? spread<F32>(89.0f) : x;
+  // Adding it leaves no bit for a fraction.
+  const float rounding = 12582912.0f;
+  const F32 n = (x * 1.44269504f + rounding) - rounding;
+  const F32 r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  F32 p = spread<F32>(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // In two steps, because 2^n alone may not be a float32.
+  const I32 power = __builtin_convertvector(n == n ? n : F32{}, I32), half = power >> 1;
+  return p * (F32)((half + 127) << 23) * (F32)((power - half + 127) << 23);
+}
+
+enum Activation { SILU, GELU, GELU_TANH };
+
+// act(gate) * (up + beta), both clamped first: see gate.py.
+struct Gate {
+  int activation;
+  float limit;
+  float alpha;
+  float beta;
+
+  INLINE F32 apply(F32 gate, F32 up) const {
+    gate = gate > limit ? spread<F32>(limit) : gate;
+    up = up > limit ? spread<F32>(limit) : up;
+    up = up < -limit ? spread<F32>(-limit) : up;
+    F32 activated;
+    if (activation == SILU) {
+      activated = gate / (1.0f + exp(gate * -alpha));
+    } else if (activation == GELU_TANH) {
+      // 1 + tanh(u) is 2 * sigmoid(2 * u).
+      const F32 twice = 1.5957691216f * (gate + 0.044715f * gate * gate * gate);
+      activated = gate / (1.0f + exp(-twice));
+    } else {
+      for (int lane = 0; lane < LANES; ++lane) {
+        activated[lane] = gate[lane] * 0.5f * (1.0f + std::erf(gate[lane] * 0.70710678f));
+      }
+    }
+    return activated * (up + beta);
+  }
+};
+
+}  // namespace alphaq

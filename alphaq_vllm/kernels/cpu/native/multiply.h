@@ -1,0 +1,166 @@
+// One block of rows of a matrix times some rows of x: the products that the time of a layer goes into.
+//
+// With a weight of `scale * (code - zero)` and x as integers with a step per group, a group's part of a product is
+// `scale * step * (sum of code * integer - zero * sum of integers)`. The first sum is exact in int32; the second is made
+// with the integers.
+#pragma once
+
+#include "activations.h"
+#include "layout.h"
+
+namespace alphaq {
+
+constexpr int LARGEST_GROUP = 128;
+
+// ROWS rows of a matrix. zero_points: null if all are 2^(bits - 1).
+struct Block {
+  const uint8_t* packed;
+  const uint16_t* scales;
+  const uint16_t* zero_points;
+};
+
+// Tokens whose sums the registers hold beside a unit's codes.
+constexpr int tokens_at_once(int digits) {
+  const int sums = WIDTH == 64 ? 16 : WIDTH == 32 ? 4 : 8;
+  return sums / digits >= 8 ? 8 : sums / digits >= 4 ? 4 : sums / digits >= 2 ? 2 : 1;
+}
+
+// Tokens up to which each code is taken out of its word where it is multiplied, instead of once for all of them.
+constexpr int FEW_TOKENS = 2;
+
+// Bytes by which words are fetched ahead of their use: across the pages at which processors stop doing so themselves.
+constexpr int PREFETCHED = 4096;
+
+// Add a group's part to `out` of TOKENS tokens. code(unit, q) yields code vector q of a unit.
+template <int BITS, int DIGITS, int TOKENS, typename Code>
+INLINE void add_group(Code code, int64_t group_size, const int8_t* const (&digits)[TOKENS],
+                      const float* const (&factors)[TOKENS], F32 scale, F32 zero, F32 (&out)[TOKENS]) {
+  I32 sums[TOKENS * DIGITS] = {};
+  for (int64_t unit = 0; unit < group_size / UNIT; ++unit) {
+    const int8_t* x[TOKENS];
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t) x[t] = digits[t] + unit * DIGITS * UNIT;
+    multiply_unit<BITS, DIGITS, TOKENS * DIGITS>([&](int q) INLINE_LAMBDA { return code(unit, q); }, x, sums);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < TOKENS; ++t) {
+    const I32* of_token = sums + t * DIGITS;
+    // Two digits fit int32 together, three do not.
+    F32 sum = to_float(DIGITS == 1 ? of_token[0] : of_token[0] + (of_token[1 % DIGITS] << 8));
+    if (DIGITS == 3) sum += 65536.0f * to_float(of_token[2 % DIGITS]);
+    out[t] += (sum - zero * factors[t][1]) * (scale * factors[t][0]);
+  }
+}
+
+template <int BITS>
+INLINE F32 zero_point(const Block& block, int64_t group, int part) {
+  if (!block.zero_points) return spread<F32>((float)(1 << (BITS - 1)));
+  return widen_float16(block.zero_points + group * ROWS + part * LANES);
+}
+
+// TOKENS tokens: codes go from their word to their product.
+template <int BITS, int DIGITS, int TOKENS>
+void multiply_few(const Block& block, const Digits& x, const int32_t* rows, float* out) {
+  const int64_t group_size = x.group_size;
+  F32 sums[PARTS][TOKENS] = {};
+  const int8_t* digits[TOKENS];
+  const float* factors[TOKENS];
+  for (int t = 0; t < TOKENS; ++t) digits[t] = x.row(rows[t]), factors[t] = x.row_factors(rows[t]);
+  const uint8_t* packed = block.packed;
+  for (int64_t group = 0; group < x.groups(); ++group, packed += group_size * ROWS * BITS / 8) {
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; ++part) {
+      auto code = [&](int64_t unit, int q) INLINE_LAMBDA {
+        const uint8_t* from = packed + unit * BITS * VECTOR + part * WIDTH;
+        if (q < BITS && part == 0) __builtin_prefetch(from + q * VECTOR + PREFETCHED);
+        return unpack<BITS>(from, q);
+      };
+      const F32 scale = widen_bfloat16(block.scales + group * ROWS + part * LANES);
+      const F32 zero = zero_point<BITS>(block, group, part);
+      add_group<BITS, DIGITS, TOKENS>(code, group_size, digits, factors, scale, zero, sums[part]);
+    }
+    for (int t = 0; t < TOKENS; ++t) digits[t] += DIGITS * group_size, factors[t] += 2;
+  }
+  for (int t = 0; t < TOKENS; ++t) {
+    for (int part = 0; part < PARTS; ++part) store(out + t * ROWS + part * LANES, sums[part][t]);
+  }
+}
+
+// A group's part for TOKENS tokens, from codes that were taken out of their words.
+template <int BITS, int DIGITS, int TOKENS>
+INLINE void multiply_tile(const uint8_t* tile, const Block& block, int64_t group, const Digits& x, const int32_t* rows,
+                          float* out) {
+  const int8_t* digits[TOKENS];
+  const float* factors[TOKENS];
+#pragma GCC unroll 8
+  for (int t = 0; t < TOKENS; ++t) {
+    digits[t] = x.row(rows[t]) + group * DIGITS * x.group_size;
+    factors[t] = x.row_factors(rows[t]) + group * 2;
+  }
+  for (int part = 0; part < PARTS; ++part) {
+    auto code = [&](int64_t unit, int q) INLINE_LAMBDA {
+      return load<U16>(tile + (unit * VECTORS + q) * VECTOR + part * WIDTH);
+    };
+    const F32 scale = widen_bfloat16(block.scales + group * ROWS + part * LANES);
+    const F32 zero = zero_point<BITS>(block, group, part);
+    F32 sums[TOKENS];
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t) sums[t] = load<F32>(out + t * ROWS + part * LANES);
+    add_group<BITS, DIGITS, TOKENS>(code, x.group_size, digits, factors, scale, zero, sums);
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t) store(out + t * ROWS + part * LANES, sums[t]);
+  }
+}
+
+// Many tokens: the codes of a group are taken out of their words once, into the first cache.
+template <int BITS, int DIGITS>
+void multiply_many(const Block& block, const Digits& x, const int32_t* rows, int64_t count, float* out) {
+  alignas(64) uint8_t tile[LARGEST_GROUP * ROWS];
+  std::memset(out, 0, count * ROWS * sizeof *out);
+  const int64_t units = x.group_size / UNIT;
+  const uint8_t* packed = block.packed;
+  for (int64_t group = 0; group < x.groups(); ++group) {
+    for (int64_t unit = 0; unit < units; ++unit, packed += BITS * VECTOR) {
+      for (int part = 0; part < PARTS; ++part) {
+#pragma GCC unroll 8
+        for (int q = 0; q < VECTORS; ++q) {
+          if (q < BITS && part == 0) __builtin_prefetch(packed + q * VECTOR + PREFETCHED);
+          store(tile + (unit * VECTORS + q) * VECTOR + part * WIDTH, unpack<BITS>(packed + part * WIDTH, q));
+        }
+      }
+    }
+    constexpr int MOST = tokens_at_once(DIGITS);
+    int64_t t = 0;
+    for (; t + MOST <= count; t += MOST) {
+      multiply_tile<BITS, DIGITS, MOST>(tile, block, group, x, rows + t, out + t * ROWS);
+    }
+    if constexpr (MOST > 2) {
+      for (; t + 2 <= count; t += 2) multiply_tile<BITS, DIGITS, 2>(tile, block, group, x, rows + t, out + t * ROWS);
+    }
+    for (; t < count; ++t) multiply_tile<BITS, DIGITS, 1>(tile, block, group, x, rows + t, out + t * ROWS);
+  }
+}
+
+// out [count, ROWS] = rows `rows` of x [count, columns] times the transpose of the block.
+template <int BITS, int DIGITS>
+void multiply_block(const Block& block, const Digits& x, const int32_t* rows, int64_t count, float* out) {
+  if (count == 1) return multiply_few<BITS, DIGITS, 1>(block, x, rows, out);
+  if (count == 2) return multiply_few<BITS, DIGITS, 2>(block, x, rows, out);
+  multiply_many<BITS, DIGITS>(block, x, rows, count, out);
+}
+
+using Multiply = void (*)(const Block&, const Digits&, const int32_t*, int64_t, float*);
+
+template <int DIGITS>
+Multiply multiply_of(int bits) {
+  constexpr Multiply functions[] = {multiply_block<1, DIGITS>, multiply_block<2, DIGITS>, multiply_block<3, DIGITS>,
+                                    multiply_block<4, DIGITS>, multiply_block<5, DIGITS>, multiply_block<6, DIGITS>,
+                                    multiply_block<7, DIGITS>, multiply_block<8, DIGITS>};
+  return functions[bits - 1];
+}
+
+INLINE Multiply multiply_of(int bits, int digits) {
+  return digits == 1 ? multiply_of<1>(bits) : digits == 2 ? multiply_of<2>(bits) : multiply_of<3>(bits);
+}
+
+}  // namespace alphaq

@@ -1,0 +1,221 @@
+// One vector register of the instruction set that the compiler was told to use, and the one operation on it that
+// compilers do not find by themselves: products of bytes, summed by fours.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace alphaq {
+
+// Rows of a matrix that are computed together, and columns whose codes are packed together.
+constexpr int ROWS = 16;
+constexpr int UNIT = 32;
+// Four columns of all rows of a block: the bytes of one code vector.
+constexpr int VECTOR = 4 * ROWS;
+constexpr int VECTORS = UNIT / 4;
+
+#if defined(__AVX512BW__)
+constexpr int WIDTH = 64;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 32;
+#else
+constexpr int WIDTH = 16;
+#endif
+
+// Registers that hold one code vector, and rows in each.
+constexpr int PARTS = VECTOR / WIDTH;
+constexpr int LANES = WIDTH / 4;
+
+typedef uint16_t U16 __attribute__((vector_size(WIDTH)));
+typedef int32_t I32 __attribute__((vector_size(WIDTH)));
+typedef uint32_t U32 __attribute__((vector_size(WIDTH)));
+typedef float F32 __attribute__((vector_size(WIDTH)));
+
+template <typename Vector, typename Value>
+INLINE Vector load(const Value* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <typename Vector, typename Value>
+INLINE void store(Value* to, Vector vector) {
+  std::memcpy(to, &vector, sizeof vector);
+}
+
+template <typename Vector, typename Value>
+INLINE Vector spread(Value value) {
+  return Vector{} + value;
+}
+
+INLINE F32 to_float(I32 values) { return __builtin_convertvector(values, F32); }
+
+// Widen LANES bfloat16.
+INLINE F32 widen_bfloat16(const uint16_t* from) {
+  typedef uint16_t Halves __attribute__((vector_size(WIDTH / 2)));
+  return (F32)(__builtin_convertvector(load<Halves>(from), U32) << 16);
+}
+
+// Widen LANES float16, without arithmetic on subnormal numbers, which a process may have set to flush to zero.
+INLINE F32 widen_float16(const uint16_t* from) {
+#if defined(__AVX512BW__)
+  return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+  return (F32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+  typedef uint16_t Halves __attribute__((vector_size(WIDTH / 2)));
+  const U32 halves = __builtin_convertvector(load<Halves>(from), U32);
+  const U32 magnitude = (halves & 0x7fff) << 13, sign = (halves & 0x8000) << 16;
+  const U32 normal = magnitude + (112u << 23);
+  const U32 infinite = normal + (112u << 23);
+  const F32 subnormal = (F32)(magnitude + (113u << 23)) - 6.103515625e-05f;
+  const U32 finite = magnitude < (1u << 23) ? (U32)subnormal : normal;
+  return (F32)((magnitude >= (0x7c00u << 13) ? infinite : finite) | sign);
+#endif
+}
+
+INLINE int32_t four_bytes(const int8_t* from) {
+  int32_t four;
+  std::memcpy(&four, from, 4);
+  return four;
+}
+
+// The products of a unit: sums[s] += the unit's codes times x[s / DIGITS]'s digit s % DIGITS, one sum for each row.
+//
+// code(q) yields code vector q, or the registers' part of it: bytes below 2^BITS. x has [digit, column of the unit],
+// bytes from -128 to 127.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+#if defined(__AVX512VNNI__)
+INLINE I32 add_fours(I32 sum, U16 codes, int32_t four) {
+  return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(four));
+}
+#else
+INLINE I32 add_fours(I32 sum, U16 codes, int32_t four) {
+  return (I32)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, _mm256_set1_epi32(four));
+}
+#endif
+
+template <int BITS, int DIGITS, int SUMS, typename Code>
+INLINE void multiply_unit(Code code, const int8_t* const (&x)[SUMS / DIGITS], I32 (&sums)[SUMS]) {
+  // Sums of their own where few would wait for each other.
+  I32 parts[SUMS] = {};
+#pragma GCC unroll 8
+  for (int q = 0; q < VECTORS; ++q) {
+    const U16 codes = code(q);
+#pragma GCC unroll 24
+    for (int s = 0; s < SUMS; ++s) {
+      I32& sum = SUMS < 8 ? parts[s] : sums[s];
+      sum = add_fours(sum, codes, four_bytes(x[s / DIGITS] + s % DIGITS * UNIT + 4 * q));
+    }
+  }
+  if (SUMS < 8) {
+    for (int s = 0; s < SUMS; ++s) sums[s] += parts[s];
+  }
+}
+
+#elif defined(__AVX2__)
+
+#if defined(__AVX512BW__)
+INLINE U16 multiply_bytes(U16 codes, int32_t four) {
+  return (U16)_mm512_maddubs_epi16((__m512i)codes, _mm512_set1_epi32(four));
+}
+INLINE I32 add_pairs(U16 sums, int16_t factor) {
+  return (I32)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(factor));
+}
+#else
+INLINE U16 multiply_bytes(U16 codes, int32_t four) {
+  return (U16)_mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(four));
+}
+INLINE I32 add_pairs(U16 sums, int16_t factor) {
+  return (I32)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(factor));
+}
+#endif
+
+// Sums of two products have 16 bits, so that only so many may be added before they are widened. Codes of 8 bits are
+// multiplied as two of 4.
+template <int BITS, int DIGITS, int SUMS, typename Code>
+INLINE void multiply_unit(Code code, const int8_t* const (&x)[SUMS / DIGITS], I32 (&sums)[SUMS]) {
+  constexpr int HALF = BITS == 8 ? 4 : BITS;
+  constexpr int ADDED = HALF <= 4 ? 8 : HALF == 5 ? 4 : HALF == 6 ? 2 : 1;
+  static_assert(ADDED * 2 * 128 * ((1 << HALF) - 1) < 1 << 15, "sums fit 16 bits");
+#pragma GCC unroll 8
+  for (int first = 0; first < VECTORS; first += ADDED) {
+    U16 low[SUMS] = {}, high[SUMS] = {};
+#pragma GCC unroll 8
+    for (int q = first; q < first + ADDED; ++q) {
+      const U16 codes = code(q);
+#pragma GCC unroll 8
+      for (int s = 0; s < SUMS; ++s) {
+        const int32_t four = four_bytes(x[s / DIGITS] + s % DIGITS * UNIT + 4 * q);
+        low[s] += multiply_bytes(BITS == 8 ? codes & 0x0f0f : codes, four);
+        if (BITS == 8) high[s] += multiply_bytes((codes >> 4) & 0x0f0f, four);
+      }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < SUMS; ++s) {
+      sums[s] += add_pairs(low[s], 1);
+      if (BITS == 8) sums[s] += add_pairs(high[s], 16);
+    }
+  }
+}
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+// Its bytes are signed: codes of 8 bits are multiplied as two of 4.
+template <int BITS, int DIGITS, int SUMS, typename Code>
+INLINE void multiply_unit(Code code, const int8_t* const (&x)[SUMS / DIGITS], I32 (&sums)[SUMS]) {
+  U16 codes[VECTORS];
+#pragma GCC unroll 8
+  for (int q = 0; q < VECTORS; ++q) codes[q] = code(q);
+#pragma GCC unroll 24
+  for (int s = 0; s < SUMS; ++s) {
+    const int8_t* from = x[s / DIGITS] + s % DIGITS * UNIT;
+    const int8x16_t first = vld1q_s8(from), second = vld1q_s8(from + 16);
+    auto add = [&](int32x4_t sum, auto part) __attribute__((always_inline)) {
+      sum = vdotq_laneq_s32(sum, (int8x16_t)part(codes[0]), first, 0);
+      sum = vdotq_laneq_s32(sum, (int8x16_t)part(codes[1]), first, 1);
+      sum = vdotq_laneq_s32(sum, (int8x16_t)part(codes[2]), first, 2);
+      sum = vdotq_laneq_s32(sum, (int8x16_t)part(codes[3]), first, 3);
+      sum = vdotq_laneq_s32(sum, (int8x16_t)part(codes[4]), second, 0);
+      sum = vdotq_laneq_s32(sum, (int8x16_t)part(codes[5]), second, 1);
+      sum = vdotq_laneq_s32(sum, (int8x16_t)part(codes[6]), second, 2);
+      return vdotq_laneq_s32(sum, (int8x16_t)part(codes[7]), second, 3);
+    };
+    if (BITS < 8) {
+      sums[s] = (I32)add((int32x4_t)sums[s], [](U16 codes) { return codes; });
+    } else {
+      sums[s] = (I32)add((int32x4_t)sums[s], [](U16 codes) { return codes & 0x0f0f; });
+      sums[s] += (I32)add(vdupq_n_s32(0), [](U16 codes) { return (codes >> 4) & 0x0f0f; }) << 4;
+    }
+  }
+}
+
+#else
+
+template <int BITS, int DIGITS, int SUMS, typename Code>
+INLINE void multiply_unit(Code code, const int8_t* const (&x)[SUMS / DIGITS], I32 (&sums)[SUMS]) {
+  for (int q = 0; q < VECTORS; ++q) {
+    uint8_t codes[WIDTH];
+    store(codes, code(q));
+    for (int s = 0; s < SUMS; ++s) {
+      const int8_t* four = x[s / DIGITS] + s % DIGITS * UNIT + 4 * q;
+      for (int row = 0; row < LANES; ++row) {
+        for (int k = 0; k < 4; ++k) sums[s][row] += codes[4 * row + k] * four[k];
+      }
+    }
+  }
+}
+
+#endif
+
+}  // namespace alphaq
