@@ -54,7 +54,7 @@ struct Experts {
   }
 };
 
-// As in native.py. Ids are -1 for routes to be skipped, else local and below num_experts.
+// As in native.py. Ids are local, below 0 for routes to be skipped.
 struct Call {
   const float* x;
   const float* topk_weights;
@@ -141,8 +141,9 @@ struct Routes {
   Routes(const Call& call, int64_t first, int64_t count) {
     std::vector<int32_t> end(call.num_experts + 1);
     const int32_t* ids = call.expert_ids + first * call.top_k;
-    for (int64_t i = 0; i < count * call.top_k; ++i) ++end[ids[i] + 1];
-    end[0] = 0;
+    for (int64_t i = 0; i < count * call.top_k; ++i) {
+      if (ids[i] >= 0) ++end[ids[i] + 1];
+    }
     for (int64_t expert = 0; expert < call.num_experts; ++expert) {
       for (int32_t start = end[expert], last = start + end[expert + 1]; start < last; start += ROUTES_AT_ONCE) {
         pieces.push_back({(int32_t)expert, start, (int32_t)std::min<int64_t>(last - start, ROUTES_AT_ONCE)});
@@ -251,8 +252,11 @@ void reorder(uint8_t* packed, int64_t rows, int64_t columns, int bits, const Thr
 
 using namespace alphaq;
 
-// Compute a layer; see fused_moe of native.py, which has checked everything.
-EXPORT void alphaq_fused_moe(const Experts* w13, const Experts* w2, const Call* call) {
+// Compute a layer; see fused_moe of native.py, which has checked all but the ids. Returns 1 for ids that are too large.
+EXPORT int alphaq_fused_moe(const Experts* w13, const Experts* w2, const Call* call) {
+  for (int64_t i = 0; i < call->num_tokens * call->top_k; ++i) {
+    if (call->expert_ids[i] >= call->num_experts) return 1;
+  }
   const int64_t per_token = w13->K * (call->digits + 1) +
                             call->top_k * w13->N * (int64_t)(sizeof(float) + call->digits + 1);
   const int64_t piece = std::clamp<int64_t>(WORKSPACE / per_token, 1, std::max<int64_t>(call->num_tokens, 1));
@@ -271,6 +275,7 @@ EXPORT void alphaq_fused_moe(const Experts* w13, const Experts* w2, const Call* 
     quantize_rows(call->threads, hidden, num_routes, h);
     multiply_down(*w2, *call, routes, h, call->out + first * w2->N, count);
   }
+  return 0;
 }
 
 // Bring a matrix [rows, columns] from the order of packing.py (linear: of linear_packing.py) into that of layout.h.
