@@ -3,17 +3,23 @@
     python -m benchmarks.generate mixtral-8x7b OUT [--layers 1]
 
 For speed, memory and loading; nothing about quality can be learned from random weights. The tokenizer is that of the
-embedded model.
+embedded model. Weights are written shard by shard, so that a model takes disk and no memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import zlib
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
+SHARD = 500_000_000
 TOKENIZER = Path(__file__).parents[1] / "tests" / "models" / "docs-moe"
 COMMON = {"max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False}
 # From the config.json of each model; DeepSeek-V2-Lite's first layer is dense.
@@ -41,6 +47,18 @@ MODELS = {
         "num_key_value_heads": 16,
         "vocab_size": 151936,
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
     "deepseek-v2-lite": {
         "model_type": "deepseek_v2",
         "hidden_size": 2048,
@@ -66,21 +84,41 @@ MODELS = {
 
 
 def generate(name: str, out: Path, layers: int, seed: int = 0) -> None:
-    """Write the checkpoint, bfloat16; rows of a matrix differ in scale, so that groups and matrices do not look alike.
+    """Write the checkpoint, bfloat16; a tensor follows from its name and ``seed`` alone.
 
     Raises ValueError if ``layers`` leaves no layer of experts.
     """
     options = {**COMMON, **MODELS[name]}
     if layers <= options.get("first_k_dense_replace", 0):
         raise ValueError(f"--layers: expected more than {options['first_k_dense_replace']} for {name}, got {layers}")
-    torch.manual_seed(seed)
     config = AutoConfig.for_model(options.pop("model_type"), num_hidden_layers=layers, **options)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(torch.randn(*parameter.shape[:-1], 1, dtype=torch.bfloat16).mul_(0.3).exp_())
-    model.save_pretrained(out)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    out.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(out)
+    model.generation_config.save_pretrained(out)
+    # As transformers saves them: one tensor for each matrix of an expert, which here is a view of all of them.
+    views = revert_weight_conversion(model, model.state_dict())
+    tensors = {name: torch.empty(view.shape, dtype=view.dtype, device="meta") for name, view in views.items()}
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD)
+    for filename, names in split.filename_to_tensors.items():
+        shard = {name: _random(name, tensors[name], config.initializer_range, seed) for name in names}
+        save_file(shard, out / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(out)
+
+
+def _random(name: str, like: torch.Tensor, scale: float, seed: int) -> torch.Tensor:
+    """Values of a tensor; rows of a matrix differ in scale, so that groups and matrices do not look alike."""
+    tensor = torch.empty(like.shape, dtype=like.dtype)
+    if like.dim() == 1:
+        return tensor.fill_(0.0 if name.endswith("bias") else 1.0)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
+    rows = torch.empty(*like.shape[:-1], 1, dtype=like.dtype).normal_(0, 0.3, generator=generator).exp_()
+    return tensor.normal_(0, scale, generator=generator).mul_(rows)
 
 
 def build_parser() -> argparse.ArgumentParser:
