@@ -1,4 +1,4 @@
-// A layer's routed experts on packed weights, linear layers, and the order that both want: what Python calls.
+// A layer's routed experts on packed weights, linear layers, and the order that both want: to be called through ctypes.
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -17,7 +17,7 @@ constexpr int64_t WORKSPACE = 64 << 20;
 // Routes of an expert that are multiplied with a block at once: their activations stay in the second cache.
 constexpr int64_t ROUTES_AT_ONCE = 128;
 
-// As in native.py. One stem's matrices [N, K] of all experts, `projections` each, in the order of layout.h.
+// One stem's matrices [N, K] of all experts, `projections` each, in the order of layout.h.
 struct Experts {
   const uint8_t* packed;
   const uint16_t* scales;
@@ -54,7 +54,7 @@ struct Experts {
   }
 };
 
-// As in native.py. Ids are local, below 0 for routes to be skipped.
+// One call. Ids are local, below 0 for routes to be skipped.
 struct Call {
   const float* x;
   const float* topk_weights;
@@ -252,7 +252,7 @@ void reorder(uint8_t* packed, int64_t rows, int64_t columns, int bits, const Thr
 
 using namespace alphaq;
 
-// Compute a layer; see fused_moe of native.py, which has checked all but the ids. Returns 1 for ids that are too large.
+// Compute a layer, as fused_moe of op.py says; shapes are the caller's to check. Returns 1 for ids that are too large.
 EXPORT int alphaq_fused_moe(const Experts* w13, const Experts* w2, const Call* call) {
   for (int64_t i = 0; i < call->num_tokens * call->top_k; ++i) {
     if (call->expert_ids[i] >= call->num_experts) return 1;

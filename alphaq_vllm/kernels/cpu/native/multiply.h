@@ -25,9 +25,6 @@ constexpr int tokens_at_once(int digits) {
   return sums / digits >= 8 ? 8 : sums / digits >= 4 ? 4 : sums / digits >= 2 ? 2 : 1;
 }
 
-// Tokens up to which each code is taken out of its word where it is multiplied, instead of once for all of them.
-constexpr int FEW_TOKENS = 2;
-
 // Bytes by which words are fetched ahead of their use: across the pages at which processors stop doing so themselves.
 constexpr int PREFETCHED = 4096;
 
@@ -144,6 +141,7 @@ void multiply_many(const Block& block, const Digits& x, const int32_t* rows, int
 // out [count, ROWS] = rows `rows` of x [count, columns] times the transpose of the block.
 template <int BITS, int DIGITS>
 void multiply_block(const Block& block, const Digits& x, const int32_t* rows, int64_t count, float* out) {
+  // Up to two tokens, to take a code out of its word where it is multiplied costs less than a tile.
   if (count == 1) return multiply_few<BITS, DIGITS, 1>(block, x, rows, out);
   if (count == 2) return multiply_few<BITS, DIGITS, 2>(block, x, rows, out);
   multiply_many<BITS, DIGITS>(block, x, rows, count, out);
