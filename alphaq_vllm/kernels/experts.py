@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -12,6 +13,9 @@ from alphaq_vllm.packing import UNIT, dequantize
 
 # (packed, scale, zero_point, num_bits) of one matrix, as a checkpoint stores it.
 StoredMatrix = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
+# How a matrix's words, scales and zero points are ordered: as packing.py has them, or as triton.layout or
+# cpu/native/layout.h do.
+Order = Literal["checkpoint", "gpu", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class PackedExperts:
     scales: ``[E, P, N, K / group_size]`` bfloat16. zero_points: the same shape, float16.
     num_bits: ``[E, P]`` int32. offsets: ``[E, P]`` int64, in words, multiples of 4 (16 bytes).
     widths: at least every width that occurs in num_bits, ascending; known to the host so that nothing waits for a GPU.
-    tiled: packed, scales and zero_points are in the order of ``triton.layout``, for GPUs, not in the checkpoint's.
+    order: of packed, scales and zero_points within a matrix; ``prepare_`` changes it.
     """
 
     packed: torch.Tensor
@@ -32,7 +36,7 @@ class PackedExperts:
     offsets: torch.Tensor
     group_size: int
     widths: tuple[int, ...]
-    tiled: bool = False
+    order: Order = "checkpoint"
 
     @property
     def num_experts(self) -> int:
@@ -62,7 +66,7 @@ class PackedExperts:
     def matrix(
         self, expert: int, projection: int, rows: slice = slice(None), dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """The weights of some rows of one matrix, ``[rows, K]``; waits for the device. Not for tiled experts."""
+        """The weights of some rows of one matrix, ``[rows, K]``; waits for the device. In the checkpoint's order only."""
         num_bits = int(self.num_bits[expert, projection])
         words_per_row = self.K * num_bits // 32
         start = int(self.offsets[expert, projection])

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from alphaq_vllm.kernels.cpu import layer as cpu_layer
-from alphaq_vllm.kernels.experts import PackedExperts
+from alphaq_vllm.kernels.cpu import layer as torch_layer
+from alphaq_vllm.kernels.cpu import native
+from alphaq_vllm.kernels.experts import Order, PackedExperts
 from alphaq_vllm.kernels.gate import Gate
 from alphaq_vllm.kernels.routing import Routing
 from alphaq_vllm.kernels.weights import MoEWeights
@@ -19,7 +20,7 @@ torch.library.define(
     "alphaq::fused_moe",
     "(Tensor x, Tensor[] w13, int w13_group_size, int[] w13_widths, Tensor[] w2, int w2_group_size, int[] w2_widths, "
     "Tensor topk_weights, Tensor topk_ids, Tensor? w13_bias, Tensor? w2_bias, Tensor? expert_map, str activation, "
-    "float? limit, float alpha, float beta, bool apply_router_weight_on_input) -> Tensor",
+    "float? limit, float alpha, float beta, bool apply_router_weight_on_input, str order) -> Tensor",
 )
 
 
@@ -55,6 +56,7 @@ def fused_moe(x: torch.Tensor, weights: MoEWeights, routing: Routing) -> torch.T
         routing.expert_map,
         *weights.gate,
         routing.apply_router_weight_on_input,
+        w13.order,
     )
 
 
@@ -81,7 +83,6 @@ def _check_inputs(x: torch.Tensor, weights: MoEWeights, routing: Routing) -> Non
 
 def _fused_moe(
     compute: Callable[[torch.Tensor, MoEWeights, Routing], torch.Tensor],
-    tiled: bool,
     x: torch.Tensor,
     w13: Sequence[torch.Tensor],
     w13_group_size: int,
@@ -99,11 +100,12 @@ def _fused_moe(
     alpha: float,
     beta: float,
     apply_router_weight_on_input: bool,
+    order: Order,
 ) -> torch.Tensor:
     """Put together again what ``fused_moe`` took apart, and compute."""
     weights = MoEWeights(
-        _experts(w13, w13_group_size, w13_widths, tiled),
-        _experts(w2, w2_group_size, w2_widths, tiled),
+        _experts(w13, w13_group_size, w13_widths, order),
+        _experts(w2, w2_group_size, w2_widths, order),
         w13_bias,
         w2_bias,
         Gate(activation, limit, alpha, beta),
@@ -112,14 +114,15 @@ def _fused_moe(
     return compute(x, weights, Routing(topk_weights, topk_ids, expert_map, apply_router_weight_on_input))
 
 
-def _experts(tensors: Sequence[torch.Tensor], group_size: int, widths: Sequence[int], tiled: bool) -> PackedExperts:
+def _experts(tensors: Sequence[torch.Tensor], group_size: int, widths: Sequence[int], order: Order) -> PackedExperts:
     packed, scales, zero_points, num_bits, offsets = tensors
-    return PackedExperts(packed, scales, zero_points, num_bits, offsets, group_size, tuple(widths), tiled)
+    return PackedExperts(packed, scales, zero_points, num_bits, offsets, group_size, tuple(widths), order)
 
 
 @torch.library.impl("alphaq::fused_moe", "cpu")
 def _fused_moe_cpu(*args: Any) -> torch.Tensor:
-    return _fused_moe(cpu_layer.fused_moe, False, *args)
+    # The last is the order of the experts.
+    return _fused_moe(native.fused_moe if args[-1] == "cpu" else torch_layer.fused_moe, *args)
 
 
 @torch.library.impl("alphaq::fused_moe", "cuda")
@@ -127,7 +130,7 @@ def _fused_moe_cuda(*args: Any) -> torch.Tensor:
     # Triton may be absent where there is no GPU.
     from alphaq_vllm.kernels.triton import layer as triton_layer
 
-    return _fused_moe(triton_layer.fused_moe, True, *args)
+    return _fused_moe(triton_layer.fused_moe, *args)
 
 
 @torch.library.register_fake("alphaq::fused_moe")

@@ -12,7 +12,7 @@ from alphaq_vllm.kernels.gate import SILU, SUPPORTED_ACTIVATIONS, Gate
 
 @dataclass(frozen=True)
 class MoEWeights:
-    """The experts of one layer that this rank holds. ``repack_`` tiles both w13 and w2 on a GPU, neither on a CPU.
+    """The experts of one layer that this rank holds, both stems as ``prepare_`` leaves them on their device.
 
     Args:
         w13: gate and up of E experts, N = intermediate size of this rank, K = hidden_size.
@@ -53,11 +53,11 @@ class MoEWeights:
                 f"w2: expected {w13.num_experts} experts [{w13.K}, {w13.N}] to match w13, "
                 f"got {w2.num_experts} experts [{w2.N}, {w2.K}]"
             )
-        on_gpu = w13.packed.is_cuda
-        if (w13.tiled, w2.tiled) != (on_gpu, on_gpu):
+        orders = ("gpu",) if w13.packed.is_cuda else ("checkpoint", "cpu")
+        if w13.order not in orders or w2.order != w13.order:
             raise ValueError(
-                f"w13, w2: expected {'experts tiled by repack_' if on_gpu else 'the order of the checkpoint'} on "
-                f"{w13.packed.device}, got tiled={w13.tiled} and tiled={w2.tiled}"
+                f"w13, w2: expected one order out of {orders} on {w13.packed.device}, as prepare_ makes it, got "
+                f"{w13.order!r} and {w2.order!r}"
             )
 
     def _check_biases(self) -> None:

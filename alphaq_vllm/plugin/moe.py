@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, matrix_tensors
-from alphaq_vllm.kernels import Gate, MoEWeights, PackedExperts, Routing, expert_offsets, fused_moe, repack_
+from alphaq_vllm.kernels import Gate, MoEWeights, PackedExperts, Routing, expert_offsets, fused_moe, prepare_
+from alphaq_vllm.kernels.cpu import native
+from alphaq_vllm.kernels.experts import Order
 from alphaq_vllm.plugin._compat import (
     FusedMoEConfig,
     FusedMoEMethodBase,
@@ -28,6 +30,12 @@ from alphaq_vllm.plugin.report import LoadReport
 from alphaq_vllm.plugin.support import check_experts
 
 SUFFIXES = (PACKED, SCALE, ZERO)
+# What computes experts of each order, for the log.
+KERNELS: dict[Order, str] = {
+    "gpu": "Triton kernels",
+    "cpu": f"the native CPU kernel ({native.best_instruction_set()})",
+    "checkpoint": "torch on the CPU",
+}
 # Where a shard lies: the stem of its parameters, its place among the stem's projections, the dimension of the
 # stored tensors that tensor parallelism cuts.
 SHARDS = {"w1": ("w13", 0, 0), "w3": ("w13", 1, 0), "w2": ("w2", 0, 1)}
@@ -67,6 +75,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         self.local_bits: dict[str, list[list[int]]] = {}
         self.offsets: dict[str, list[list[int]]] = {}
         self.loaded: set[str] = set()
+        self.order: Order = "checkpoint"
         self.weights: MoEWeights | None = None
         self.report: LoadReport | None = None
 
@@ -147,7 +156,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         return data[offset : offset + shape[0] * shape[1]].view(shape)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Refuse to serve experts that were not loaded whole, and bring the others into the order that a GPU wants.
+        """Refuse to serve experts that were not loaded whole, and bring the others into the order that their device wants.
 
         vLLM does not check the former for quantized models. The latter happens within the parameters' own memory: they
         stay what weights are loaded into, and loading them again, which is of all of them, starts over.
@@ -164,9 +173,8 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             # Where vLLM loads weights again, buffers that no checkpoint has come with whatever lay in memory.
             getattr(layer, f"{stem}_num_bits").copy_(torch.tensor(self.local_bits[stem], dtype=torch.int32))
             getattr(layer, f"{stem}_offsets").copy_(torch.tensor(self.offsets[stem]))
-        if layer.w13_weight_packed.is_cuda:
-            for stem in self.shapes:
-                repack_(self._experts(layer, stem, tiled=False))
+        for stem in self.shapes:
+            self.order = prepare_(self._experts(layer, stem, "checkpoint")).order
         weights = self._put_together(layer)
         if layer.w13_weight_packed.is_cuda:
             self._warm_up(layer, weights)
@@ -203,7 +211,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             math.prod(self.shapes["w2"]),
             {shard: [bits[e] for e in self.global_ids] for shard, bits in self.num_bits.items()},
             sum(tensor.nbytes for tensor in tensors),
-            "Triton kernels" if layer.w13_weight_packed.is_cuda else "torch on the CPU",
+            KERNELS[self.order],
         )
 
     def _warm_up(self, layer: RoutedExperts, weights: MoEWeights) -> None:
@@ -263,10 +271,9 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         return self._put_together(layer)
 
     def _put_together(self, layer: RoutedExperts) -> MoEWeights:
-        tiled = layer.w13_weight_packed.is_cuda
         return MoEWeights(
-            self._experts(layer, "w13", tiled),
-            self._experts(layer, "w2", tiled),
+            self._experts(layer, "w13", self.order),
+            self._experts(layer, "w2", self.order),
             getattr(layer, "w13_bias", None),
             getattr(layer, "w2_bias", None),
             self._gate(),
@@ -278,10 +285,10 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             return Gate(moe.activation.value)
         return Gate("silu", float(moe.swiglu_limit), float(moe.swiglu_alpha or 1), float(moe.swiglu_beta or 0))
 
-    def _experts(self, layer: RoutedExperts, stem: str, tiled: bool) -> PackedExperts:
+    def _experts(self, layer: RoutedExperts, stem: str, order: Order) -> PackedExperts:
         packed, scales, zero_points = (getattr(layer, f"{stem}_{suffix}") for suffix in SUFFIXES)
         num_bits, offsets = getattr(layer, f"{stem}_num_bits"), getattr(layer, f"{stem}_offsets")
-        return PackedExperts(packed, scales, zero_points, num_bits, offsets, self.group_size, self.widths, tiled)
+        return PackedExperts(packed, scales, zero_points, num_bits, offsets, self.group_size, self.widths, order)
 
     def _tensor_name(self, expert_id: int, shard_id: str, suffix: str) -> str:
         return f"{self.prefix}.{expert_id}.{self.projection_names[shard_id]}.{suffix}"

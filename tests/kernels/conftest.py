@@ -116,7 +116,7 @@ class Problem:
         """On a device, with weights as a GPU takes them."""
         experts = (tiled_on(device, self.weights.w13), tiled_on(device, self.weights.w2))
         biases = (on(device, self.weights.w13_bias), on(device, self.weights.w2_bias))
-        # On a CPU, where kernels are interpreted or emulated, the operator would refuse tiled experts.
+        # On a CPU, where kernels are interpreted or emulated, the operator would refuse a GPU's order.
         weights = MoEWeights(*experts, *biases, self.weights.gate, checked=device == "cpu")
         tensors = (on(device, t) for t in (self.routing.topk_weights, self.routing.topk_ids, self.routing.expert_map))
         routing = Routing(*tensors, self.routing.apply_router_weight_on_input)

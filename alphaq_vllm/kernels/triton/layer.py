@@ -25,7 +25,7 @@ def fused_moe(x: torch.Tensor, weights: MoEWeights, routing: Routing) -> torch.T
 
     Args:
         x: ``[num_tokens, hidden_size]`` bfloat16 or float16, as all tensors on one GPU.
-        weights: the experts that this rank holds, tiled.
+        weights: the experts that this rank holds, in the order of ``triton.layout``.
         routing: the experts of each token.
 
     Returns:

@@ -34,10 +34,10 @@ PIECE = 2**23
 def repack_(experts: PackedExperts) -> PackedExperts:
     """Bring a layer's matrices from the order of the checkpoint into that of the GPU they are on, in their own memory.
 
-    Returns the same tensors, marked as tiled. Raises ValueError if they are tiled already or N is not a multiple of 32.
+    Returns the same tensors, marked as such. Raises ValueError if they have another order or N is not a multiple of 32.
     """
-    if experts.tiled:
-        raise ValueError("experts: expected the order of the checkpoint, got tiled experts")
+    if experts.order != "checkpoint":
+        raise ValueError(f"experts: expected the order of the checkpoint, got that of a {experts.order}")
     if experts.N % STRIPE:
         raise ValueError(f"experts: expected a multiple of {STRIPE} rows, got {experts.N}")
     quads = devices.device_of(experts.packed.device).quads
@@ -51,7 +51,7 @@ def repack_(experts: PackedExperts) -> PackedExperts:
     for values in (experts.scales, experts.zero_points):
         for matrix in values.flatten(0, 1):
             matrix.view(-1).copy_(matrix.view(-1, 4, 8, matrix.shape[1]).permute(0, 3, 2, 1).flatten())
-    return dataclasses.replace(experts, tiled=True)
+    return dataclasses.replace(experts, order="gpu")
 
 
 def tile_codes(codes: torch.Tensor, num_bits: int, group_size: int, quads: bool) -> torch.Tensor:

@@ -81,7 +81,7 @@ def test_repack_stays_in_place_and_repeats_after_loading_again(make_experts):
     tensors = (experts.packed, experts.scales, experts.zero_points)
     stored = [tensor.clone() for tensor in tensors]
     tiled = repack_(experts)
-    assert tiled.tiled
+    assert tiled.order == "gpu"
     assert [tensor.data_ptr() for tensor in tiled.tensors[:3]] == [tensor.data_ptr() for tensor in tensors]
     first = [tensor.clone() for tensor in tensors]
     for tensor, values in zip(tensors, stored, strict=True):
@@ -100,7 +100,7 @@ def test_repack_does_large_matrices_in_pieces(make_experts, monkeypatch):
 
 def test_repack_refuses_what_it_cannot_tile(make_experts):
     tiled = repack_(make_experts([[4]], 32, 32, 32))
-    with pytest.raises(ValueError, match="expected the order of the checkpoint, got tiled experts"):
+    with pytest.raises(ValueError, match="expected the order of the checkpoint, got that of a gpu"):
         repack_(tiled)
     with pytest.raises(ValueError, match="expected a multiple of 32 rows, got 48"):
         repack_(make_experts([[4]], 48, 32, 32))

@@ -1,0 +1,139 @@
+"""The native kernel as a shared library: compiled on first use, for the processor at hand, and kept.
+
+    python -m alphaq_vllm.kernels.cpu.build [INSTRUCTION_SET ...]
+
+builds into the package itself, for images and for machines without a compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+
+from filelock import FileLock
+
+SOURCES = Path(__file__).with_name("native")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi")
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+# By machine, the best first: the features that a processor must have, which are the compiler's options as well.
+INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "avx512_vnni": (*_AVX512, "avx512vnni"),
+        "avx512": _AVX512,
+        "avx_vnni": (*_AVX2, "avxvnni"),
+        "avx2": _AVX2,
+    },
+    "aarch64": {"neon_dotprod": ("dotprod",)},
+}
+# As Linux names features where it does so differently.
+KERNEL_NAMES = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "dotprod": "asimddp"}
+PORTABLE = "portable"
+
+
+def instruction_sets() -> dict[str, tuple[str, ...]]:
+    """All instruction sets of this kind of machine, the best first, with the compiler's options."""
+    machine = platform.machine()
+    options = {
+        name: ("-march=armv8.2-a+dotprod",) if machine == "aarch64" else tuple(f"-m{feature}" for feature in features)
+        for name, features in INSTRUCTION_SETS.get(machine, {}).items()
+    }
+    return {**options, PORTABLE: ()}
+
+
+def supported() -> list[str]:
+    """The instruction sets that this processor has, the best first; the last one is always ``portable``."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    has = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
+    known = INSTRUCTION_SETS.get(platform.machine(), {})
+    return [
+        name
+        for name in instruction_sets()
+        if all(KERNEL_NAMES.get(feature, feature) in has for feature in known.get(name, ()))
+    ]
+
+
+def library_path(instruction_set: str) -> Path:
+    """The library for an instruction set, built now if it was not before.
+
+    Raises OSError or subprocess.SubprocessError if it cannot be built: no compiler, or nowhere to put it.
+    """
+    compiler = find_compiler()
+    name = f"alphaq-{instruction_set}-{_digest(compiler)}.so"
+    if (shipped := SOURCES / name.rsplit("-", 1)[0]).with_suffix(".so").is_file():
+        return shipped.with_suffix(".so")
+    if compiler is None:
+        raise OSError("no C++ compiler: install g++, or name one in CXX")
+    directory = _private_directory()
+    path = directory / name
+    with FileLock(directory / f"{name}.lock"):
+        if not path.is_file():
+            compile_to(path, instruction_set, compiler)
+    return path
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler's command: ``CXX``, or the first that is installed."""
+    if chosen := os.environ.get("CXX"):
+        return shlex.split(chosen)
+    return next(([found] for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
+
+
+def compile_to(path: Path, instruction_set: str, compiler: list[str]) -> None:
+    """Write the library whole or not at all. Raises OSError or subprocess.SubprocessError."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        built = Path(directory, path.name)
+        command = [*compiler, *FLAGS, *instruction_sets()[instruction_set], str(SOURCES / "layer.cpp"), "-o", str(built)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        if result.returncode:
+            raise OSError(f"{shlex.join(command)}: {(result.stderr.strip() or 'failed').splitlines()[0]}")
+        built.replace(path)
+
+
+def _digest(compiler: list[str] | None) -> str:
+    """Of all that a library is made of, so that an update of any of it builds another one."""
+    total = sha256(f"{compiler} {FLAGS}".encode())
+    for source in sorted(SOURCES.glob("*.[hc]*")):
+        total.update(source.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _private_directory() -> Path:
+    """A directory that nobody else can write to: what lies there is loaded into this process.
+
+    ``alphaq/kernels`` in the user's cache directory, or else a new one that is this process's alone.
+    """
+    try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaq" / "kernels"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(directory, os.W_OK):
+            return directory
+    except (OSError, RuntimeError):
+        # No home directory, or one that cannot be written to.
+        pass
+    return Path(tempfile.mkdtemp(prefix="alphaq-"))
+
+
+def main() -> None:
+    """The command."""
+    if (compiler := find_compiler()) is None:
+        sys.exit("no C++ compiler: install g++, or name one in CXX")
+    for name in sys.argv[1:] or instruction_sets():
+        if name not in instruction_sets():
+            sys.exit(f"{name}: expected one of {', '.join(instruction_sets())}")
+        compile_to(SOURCES / f"alphaq-{name}.so", name, compiler)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The native CPU kernel, called through ctypes: no torch header is compiled, so a library fits every torch."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import logging
+import os
+import subprocess
+from functools import cache
+
+import torch
+
+from alphaq_vllm.kernels.cpu import build
+from alphaq_vllm.kernels.experts import PackedExperts
+from alphaq_vllm.kernels.gate import SUPPORTED_ACTIVATIONS
+from alphaq_vllm.kernels.routing import Routing
+from alphaq_vllm.kernels.weights import MoEWeights
+
+# Chooses an instruction set of build.INSTRUCTION_SETS, or `none` for torch.
+INSTRUCTION_SET = "ALPHAQ_CPU_KERNEL"
+ROWS = 16
+# Bytes to an activation: 2 hold bfloat16 and float16 with more precision than a product in these has.
+DIGITS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 3}
+BIAS_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+logger = logging.getLogger("alphaq_vllm")
+_pointer, _int64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Threads(ctypes.Structure):
+    _fields_ = (("run", _pointer), ("count", ctypes.c_int32))
+
+
+class _Gate(ctypes.Structure):
+    _fields_ = (
+        ("activation", ctypes.c_int), ("limit", ctypes.c_float), ("alpha", ctypes.c_float), ("beta", ctypes.c_float),
+    )  # fmt: skip
+
+
+class _Experts(ctypes.Structure):
+    """``Experts`` of layer.cpp."""
+
+    _fields_ = (
+        ("packed", _pointer), ("scales", _pointer), ("zero_points", _pointer), ("num_bits", _pointer),
+        ("offsets", _pointer), ("bias", _pointer), ("bias_dtype", _int64), ("projections", _int64), ("N", _int64),
+        ("K", _int64), ("group_size", _int64),
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, experts: PackedExperts, bias: torch.Tensor | None) -> _Experts:
+        pointers = [tensor.data_ptr() for tensor in experts.tensors]
+        bias_of = (None, 0) if bias is None else (bias.data_ptr(), BIAS_DTYPES[bias.dtype])
+        return cls(*pointers, *bias_of, experts.num_projections, experts.N, experts.K, experts.group_size)
+
+
+class _Call(ctypes.Structure):
+    """``Call`` of layer.cpp."""
+
+    _fields_ = (
+        ("x", _pointer), ("topk_weights", _pointer), ("expert_ids", _pointer), ("out", _pointer),
+        ("num_tokens", _int64), ("top_k", _int64), ("num_experts", _int64), ("weight_on_input", _int64),
+        ("digits", _int64), ("gate", _Gate), ("threads", _Threads),
+    )  # fmt: skip
+
+
+@cache
+def best_instruction_set() -> str:
+    """The instruction set to compute with: the best that this processor has, or the one that the user chose.
+
+    Raises ValueError for a choice that this processor does not have.
+    """
+    has = build.supported()
+    chosen = os.environ.get(INSTRUCTION_SET) or has[0]
+    if chosen not in (*has, "none"):
+        raise ValueError(f"{INSTRUCTION_SET}: expected one of {', '.join((*has, 'none'))} here, got {chosen}")
+    return chosen
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernel for this processor, or None, which the log explains, if there is none."""
+    name = best_instruction_set()
+    if name == "none":
+        return None
+    try:
+        return load(name)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("AlphaQ computes experts with torch, many times slower than its CPU kernel: %s", error)
+        return None
+
+
+@cache
+def load(instruction_set: str) -> ctypes.CDLL:
+    """The kernel for an instruction set. Raises OSError or subprocess.SubprocessError if it cannot be built."""
+    found = ctypes.CDLL(str(build.library_path(instruction_set)))
+    found.alphaq_fused_moe.restype = ctypes.c_int
+    return found
+
+
+def repack_(experts: PackedExperts, instruction_set: str | None = None) -> PackedExperts:
+    """Bring a layer's matrices from the order of the checkpoint into that of native/layout.h, in their own memory.
+
+    Args:
+        experts: on the CPU; the order is the same for all instruction sets.
+        instruction_set: which library does it, by default the best.
+
+    Returns:
+        The same tensors, marked as such.
+
+    Raises:
+        ValueError: for experts in another order, and for a number of rows that is not a multiple of 16.
+    """
+    if experts.order != "checkpoint":
+        raise ValueError(f"experts: expected the order of the checkpoint, got that of a {experts.order}")
+    if experts.N % ROWS:
+        raise ValueError(f"experts: expected a multiple of {ROWS} rows, got {experts.N}")
+    kernel, threads = load(instruction_set or best_instruction_set()), ctypes.byref(_threads())
+    for widths, starts in zip(experts.num_bits.tolist(), experts.offsets.tolist(), strict=True):
+        for num_bits, start in zip(widths, starts, strict=True):
+            at = _pointer(experts.packed.data_ptr() + start * experts.packed.itemsize)
+            kernel.alphaq_reorder(at, _int64(experts.N), _int64(experts.K), _int64(num_bits), _int64(0), threads)
+    for values in (experts.scales, experts.zero_points):
+        rows, groups = values.shape[:-1].numel(), values.shape[-1]
+        kernel.alphaq_reorder_groups(_pointer(values.data_ptr()), _int64(rows), _int64(groups), threads)
+    return dataclasses.replace(experts, order="cpu")
+
+
+def fused_moe(
+    x: torch.Tensor,
+    weights: MoEWeights,
+    routing: Routing,
+    instruction_set: str | None = None,
+    digits: int | None = None,
+) -> torch.Tensor:
+    """Compute a layer's routed experts: products of codes and activations in integers, all else in float32.
+
+    Args:
+        x: ``[num_tokens, hidden_size]`` bfloat16, float16 or float32.
+        weights: the experts that this rank holds, in the order of ``repack_``.
+        routing: the experts of each token.
+        instruction_set: which library computes, by default the best.
+        digits: bytes to an activation, by default those of x's dtype.
+
+    Returns:
+        ``[num_tokens, hidden_size]`` of x's dtype, a new tensor. Its bits do not depend on the number of threads.
+
+    Raises:
+        IndexError: for ids of experts that the layer does not have.
+    """
+    expert_ids = routing.local_expert_ids().contiguous()
+    values, topk_weights = x.float().contiguous(), routing.topk_weights.contiguous()
+    out = torch.empty(x.shape[0], weights.w2.N, dtype=torch.float32)
+    gate = weights.gate
+    limit = float("inf") if gate.limit is None else gate.limit
+    call = _Call(
+        values.data_ptr(),
+        topk_weights.data_ptr(),
+        expert_ids.data_ptr(),
+        out.data_ptr(),
+        *expert_ids.shape,
+        weights.w13.num_experts,
+        routing.apply_router_weight_on_input,
+        digits or DIGITS[x.dtype],
+        _Gate(SUPPORTED_ACTIVATIONS.index(gate.activation), limit, gate.alpha, gate.beta),
+        _threads(),
+    )
+    w13, w2 = _Experts.of(weights.w13, weights.w13_bias), _Experts.of(weights.w2, weights.w2_bias)
+    kernel = load(instruction_set or best_instruction_set())
+    if kernel.alphaq_fused_moe(ctypes.byref(w13), ctypes.byref(w2), ctypes.byref(call)):
+        raise IndexError(f"topk_ids: expected local ids below {weights.w13.num_experts}, got {int(expert_ids.max())}")
+    return out.to(x.dtype)
+
+
+def _threads() -> _Threads:
+    """Torch's threads, which vLLM binds to cores: those of the one OpenMP library that both find first."""
+    run = _parallel()
+    return _Threads(run, torch.get_num_threads() if run else 1)
+
+
+@cache
+def _parallel() -> int | None:
+    """The address of GOMP_parallel, which GNU's, LLVM's and Intel's OpenMP libraries all have on Linux."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, _pointer).value
+    except AttributeError:
+        logger.warning("AlphaQ computes experts on one thread: this process has no OpenMP library that it knows")
+        return None
