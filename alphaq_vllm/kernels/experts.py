@@ -66,7 +66,7 @@ class PackedExperts:
     def matrix(
         self, expert: int, projection: int, rows: slice = slice(None), dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """The weights of some rows of one matrix, ``[rows, K]``; waits for the device. In the checkpoint's order only."""
+        """The weights of some rows of a matrix in the order of the checkpoint, ``[rows, K]``; waits for the device."""
         num_bits = int(self.num_bits[expert, projection])
         words_per_row = self.K * num_bits // 32
         start = int(self.offsets[expert, projection])

@@ -30,12 +30,6 @@ from alphaq_vllm.plugin.report import LoadReport
 from alphaq_vllm.plugin.support import check_experts
 
 SUFFIXES = (PACKED, SCALE, ZERO)
-# What computes experts of each order, for the log.
-KERNELS: dict[Order, str] = {
-    "gpu": "Triton kernels",
-    "cpu": f"the native CPU kernel ({native.best_instruction_set()})",
-    "checkpoint": "torch on the CPU",
-}
 # Where a shard lies: the stem of its parameters, its place among the stem's projections, the dimension of the
 # stored tensors that tensor parallelism cuts.
 SHARDS = {"w1": ("w13", 0, 0), "w3": ("w13", 1, 0), "w2": ("w2", 0, 1)}
@@ -156,7 +150,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         return data[offset : offset + shape[0] * shape[1]].view(shape)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Refuse to serve experts that were not loaded whole, and bring the others into the order that their device wants.
+        """Refuse to serve experts that were not loaded whole, and bring the others into their device's order.
 
         vLLM does not check the former for quantized models. The latter happens within the parameters' own memory: they
         stay what weights are loaded into, and loading them again, which is of all of them, starts over.
@@ -211,7 +205,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             math.prod(self.shapes["w2"]),
             {shard: [bits[e] for e in self.global_ids] for shard, bits in self.num_bits.items()},
             sum(tensor.nbytes for tensor in tensors),
-            KERNELS[self.order],
+            _kernel_name(self.order),
         )
 
     def _warm_up(self, layer: RoutedExperts, weights: MoEWeights) -> None:
@@ -292,3 +286,10 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
 
     def _tensor_name(self, expert_id: int, shard_id: str, suffix: str) -> str:
         return f"{self.prefix}.{expert_id}.{self.projection_names[shard_id]}.{suffix}"
+
+
+def _kernel_name(order: Order) -> str:
+    """What computes experts of an order, for the log."""
+    if order == "cpu":
+        return f"the native CPU kernel ({native.best_instruction_set()})"
+    return "Triton kernels" if order == "gpu" else "torch on the CPU"

@@ -36,6 +36,7 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
 # As Linux names features where it does so differently.
 KERNEL_NAMES = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "dotprod": "asimddp"}
 PORTABLE = "portable"
+NO_COMPILER = "no C++ compiler: install g++, or name one in CXX"
 
 
 def instruction_sets() -> dict[str, tuple[str, ...]]:
@@ -68,18 +69,24 @@ def library_path(instruction_set: str) -> Path:
 
     Raises OSError or subprocess.SubprocessError if it cannot be built: no compiler, or nowhere to put it.
     """
-    compiler = find_compiler()
-    name = f"alphaq-{instruction_set}-{_digest(compiler)}.so"
-    if (shipped := SOURCES / name.rsplit("-", 1)[0]).with_suffix(".so").is_file():
-        return shipped.with_suffix(".so")
-    if compiler is None:
-        raise OSError("no C++ compiler: install g++, or name one in CXX")
-    directory = _private_directory()
-    path = directory / name
-    with FileLock(directory / f"{name}.lock"):
+    name = library_name(instruction_set)
+    if (shipped := SOURCES / name).is_file():
+        return shipped
+    if (compiler := find_compiler()) is None:
+        raise OSError(NO_COMPILER)
+    path = _private_directory() / name
+    with FileLock(f"{path}.lock"):
         if not path.is_file():
             compile_to(path, instruction_set, compiler)
     return path
+
+
+def library_name(instruction_set: str) -> str:
+    """A name that another machine, and an update of the sources, does not share."""
+    total = sha256(repr((FLAGS, instruction_sets()[instruction_set])).encode())
+    for source in sorted(SOURCES.glob("*.[hc]*")):
+        total.update(source.read_bytes())
+    return f"alphaq-{platform.machine()}-{instruction_set}-{total.hexdigest()[:16]}.so"
 
 
 def find_compiler() -> list[str] | None:
@@ -93,19 +100,18 @@ def compile_to(path: Path, instruction_set: str, compiler: list[str]) -> None:
     """Write the library whole or not at all. Raises OSError or subprocess.SubprocessError."""
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         built = Path(directory, path.name)
-        command = [*compiler, *FLAGS, *instruction_sets()[instruction_set], str(SOURCES / "layer.cpp"), "-o", str(built)]
+        command = [
+            *compiler,
+            *FLAGS,
+            *instruction_sets()[instruction_set],
+            str(SOURCES / "layer.cpp"),
+            "-o",
+            str(built),
+        ]
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         if result.returncode:
             raise OSError(f"{shlex.join(command)}: {(result.stderr.strip() or 'failed').splitlines()[0]}")
         built.replace(path)
-
-
-def _digest(compiler: list[str] | None) -> str:
-    """Of all that a library is made of, so that an update of any of it builds another one."""
-    total = sha256(f"{compiler} {FLAGS}".encode())
-    for source in sorted(SOURCES.glob("*.[hc]*")):
-        total.update(source.read_bytes())
-    return total.hexdigest()[:16]
 
 
 def _private_directory() -> Path:
@@ -128,11 +134,11 @@ def _private_directory() -> Path:
 def main() -> None:
     """The command."""
     if (compiler := find_compiler()) is None:
-        sys.exit("no C++ compiler: install g++, or name one in CXX")
+        sys.exit(NO_COMPILER)
     for name in sys.argv[1:] or instruction_sets():
         if name not in instruction_sets():
             sys.exit(f"{name}: expected one of {', '.join(instruction_sets())}")
-        compile_to(SOURCES / f"alphaq-{name}.so", name, compiler)
+        compile_to(SOURCES / library_name(name), name, compiler)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ INSTRUCTION_SET = "ALPHAQ_CPU_KERNEL"
 ROWS = 16
 # Bytes to an activation: 2 hold bfloat16 and float16 with more precision than a product in these has.
 DIGITS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 3}
+# What its functions return.
+DONE, UNKNOWN_EXPERT, OUT_OF_MEMORY = range(3)
 BIAS_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 logger = logging.getLogger("alphaq_vllm")
@@ -93,9 +95,7 @@ def library() -> ctypes.CDLL | None:
 @cache
 def load(instruction_set: str) -> ctypes.CDLL:
     """The kernel for an instruction set. Raises OSError or subprocess.SubprocessError if it cannot be built."""
-    found = ctypes.CDLL(str(build.library_path(instruction_set)))
-    found.alphaq_fused_moe.restype = ctypes.c_int
-    return found
+    return ctypes.CDLL(str(build.library_path(instruction_set)))
 
 
 def repack_(experts: PackedExperts, instruction_set: str | None = None) -> PackedExperts:
@@ -119,10 +119,11 @@ def repack_(experts: PackedExperts, instruction_set: str | None = None) -> Packe
     for widths, starts in zip(experts.num_bits.tolist(), experts.offsets.tolist(), strict=True):
         for num_bits, start in zip(widths, starts, strict=True):
             at = _pointer(experts.packed.data_ptr() + start * experts.packed.itemsize)
-            kernel.alphaq_reorder(at, _int64(experts.N), _int64(experts.K), _int64(num_bits), _int64(0), threads)
+            shape = (_int64(experts.N), _int64(experts.K), _int64(num_bits))
+            _check(kernel.alphaq_reorder(at, *shape, _int64(0), threads))
     for values in (experts.scales, experts.zero_points):
         rows, groups = values.shape[:-1].numel(), values.shape[-1]
-        kernel.alphaq_reorder_groups(_pointer(values.data_ptr()), _int64(rows), _int64(groups), threads)
+        _check(kernel.alphaq_reorder_groups(_pointer(values.data_ptr()), _int64(rows), _int64(groups), threads))
     return dataclasses.replace(experts, order="cpu")
 
 
@@ -167,9 +168,16 @@ def fused_moe(
     )
     w13, w2 = _Experts.of(weights.w13, weights.w13_bias), _Experts.of(weights.w2, weights.w2_bias)
     kernel = load(instruction_set or best_instruction_set())
-    if kernel.alphaq_fused_moe(ctypes.byref(w13), ctypes.byref(w2), ctypes.byref(call)):
+    result = kernel.alphaq_fused_moe(ctypes.byref(w13), ctypes.byref(w2), ctypes.byref(call))
+    if result == UNKNOWN_EXPERT:
         raise IndexError(f"topk_ids: expected local ids below {weights.w13.num_experts}, got {int(expert_ids.max())}")
+    _check(result)
     return out.to(x.dtype)
+
+
+def _check(result: int) -> None:
+    if result != DONE:
+        raise MemoryError("experts: the CPU kernel got no memory to work in")
 
 
 def _threads() -> _Threads:

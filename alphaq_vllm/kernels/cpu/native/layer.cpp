@@ -84,6 +84,7 @@ class Workspace {
     used_ = 0;
     if (bytes <= size_) return;
     memory_.reset();
+    size_ = 0;
     memory_.reset(static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{64})));
     size_ = bytes;
   }
@@ -247,47 +248,68 @@ void reorder(uint8_t* packed, int64_t rows, int64_t columns, int bits, const Thr
   });
 }
 
+enum Result { DONE, UNKNOWN_EXPERT, OUT_OF_MEMORY };
+
+// What `work` returns, for callers that know no exceptions.
+template <typename Work>
+Result result_of(Work work) {
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    return OUT_OF_MEMORY;
+  }
+}
+
+Result fused_moe(const Experts& w13, const Experts& w2, const Call& call) {
+  for (int64_t i = 0; i < call.num_tokens * call.top_k; ++i) {
+    if (call.expert_ids[i] >= call.num_experts) return UNKNOWN_EXPERT;
+  }
+  const int64_t per_token = w13.K * (call.digits + 1) + call.top_k * w13.N * (int64_t)(sizeof(float) + call.digits + 1);
+  const int64_t piece = std::clamp<int64_t>(WORKSPACE / per_token, 1, std::max<int64_t>(call.num_tokens, 1));
+  for (int64_t first = 0; first < call.num_tokens; first += piece) {
+    const int64_t count = std::min(piece, call.num_tokens - first);
+    const Routes routes(call, first, count);
+    const int64_t num_routes = routes.token.size();
+    Workspace& space = workspace();
+    space.reserve(digit_bytes(count, w13.K, w13.group_size, call.digits) + num_routes * w13.N * sizeof(float) + 64 +
+                  digit_bytes(num_routes, w2.K, w2.group_size, call.digits));
+    const Digits x = take_digits(space, count, w13.K, w13.group_size, call.digits);
+    const Digits h = take_digits(space, num_routes, w2.K, w2.group_size, call.digits);
+    float* hidden = space.take<float>(num_routes * w13.N);
+    quantize_rows(call.threads, call.x + first * w13.K, count, x);
+    multiply_gate_up(w13, call, routes, x, hidden);
+    quantize_rows(call.threads, hidden, num_routes, h);
+    multiply_down(w2, call, routes, h, call.out + first * w2.N, count);
+  }
+  return DONE;
+}
+
 }  // namespace
 }  // namespace alphaq
 
 using namespace alphaq;
 
-// Compute a layer, as fused_moe of op.py says; shapes are the caller's to check. Returns 1 for ids that are too large.
+// Compute a layer, as fused_moe of op.py says; shapes are the caller's to check.
 EXPORT int alphaq_fused_moe(const Experts* w13, const Experts* w2, const Call* call) {
-  for (int64_t i = 0; i < call->num_tokens * call->top_k; ++i) {
-    if (call->expert_ids[i] >= call->num_experts) return 1;
-  }
-  const int64_t per_token = w13->K * (call->digits + 1) +
-                            call->top_k * w13->N * (int64_t)(sizeof(float) + call->digits + 1);
-  const int64_t piece = std::clamp<int64_t>(WORKSPACE / per_token, 1, std::max<int64_t>(call->num_tokens, 1));
-  for (int64_t first = 0; first < call->num_tokens; first += piece) {
-    const int64_t count = std::min(piece, call->num_tokens - first);
-    const Routes routes(*call, first, count);
-    const int64_t num_routes = routes.token.size();
-    Workspace& space = workspace();
-    space.reserve(digit_bytes(count, w13->K, w13->group_size, call->digits) + num_routes * w13->N * sizeof(float) + 64 +
-                  digit_bytes(num_routes, w2->K, w2->group_size, call->digits));
-    const Digits x = take_digits(space, count, w13->K, w13->group_size, call->digits);
-    const Digits h = take_digits(space, num_routes, w2->K, w2->group_size, call->digits);
-    float* hidden = space.take<float>(num_routes * w13->N);
-    quantize_rows(call->threads, call->x + first * w13->K, count, x);
-    multiply_gate_up(*w13, *call, routes, x, hidden);
-    quantize_rows(call->threads, hidden, num_routes, h);
-    multiply_down(*w2, *call, routes, h, call->out + first * w2->N, count);
-  }
-  return 0;
+  return result_of([&] { return fused_moe(*w13, *w2, *call); });
 }
 
 // Bring a matrix [rows, columns] from the order of packing.py (linear: of linear_packing.py) into that of layout.h.
-EXPORT void alphaq_reorder(uint8_t* packed, int64_t rows, int64_t columns, int64_t bits, int64_t linear,
-                           const Threads* threads) {
-  linear ? reorder<true>(packed, rows, columns, bits, *threads) : reorder<false>(packed, rows, columns, bits, *threads);
+EXPORT int alphaq_reorder(uint8_t* packed, int64_t rows, int64_t columns, int64_t bits, int64_t linear,
+                          const Threads* threads) {
+  return result_of([&] {
+    linear ? reorder<true>(packed, rows, columns, bits, *threads) : reorder<false>(packed, rows, columns, bits, *threads);
+    return DONE;
+  });
 }
 
 // Bring scales or zero points [rows, groups] into the order of layout.h.
-EXPORT void alphaq_reorder_groups(uint16_t* values, int64_t rows, int64_t groups, const Threads* threads) {
-  parallel(*threads, rows / ROWS, [&](int64_t block) {
-    std::vector<uint16_t> scratch(ROWS * groups);
-    reorder_groups(values + block * ROWS * groups, scratch.data(), groups);
+EXPORT int alphaq_reorder_groups(uint16_t* values, int64_t rows, int64_t groups, const Threads* threads) {
+  return result_of([&] {
+    parallel(*threads, rows / ROWS, [&](int64_t block) {
+      std::vector<uint16_t> scratch(ROWS * groups);
+      reorder_groups(values + block * ROWS * groups, scratch.data(), groups);
+    });
+    return DONE;
   });
 }
