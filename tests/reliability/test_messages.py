@@ -5,7 +5,7 @@ import re
 from tests.reliability.messages import ROOT, failures
 
 KINDS = {
-    "ValueError", "TypeError", "FileNotFoundError", "OSError", "ImportError", "AttributeError", "ModuleNotFoundError",
+    "ValueError", "TypeError", "MemoryError", "FileNotFoundError", "OSError", "ImportError", "AttributeError", "ModuleNotFoundError",
 }  # fmt: skip
 # They put a failure of another kind into words.
 TRANSLATORS = {"_death", "_resumable"}

@@ -26,7 +26,7 @@ CLIENTS = 64
 PROMPTS = [TEXT[100 * i : 100 * i + 40 + i] for i in range(CLIENTS)]
 ON_GPU = torch.cuda.is_available()
 HAS_LINEAR = ON_GPU or has_cpu_int4_kernel()
-EXPERTS, LINEAR = ("Triton kernels", "Marlin|Machete") if ON_GPU else ("torch on the CPU", "CPUWNA16")
+EXPERTS, LINEAR = ("Triton kernels", "Marlin|Machete") if ON_GPU else (r"the native CPU kernel \(\w+\)", "CPUWNA16")
 
 
 @pytest.fixture(scope="module")

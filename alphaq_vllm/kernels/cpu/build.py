@@ -7,6 +7,7 @@ builds into the package itself, for images and for machines without a compiler.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shlex
@@ -26,6 +27,7 @@ _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
 # By machine, the best first: the features that a processor must have, which are the compiler's options as well.
 INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
+        "amx": (*_AVX512, "avx512vnni", "amx-tile", "amx-int8"),
         "avx512_vnni": (*_AVX512, "avx512vnni"),
         "avx512": _AVX512,
         "avx_vnni": (*_AVX2, "avxvnni"),
@@ -34,7 +36,10 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": {"neon_dotprod": ("dotprod",)},
 }
 # As Linux names features where it does so differently.
-KERNEL_NAMES = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "dotprod": "asimddp"}
+KERNEL_NAMES = {
+    "avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "amx-tile": "amx_tile", "amx-int8": "amx_int8",
+    "dotprod": "asimddp",
+}  # fmt: skip
 PORTABLE = "portable"
 NO_COMPILER = "no C++ compiler: install g++, or name one in CXX"
 
@@ -61,7 +66,13 @@ def supported() -> list[str]:
         name
         for name in instruction_sets()
         if all(KERNEL_NAMES.get(feature, feature) in has for feature in known.get(name, ()))
+        and (name != "amx" or _may_use_tiles())
     ]
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for the registers of AMX, which a process has only on demand: arch_prctl(ARCH_REQ_XCOMP_PERM, TILEDATA)."""
+    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
 def library_path(instruction_set: str) -> Path:

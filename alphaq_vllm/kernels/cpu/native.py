@@ -147,7 +147,7 @@ def fused_moe(
         ``[num_tokens, hidden_size]`` of x's dtype, a new tensor. Its bits do not depend on the number of threads.
 
     Raises:
-        IndexError: for ids of experts that the layer does not have.
+        ValueError: for ids of experts that the layer does not have.
     """
     expert_ids = routing.local_expert_ids().contiguous()
     values, topk_weights = x.float().contiguous(), routing.topk_weights.contiguous()
@@ -170,7 +170,7 @@ def fused_moe(
     kernel = load(instruction_set or best_instruction_set())
     result = kernel.alphaq_fused_moe(ctypes.byref(w13), ctypes.byref(w2), ctypes.byref(call))
     if result == UNKNOWN_EXPERT:
-        raise IndexError(f"topk_ids: expected local ids below {weights.w13.num_experts}, got {int(expert_ids.max())}")
+        raise ValueError(f"topk_ids: expected local ids below {weights.w13.num_experts}, got {int(expert_ids.max())}")
     _check(result)
     return out.to(x.dtype)
 

@@ -4,7 +4,7 @@
 #include <new>
 #include <vector>
 
-#include "multiply.h"
+#include "operand.h"
 #include "threads.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -102,6 +102,7 @@ Workspace& workspace() {
   return workspace;
 }
 
+// What take_digits takes, and what Tiles take for so many padded tokens.
 int64_t digit_bytes(int64_t rows, int64_t columns, int64_t group_size, int64_t digits) {
   return rows * (columns * digits + columns / group_size * 2 * sizeof(float)) + 128;
 }
@@ -130,6 +131,7 @@ void quantize_rows(const Threads& threads, const float* x, int64_t rows, const D
 struct Routes {
   // Of each route.
   std::vector<int32_t> token;
+  std::vector<int32_t> index;
   std::vector<float> weight;
   struct Piece {
     int32_t expert;
@@ -152,14 +154,69 @@ struct Routes {
       end[expert + 1] += end[expert];
     }
     token.resize(end[call.num_experts]);
+    index.resize(token.size());
     weight.resize(token.size());
     for (int64_t i = 0; i < count * call.top_k; ++i) {
       if (ids[i] < 0) continue;
       const int32_t route = end[ids[i]]++;
       token[route] = i / call.top_k;
+      index[route] = route;
       weight[route] = call.topk_weights[first * call.top_k + i];
     }
   }
+};
+
+// What the experts are multiplied with, piece by piece.
+class Operands {
+ public:
+  // rows: of x, for each route.
+  Operands(const Threads& threads, const Routes& routes, const Digits& x, const std::vector<int32_t>& rows,
+           Workspace& space)
+      : routes_(routes), x_(x), rows_(rows) {
+    if (!HAS_TILES) return;
+    struct Tile {
+      int64_t piece;
+      int64_t index;
+    };
+    std::vector<Tile> all;
+    for (const Routes::Piece& piece : routes.pieces) {
+      Tiles tiles(x, piece.count);
+      if (piece.count >= FEWEST_IN_TILES) {
+        tiles.digits = space.take<int8_t>(tiles.padded * x.columns * x.count);
+        tiles.factors = space.take<float>(tiles.padded * x.groups() * 2);
+        for (int64_t i = 0; i < tiles.padded / tiles.height; ++i) all.push_back({(int64_t)tiles_.size(), i});
+      }
+      tiles_.push_back(tiles);
+    }
+    parallel(threads, all.size(), [&](int64_t i) {
+      const Routes::Piece& piece = routes.pieces[all[i].piece];
+      tiles_[all[i].piece].gather(x, &rows[piece.first], piece.count, all[i].index);
+    });
+  }
+
+  Operand operator[](int64_t piece) const {
+    const Routes::Piece& routes = routes_.pieces[piece];
+    const Tiles* tiles = HAS_TILES && tiles_[piece].digits ? &tiles_[piece] : nullptr;
+    return {x_, &rows_[routes.first], routes.count, tiles};
+  }
+
+  // What the constructor takes from the workspace.
+  static int64_t bytes(const Routes& routes, int64_t columns, int64_t group_size, int64_t digits) {
+    int64_t total = 0;
+    for (const Routes::Piece& piece : routes.pieces) {
+      if (HAS_TILES && piece.count >= FEWEST_IN_TILES) {
+        const Tiles tiles({nullptr, nullptr, columns, group_size, (int)digits}, piece.count);
+        total += digit_bytes(tiles.padded, columns, group_size, digits);
+      }
+    }
+    return total;
+  }
+
+ private:
+  const Routes& routes_;
+  const Digits& x_;
+  const std::vector<int32_t>& rows_;
+  std::vector<Tiles> tiles_;
 };
 
 // How many blocks of rows make a unit of work, if there are so many of them in all.
@@ -168,19 +225,21 @@ int64_t blocks_per_unit(int64_t blocks, int64_t threads, int64_t most) {
 }
 
 // hidden [routes, N of w13] = gated products of x with gate and up.
-void multiply_gate_up(const Experts& w13, const Call& call, const Routes& routes, const Digits& x, float* hidden) {
+void multiply_gate_up(const Experts& w13, const Call& call, const Routes& routes, const Operands& x, float* hidden) {
   const int64_t blocks = w13.N / ROWS;
   const int64_t per_unit = blocks_per_unit(blocks * routes.pieces.size(), call.threads.count, 4);
   const int64_t units = (blocks + per_unit - 1) / per_unit;
   parallel(call.threads, units * routes.pieces.size(), [&](int64_t unit) {
     const Routes::Piece piece = routes.pieces[unit / units];
+    const Operand operand = x[unit / units];
+    const Ready ready(operand);
     const int64_t first = unit % units * per_unit;
     Multiply multiply[2];
     for (int p = 0; p < 2; ++p) multiply[p] = multiply_of(w13.bits(piece.expert, p), call.digits);
     for (int64_t block = first; block < std::min(first + per_unit, blocks); ++block) {
       alignas(64) float products[2][ROUTES_AT_ONCE * ROWS], biases[2][ROWS];
       for (int p = 0; p < 2; ++p) {
-        multiply[p](w13.block(piece.expert, p, block), x, &routes.token[piece.first], piece.count, products[p]);
+        multiply[p](w13.block(piece.expert, p, block), operand, products[p]);
         w13.load_bias(piece.expert, p, block, biases[p]);
       }
       for (int64_t i = 0; i < piece.count; ++i) {
@@ -199,22 +258,23 @@ void multiply_gate_up(const Experts& w13, const Call& call, const Routes& routes
 // out [tokens, N of w2] = sum over each token's routes of weight * (products of hidden with down).
 //
 // A thread has the same rows of all experts, which it takes in order, so that sums do not depend on the threads.
-void multiply_down(const Experts& w2, const Call& call, const Routes& routes, const Digits& hidden, float* out,
+void multiply_down(const Experts& w2, const Call& call, const Routes& routes, const Operands& hidden, float* out,
                    int64_t num_tokens) {
   const int64_t blocks = w2.N / ROWS;
   const int64_t per_unit = blocks_per_unit(blocks, call.threads.count, blocks);
-  std::vector<int32_t> order(routes.token.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   parallel(call.threads, (blocks + per_unit - 1) / per_unit, [&](int64_t unit) {
     const int64_t first = unit * per_unit, last = std::min(first + per_unit, blocks);
     for (int64_t token = 0; token < num_tokens; ++token) {
       std::memset(out + token * w2.N + first * ROWS, 0, (last - first) * ROWS * sizeof *out);
     }
-    for (const Routes::Piece& piece : routes.pieces) {
+    for (size_t i = 0; i < routes.pieces.size(); ++i) {
+      const Routes::Piece& piece = routes.pieces[i];
+      const Operand operand = hidden[i];
+      const Ready ready(operand);
       const Multiply multiply = multiply_of(w2.bits(piece.expert, 0), call.digits);
       for (int64_t block = first; block < last; ++block) {
         alignas(64) float products[ROUTES_AT_ONCE * ROWS], bias[ROWS];
-        multiply(w2.block(piece.expert, 0, block), hidden, &order[piece.first], piece.count, products);
+        multiply(w2.block(piece.expert, 0, block), operand, products);
         w2.load_bias(piece.expert, 0, block, bias);
         for (int64_t i = 0; i < piece.count; ++i) {
           const int64_t route = piece.first + i;
@@ -264,7 +324,9 @@ Result fused_moe(const Experts& w13, const Experts& w2, const Call& call) {
   for (int64_t i = 0; i < call.num_tokens * call.top_k; ++i) {
     if (call.expert_ids[i] >= call.num_experts) return UNKNOWN_EXPERT;
   }
-  const int64_t per_token = w13.K * (call.digits + 1) + call.top_k * w13.N * (int64_t)(sizeof(float) + call.digits + 1);
+  const int64_t copies = HAS_TILES ? call.top_k : 0;
+  const int64_t per_token = w13.K * (call.digits + 1) * (1 + copies) +
+                            w13.N * (call.top_k * (int64_t)(sizeof(float) + call.digits + 1) + copies * (call.digits + 1));
   const int64_t piece = std::clamp<int64_t>(WORKSPACE / per_token, 1, std::max<int64_t>(call.num_tokens, 1));
   for (int64_t first = 0; first < call.num_tokens; first += piece) {
     const int64_t count = std::min(piece, call.num_tokens - first);
@@ -272,14 +334,17 @@ Result fused_moe(const Experts& w13, const Experts& w2, const Call& call) {
     const int64_t num_routes = routes.token.size();
     Workspace& space = workspace();
     space.reserve(digit_bytes(count, w13.K, w13.group_size, call.digits) + num_routes * w13.N * sizeof(float) + 64 +
-                  digit_bytes(num_routes, w2.K, w2.group_size, call.digits));
+                  digit_bytes(num_routes, w2.K, w2.group_size, call.digits) +
+                  Operands::bytes(routes, w13.K, w13.group_size, call.digits) +
+                  Operands::bytes(routes, w2.K, w2.group_size, call.digits));
     const Digits x = take_digits(space, count, w13.K, w13.group_size, call.digits);
     const Digits h = take_digits(space, num_routes, w2.K, w2.group_size, call.digits);
     float* hidden = space.take<float>(num_routes * w13.N);
     quantize_rows(call.threads, call.x + first * w13.K, count, x);
-    multiply_gate_up(w13, call, routes, x, hidden);
+    multiply_gate_up(w13, call, routes, Operands(call.threads, routes, x, routes.token, space), hidden);
     quantize_rows(call.threads, hidden, num_routes, h);
-    multiply_down(w2, call, routes, h, call.out + first * w2.N, count);
+    const Operands h_operands(call.threads, routes, h, routes.index, space);
+    multiply_down(w2, call, routes, h_operands, call.out + first * w2.N, count);
   }
   return DONE;
 }

@@ -28,6 +28,15 @@ constexpr int tokens_at_once(int digits) {
 // Bytes by which words are fetched ahead of their use: across the pages at which processors stop doing so themselves.
 constexpr int PREFETCHED = 4096;
 
+// Add a group's part to `out`, from the sums of products of each digit.
+template <int DIGITS>
+INLINE void add_group_sum(const I32* sums, const float* factors, F32 scale, F32 zero, F32& out) {
+  // Two digits fit int32 together, three do not.
+  F32 sum = to_float(DIGITS == 1 ? sums[0] : sums[0] + (sums[1 % DIGITS] << 8));
+  if (DIGITS == 3) sum += 65536.0f * to_float(sums[2 % DIGITS]);
+  out += (sum - zero * factors[1]) * (scale * factors[0]);
+}
+
 // Add a group's part to `out` of TOKENS tokens. code(unit, q) yields code vector q of a unit.
 template <int BITS, int DIGITS, int TOKENS, typename Code>
 INLINE void add_group(Code code, int64_t group_size, const int8_t* const (&digits)[TOKENS],
@@ -40,13 +49,7 @@ INLINE void add_group(Code code, int64_t group_size, const int8_t* const (&digit
     multiply_unit<BITS, DIGITS, TOKENS * DIGITS>([&](int q) INLINE_LAMBDA { return code(unit, q); }, x, sums);
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < TOKENS; ++t) {
-    const I32* of_token = sums + t * DIGITS;
-    // Two digits fit int32 together, three do not.
-    F32 sum = to_float(DIGITS == 1 ? of_token[0] : of_token[0] + (of_token[1 % DIGITS] << 8));
-    if (DIGITS == 3) sum += 65536.0f * to_float(of_token[2 % DIGITS]);
-    out[t] += (sum - zero * factors[t][1]) * (scale * factors[t][0]);
-  }
+  for (int t = 0; t < TOKENS; ++t) add_group_sum<DIGITS>(sums + t * DIGITS, factors[t], scale, zero, out[t]);
 }
 
 template <int BITS>
@@ -109,23 +112,28 @@ INLINE void multiply_tile(const uint8_t* tile, const Block& block, int64_t group
   }
 }
 
+// Take the codes of a group out of their words: code vectors in order.
+template <int BITS>
+INLINE void unpack_group(const uint8_t* packed, int64_t group_size, uint8_t* codes) {
+  for (int64_t unit = 0; unit < group_size / UNIT; ++unit, packed += BITS * VECTOR, codes += VECTORS * VECTOR) {
+    for (int part = 0; part < PARTS; ++part) {
+#pragma GCC unroll 8
+      for (int q = 0; q < VECTORS; ++q) {
+        if (q < BITS && part == 0) __builtin_prefetch(packed + q * VECTOR + PREFETCHED);
+        store(codes + q * VECTOR + part * WIDTH, unpack<BITS>(packed + part * WIDTH, q));
+      }
+    }
+  }
+}
+
 // Many tokens: the codes of a group are taken out of their words once, into the first cache.
 template <int BITS, int DIGITS>
 void multiply_many(const Block& block, const Digits& x, const int32_t* rows, int64_t count, float* out) {
   alignas(64) uint8_t tile[LARGEST_GROUP * ROWS];
   std::memset(out, 0, count * ROWS * sizeof *out);
-  const int64_t units = x.group_size / UNIT;
   const uint8_t* packed = block.packed;
-  for (int64_t group = 0; group < x.groups(); ++group) {
-    for (int64_t unit = 0; unit < units; ++unit, packed += BITS * VECTOR) {
-      for (int part = 0; part < PARTS; ++part) {
-#pragma GCC unroll 8
-        for (int q = 0; q < VECTORS; ++q) {
-          if (q < BITS && part == 0) __builtin_prefetch(packed + q * VECTOR + PREFETCHED);
-          store(tile + (unit * VECTORS + q) * VECTOR + part * WIDTH, unpack<BITS>(packed + part * WIDTH, q));
-        }
-      }
-    }
+  for (int64_t group = 0; group < x.groups(); ++group, packed += x.group_size * ROWS * BITS / 8) {
+    unpack_group<BITS>(packed, x.group_size, tile);
     constexpr int MOST = tokens_at_once(DIGITS);
     int64_t t = 0;
     for (; t + MOST <= count; t += MOST) {
@@ -136,29 +144,6 @@ void multiply_many(const Block& block, const Digits& x, const int32_t* rows, int
     }
     for (; t < count; ++t) multiply_tile<BITS, DIGITS, 1>(tile, block, group, x, rows + t, out + t * ROWS);
   }
-}
-
-// out [count, ROWS] = rows `rows` of x [count, columns] times the transpose of the block.
-template <int BITS, int DIGITS>
-void multiply_block(const Block& block, const Digits& x, const int32_t* rows, int64_t count, float* out) {
-  // Up to two tokens, to take a code out of its word where it is multiplied costs less than a tile.
-  if (count == 1) return multiply_few<BITS, DIGITS, 1>(block, x, rows, out);
-  if (count == 2) return multiply_few<BITS, DIGITS, 2>(block, x, rows, out);
-  multiply_many<BITS, DIGITS>(block, x, rows, count, out);
-}
-
-using Multiply = void (*)(const Block&, const Digits&, const int32_t*, int64_t, float*);
-
-template <int DIGITS>
-Multiply multiply_of(int bits) {
-  constexpr Multiply functions[] = {multiply_block<1, DIGITS>, multiply_block<2, DIGITS>, multiply_block<3, DIGITS>,
-                                    multiply_block<4, DIGITS>, multiply_block<5, DIGITS>, multiply_block<6, DIGITS>,
-                                    multiply_block<7, DIGITS>, multiply_block<8, DIGITS>};
-  return functions[bits - 1];
-}
-
-INLINE Multiply multiply_of(int bits, int digits) {
-  return digits == 1 ? multiply_of<1>(bits) : digits == 2 ? multiply_of<2>(bits) : multiply_of<3>(bits);
 }
 
 }  // namespace alphaq
