@@ -42,6 +42,7 @@ try:
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.model_executor.models.utils import WeightsMapper
+    from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
     from vllm.model_executor.utils import set_weight_attrs
     from vllm.platforms import current_platform
 except ImportError as error:
@@ -57,9 +58,11 @@ __all__ = [
     "FusedMoEExpertsModular",
     "FusedMoEKernel",
     "FusedMoEMethodBase",
+    "GroupQuantScaleParameter",
     "LinearBase",
     "LinearMethodBase",
     "ModelRegistry",
+    "PackedvLLMParameter",
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RoutedExperts",

@@ -1,7 +1,7 @@
-"""Linear layers of uniform width in vLLM: computed by vLLM's own weight-only kernels, checked by this project.
+"""Linear layers of uniform width in vLLM: their loading, checked, and the kernels that compute them.
 
-The checkpoint's layout is that of compressed-tensors, so vLLM's scheme for it creates the parameters and chooses the
-kernel: Machete or Marlin on NVIDIA GPUs, its counterpart on CPUs.
+The checkpoint's layout is that of compressed-tensors, so on GPUs vLLM's scheme for it creates the parameters and
+chooses the kernel, Machete or Marlin. On CPUs this project's own kernel computes, or where it cannot be built vLLM's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from alphaq_vllm.plugin._compat import (
     register_weight_loader_v2_supported_method,
     weight_loader,
 )
+from alphaq_vllm.plugin.cpu_linear import NativeLinear
 from alphaq_vllm.plugin.report import LoadReport
 from alphaq_vllm.plugin.support import check_linear_kernel
 
@@ -40,9 +41,7 @@ class AlphaQLinearMethod(LinearMethodBase):
         self.output_sizes: list[int] = []
         self.loaded: set[tuple[int, str]] = set()
         self.report: LoadReport | None = None
-        self.scheme = CompressedTensorsWNA16(
-            strategy="group", num_bits=self.num_bits, group_size=self.group_size, symmetric=True, layer_name=prefix
-        )
+        self.scheme: CompressedTensorsWNA16 | NativeLinear
 
     def create_weights(
         self,
@@ -54,12 +53,17 @@ class AlphaQLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Let vLLM's scheme allocate this rank's part.
+        """Choose a kernel and allocate this rank's part as it wants it.
 
-        Raises ValueError if tensor parallelism breaks a group, or vLLM has no kernel for this width, dtype and device.
+        Raises ValueError if tensor parallelism breaks a group, or there is no kernel for this width, dtype and device.
         """
-        self._check_supported(input_size, input_size_per_partition, params_dtype)
         self.output_sizes = output_partition_sizes
+        self._check_groups(input_size, input_size_per_partition)
+        if NativeLinear.takes(sum(output_partition_sizes)):
+            self.scheme = NativeLinear(self.num_bits, self.group_size)
+        else:
+            self._check_supported(params_dtype)
+            self.scheme = CompressedTensorsWNA16("group", self.num_bits, self.group_size, layer_name=self.prefix)
         columns = {PACKED: input_size * self.num_bits // 32, SCALE: input_size // self.group_size}
         try:
             self.scheme.create_weights(
@@ -77,19 +81,22 @@ class AlphaQLinearMethod(LinearMethodBase):
                 f"in groups of {self.group_size} on this device: convert with another --linear-bits (16 leaves linear "
                 f"layers alone) or change --tensor-parallel-size. {error}"
             ) from error
-        # vLLM's name for the shape before packing, which the format does not repeat.
-        del layer.weight_shape
+        if isinstance(self.scheme, CompressedTensorsWNA16):
+            # vLLM's name for the shape before packing, which the format does not repeat.
+            del layer.weight_shape
         for suffix in DTYPES:
             loader = weight_loader(self._load, suffix, columns[suffix], extra_weight_attrs["weight_loader"])
             getattr(layer, suffix).weight_loader = loader
 
-    def _check_supported(self, input_size: int, input_size_per_partition: int, dtype: torch.dtype) -> None:
+    def _check_groups(self, input_size: int, input_size_per_partition: int) -> None:
         if input_size_per_partition % self.group_size:
             raise ValueError(
                 f"{self.prefix}: in_features={input_size} is {input_size_per_partition} per rank, which is not "
                 f"divisible by group_size={self.group_size}: lower --tensor-parallel-size or convert with a smaller "
                 "--group-size"
             )
+
+    def _check_supported(self, dtype: torch.dtype) -> None:
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(
                 f"{self.prefix}: expected bfloat16 or float16 activations for a linear layer of {self.num_bits} bits, "
@@ -129,7 +136,7 @@ class AlphaQLinearMethod(LinearMethodBase):
         return self.parts[part] if len(self.parts) == len(self.output_sizes) else self.prefix
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Refuse to serve a layer that was not loaded whole, then let vLLM repack it for its kernel."""
+        """Refuse to serve a layer that was not loaded whole, then repack it for its kernel."""
         expected = {(i, suffix) for i in self._part_ids() for suffix in DTYPES}
         missing = sorted(expected - self.loaded)
         self.loaded.clear()
@@ -149,9 +156,13 @@ class AlphaQLinearMethod(LinearMethodBase):
             )
         self.scheme.process_weights_after_loading(layer)
         if self.report:
-            kernel = self.scheme.kernel
-            # vLLM 0.33 has none in its batch-invariant mode.
-            self.report.linear_loaded(self.prefix, type(kernel).__name__ if kernel else "batch-invariant matmul")
+            self.report.linear_loaded(self.prefix, self._kernel_name())
+
+    def _kernel_name(self) -> str:
+        if isinstance(self.scheme, NativeLinear):
+            return self.scheme.name
+        # vLLM 0.33 has none in its batch-invariant mode.
+        return type(self.scheme.kernel).__name__ if self.scheme.kernel else "batch-invariant matmul"
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The layer's output for ``x [..., in_features]``."""

@@ -33,8 +33,8 @@ def check_linear_kernel(prefix: str, num_bits: int) -> None:
     """
     if num_bits == 4 and current_platform.is_cpu() and not has_cpu_int4_kernel():
         raise ValueError(
-            f"{prefix}: vLLM has no kernel for 4-bit linear layers on this processor, which takes "
-            "AVX-512: convert with --linear-bits 16, or serve on a GPU or another processor"
+            f"{prefix}: vLLM has no kernel for 4-bit linear layers on this processor, which takes AVX-512: install a "
+            "C++ compiler for AlphaQ's own, or convert with --linear-bits 16"
         )
 
 

@@ -10,7 +10,6 @@ from vllm.model_executor.model_loader import get_model
 
 from alphaq_vllm import convert
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
-from alphaq_vllm.plugin.support import has_cpu_int4_kernel
 from tests.conftest import MODEL
 from tests.plugin.layers import HIDDEN, TOP_K, build, load, run, stored_tensors
 from tests.reliability.loading import one_rank, reload, same, state
@@ -18,7 +17,7 @@ from tests.reliability.loading import one_rank, reload, same, state
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
-    """Experts of several widths, and linear layers of 4 bits where vLLM has a kernel for them."""
+    """Experts of several widths, and linear layers of 4 bits."""
     folder = tmp_path_factory.mktemp("quantized") / "checkpoint"
     convert(
         MODEL,
@@ -26,7 +25,7 @@ def quantized(tmp_path_factory):
         bits=3,
         noise="measured",
         group_size=64,
-        linear_bits=4 if has_cpu_int4_kernel() else 16,
+        linear_bits=4,
         quantizer="mse",
     )
     return folder

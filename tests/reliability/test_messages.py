@@ -5,7 +5,8 @@ import re
 from tests.reliability.messages import ROOT, failures
 
 KINDS = {
-    "ValueError", "TypeError", "MemoryError", "FileNotFoundError", "OSError", "ImportError", "AttributeError", "ModuleNotFoundError",
+    "ValueError", "TypeError", "FileNotFoundError", "OSError", "ImportError", "AttributeError", "ModuleNotFoundError",
+    "MemoryError",
 }  # fmt: skip
 # They put a failure of another kind into words.
 TRANSLATORS = {"_death", "_resumable"}

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -54,24 +55,25 @@ def instruction_sets() -> dict[str, tuple[str, ...]]:
     return {**options, PORTABLE: ()}
 
 
-def supported() -> list[str]:
-    """The instruction sets that this processor has, the best first; the last one is always ``portable``."""
+@cache
+def supported() -> tuple[str, ...]:
+    """The instruction sets that this process can use, the best first; the last one is always ``portable``."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     has = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
     known = INSTRUCTION_SETS.get(platform.machine(), {})
-    return [
+    return tuple(
         name
         for name in instruction_sets()
         if all(KERNEL_NAMES.get(feature, feature) in has for feature in known.get(name, ()))
         and (name != "amx" or _may_use_tiles())
-    ]
+    )
 
 
 def _may_use_tiles() -> bool:
-    """Ask Linux for the registers of AMX, which a process has only on demand: arch_prctl(ARCH_REQ_XCOMP_PERM, TILEDATA)."""
+    """Ask Linux for the registers of AMX, which it gives on demand: arch_prctl(ARCH_REQ_XCOMP_PERM, TILEDATA)."""
     return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 

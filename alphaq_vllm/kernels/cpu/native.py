@@ -56,6 +56,21 @@ class _Experts(ctypes.Structure):
         return cls(*pointers, *bias_of, experts.num_projections, experts.N, experts.K, experts.group_size)
 
 
+class _Linear(ctypes.Structure):
+    """``Linear`` of layer.cpp."""
+
+    _fields_ = (
+        ("packed", _pointer), ("scales", _pointer), ("num_bits", _int64), ("N", _int64), ("K", _int64),
+        ("group_size", _int64),
+    )  # fmt: skip
+
+
+class _LinearCall(ctypes.Structure):
+    """``LinearCall`` of layer.cpp."""
+
+    _fields_ = (("x", _pointer), ("out", _pointer), ("num_tokens", _int64), ("digits", _int64), ("threads", _Threads))
+
+
 class _Call(ctypes.Structure):
     """``Call`` of layer.cpp."""
 
@@ -94,7 +109,12 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def load(instruction_set: str) -> ctypes.CDLL:
-    """The kernel for an instruction set. Raises OSError or subprocess.SubprocessError if it cannot be built."""
+    """The kernel for an instruction set.
+
+    Raises OSError or subprocess.SubprocessError if it cannot be built, and ValueError if it cannot run here.
+    """
+    if instruction_set not in build.supported():
+        raise ValueError(f"instruction_set: expected one of {build.supported()} here, got {instruction_set}")
     return ctypes.CDLL(str(build.library_path(instruction_set)))
 
 
@@ -115,16 +135,47 @@ def repack_(experts: PackedExperts, instruction_set: str | None = None) -> Packe
         raise ValueError(f"experts: expected the order of the checkpoint, got that of a {experts.order}")
     if experts.N % ROWS:
         raise ValueError(f"experts: expected a multiple of {ROWS} rows, got {experts.N}")
-    kernel, threads = load(instruction_set or best_instruction_set()), ctypes.byref(_threads())
+    kernel = load(instruction_set or best_instruction_set())
+    shape = (experts.N, experts.K)
     for widths, starts in zip(experts.num_bits.tolist(), experts.offsets.tolist(), strict=True):
         for num_bits, start in zip(widths, starts, strict=True):
-            at = _pointer(experts.packed.data_ptr() + start * experts.packed.itemsize)
-            shape = (_int64(experts.N), _int64(experts.K), _int64(num_bits))
-            _check(kernel.alphaq_reorder(at, *shape, _int64(0), threads))
+            _reorder(kernel, experts.packed.data_ptr() + start * experts.packed.itemsize, shape, num_bits)
     for values in (experts.scales, experts.zero_points):
-        rows, groups = values.shape[:-1].numel(), values.shape[-1]
-        _check(kernel.alphaq_reorder_groups(_pointer(values.data_ptr()), _int64(rows), _int64(groups), threads))
+        _reorder_groups(kernel, values)
     return dataclasses.replace(experts, order="cpu")
+
+
+def repack_linear_(
+    packed: torch.Tensor, scales: torch.Tensor, num_bits: int, instruction_set: str | None = None
+) -> None:
+    """Bring a linear layer from the order of linear_packing.py into that of native/layout.h, in its own memory.
+
+    Args:
+        packed: ``[N, words]`` int32, on the CPU.
+        scales: ``[N, groups]`` bfloat16.
+        num_bits: the width of its codes.
+        instruction_set: which library does it, by default the best.
+
+    Raises:
+        ValueError: for a number of rows that is not a multiple of 16.
+    """
+    rows, words = packed.shape
+    if rows % ROWS:
+        raise ValueError(f"packed: expected a multiple of {ROWS} rows, got {rows}")
+    kernel = load(instruction_set or best_instruction_set())
+    _reorder(kernel, packed.data_ptr(), (rows, words * 32 // num_bits), num_bits, linear=True)
+    _reorder_groups(kernel, scales)
+
+
+def _reorder(kernel: ctypes.CDLL, at: int, shape: tuple[int, int], num_bits: int, linear: bool = False) -> None:
+    arguments = (*map(_int64, shape), _int64(num_bits), _int64(linear))
+    _check(kernel.alphaq_reorder(_pointer(at), *arguments, ctypes.byref(_threads())))
+
+
+def _reorder_groups(kernel: ctypes.CDLL, values: torch.Tensor) -> None:
+    rows, groups = values.shape[:-1].numel(), values.shape[-1]
+    at = _pointer(values.data_ptr())
+    _check(kernel.alphaq_reorder_groups(at, _int64(rows), _int64(groups), ctypes.byref(_threads())))
 
 
 def fused_moe(
@@ -172,6 +223,27 @@ def fused_moe(
     if result == UNKNOWN_EXPERT:
         raise ValueError(f"topk_ids: expected local ids below {weights.w13.num_experts}, got {int(expert_ids.max())}")
     _check(result)
+    return out.to(x.dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    num_bits: int,
+    instruction_set: str | None = None,
+    digits: int | None = None,
+) -> torch.Tensor:
+    """Multiply ``x [num_tokens, K]`` with the transpose of a matrix that ``repack_linear_`` prepared.
+
+    Returns ``[num_tokens, N]`` of x's dtype, a new tensor. The last two arguments are those of ``fused_moe``.
+    """
+    (N, groups), K = scales.shape, packed.shape[1] * 32 // num_bits
+    values, out = x.float().contiguous(), torch.empty(x.shape[0], N, dtype=torch.float32)
+    weights = _Linear(packed.data_ptr(), scales.data_ptr(), num_bits, N, K, K // groups)
+    call = _LinearCall(values.data_ptr(), out.data_ptr(), x.shape[0], digits or DIGITS[x.dtype], _threads())
+    kernel = load(instruction_set or best_instruction_set())
+    _check(kernel.alphaq_linear(ctypes.byref(weights), ctypes.byref(call)))
     return out.to(x.dtype)
 
 

@@ -69,6 +69,30 @@ struct Call {
   Threads threads;
 };
 
+// A matrix [N, K] in the order of layout.h, with zero points of 2^(num_bits - 1).
+struct Linear {
+  const uint8_t* packed;
+  const uint16_t* scales;
+  int64_t num_bits;
+  int64_t N;
+  int64_t K;
+  int64_t group_size;
+
+  Block block(int64_t index) const {
+    return {packed + index * ROWS * K * num_bits / 8, scales + index * ROWS * (K / group_size), nullptr};
+  }
+};
+
+struct LinearCall {
+  const float* x;
+  float* out;
+  int64_t num_tokens;
+  int64_t digits;
+  Threads threads;
+};
+
+enum Result { DONE, UNKNOWN_EXPERT, OUT_OF_MEMORY };
+
 // Memory of one thread, kept from call to call.
 class Workspace {
  public:
@@ -141,6 +165,12 @@ struct Routes {
   // Routes of one expert, ROUTES_AT_ONCE at most, ascending.
   std::vector<Piece> pieces;
 
+  // All rows, of the one matrix that there is.
+  explicit Routes(int64_t rows) : index(rows) {
+    for (int64_t i = 0; i < rows; ++i) index[i] = i;
+    add_pieces(0, 0, rows);
+  }
+
   Routes(const Call& call, int64_t first, int64_t count) {
     std::vector<int32_t> end(call.num_experts + 1);
     const int32_t* ids = call.expert_ids + first * call.top_k;
@@ -148,9 +178,7 @@ struct Routes {
       if (ids[i] >= 0) ++end[ids[i] + 1];
     }
     for (int64_t expert = 0; expert < call.num_experts; ++expert) {
-      for (int32_t start = end[expert], last = start + end[expert + 1]; start < last; start += ROUTES_AT_ONCE) {
-        pieces.push_back({(int32_t)expert, start, (int32_t)std::min<int64_t>(last - start, ROUTES_AT_ONCE)});
-      }
+      add_pieces(expert, end[expert], end[expert + 1]);
       end[expert + 1] += end[expert];
     }
     token.resize(end[call.num_experts]);
@@ -162,6 +190,13 @@ struct Routes {
       token[route] = i / call.top_k;
       index[route] = route;
       weight[route] = call.topk_weights[first * call.top_k + i];
+    }
+  }
+
+ private:
+  void add_pieces(int32_t expert, int32_t first, int32_t count) {
+    for (int32_t done = 0; done < count; done += ROUTES_AT_ONCE) {
+      pieces.push_back({expert, first + done, std::min<int32_t>(count - done, ROUTES_AT_ONCE)});
     }
   }
 };
@@ -289,6 +324,33 @@ void multiply_down(const Experts& w2, const Call& call, const Routes& routes, co
   });
 }
 
+Result linear(const Linear& weights, const LinearCall& call) {
+  const Routes rows(call.num_tokens);
+  Workspace& space = workspace();
+  space.reserve(digit_bytes(call.num_tokens, weights.K, weights.group_size, call.digits) +
+                Operands::bytes(rows, weights.K, weights.group_size, call.digits));
+  const Digits x = take_digits(space, call.num_tokens, weights.K, weights.group_size, call.digits);
+  quantize_rows(call.threads, call.x, call.num_tokens, x);
+  const Operands operands(call.threads, rows, x, rows.index, space);
+  const Multiply multiply = multiply_of(weights.num_bits, call.digits);
+  const int64_t blocks = weights.N / ROWS, per_unit = blocks_per_unit(blocks, call.threads.count, blocks);
+  const int64_t units = (blocks + per_unit - 1) / per_unit;
+  parallel(call.threads, units * rows.pieces.size(), [&](int64_t unit) {
+    const Routes::Piece& piece = rows.pieces[unit / units];
+    const Operand operand = operands[unit / units];
+    const Ready ready(operand);
+    const int64_t first = unit % units * per_unit;
+    for (int64_t block = first; block < std::min(first + per_unit, blocks); ++block) {
+      alignas(64) float products[ROUTES_AT_ONCE * ROWS];
+      multiply(weights.block(block), operand, products);
+      for (int64_t i = 0; i < piece.count; ++i) {
+        std::memcpy(call.out + (piece.first + i) * weights.N + block * ROWS, products + i * ROWS, ROWS * sizeof *products);
+      }
+    }
+  });
+  return DONE;
+}
+
 template <bool LINEAR>
 void reorder(uint8_t* packed, int64_t rows, int64_t columns, int bits, const Threads& threads) {
   parallel(threads, rows / ROWS, [&](int64_t block) {
@@ -307,8 +369,6 @@ void reorder(uint8_t* packed, int64_t rows, int64_t columns, int bits, const Thr
     }
   });
 }
-
-enum Result { DONE, UNKNOWN_EXPERT, OUT_OF_MEMORY };
 
 // What `work` returns, for callers that know no exceptions.
 template <typename Work>
@@ -357,6 +417,11 @@ using namespace alphaq;
 // Compute a layer, as fused_moe of op.py says; shapes are the caller's to check.
 EXPORT int alphaq_fused_moe(const Experts* w13, const Experts* w2, const Call* call) {
   return result_of([&] { return fused_moe(*w13, *w2, *call); });
+}
+
+// Compute a linear layer, as linear of op.py says.
+EXPORT int alphaq_linear(const Linear* weights, const LinearCall* call) {
+  return result_of([&] { return linear(*weights, *call); });
 }
 
 // Bring a matrix [rows, columns] from the order of packing.py (linear: of linear_packing.py) into that of layout.h.
