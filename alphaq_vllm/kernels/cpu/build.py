@@ -45,9 +45,8 @@ PORTABLE = "portable"
 NO_COMPILER = "no C++ compiler: install g++, or name one in CXX"
 
 
-def instruction_sets() -> dict[str, tuple[str, ...]]:
-    """All instruction sets of this kind of machine, the best first, with the compiler's options."""
-    machine = platform.machine()
+def instruction_sets(machine: str = platform.machine()) -> dict[str, tuple[str, ...]]:
+    """Instruction sets of a kind of machine, by default of this one, the best first, with the compiler's options."""
     options = {
         name: ("-march=armv8.2-a+dotprod",) if machine == "aarch64" else tuple(f"-m{feature}" for feature in features)
         for name, features in INSTRUCTION_SETS.get(machine, {}).items()

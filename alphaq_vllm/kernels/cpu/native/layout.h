@@ -36,7 +36,7 @@ INLINE U16 unpack(const uint8_t* unit, int q) {
   visit_bits<BITS>(q, [&](int stored, int from, int to, int bits) INLINE_LAMBDA {
     const U16 bytes = load<U16>(unit + stored * VECTOR);
     const U16 moved = from >= to ? bytes >> (from - to) : bytes << (to - from);
-    code |= BITS == 8 ? moved : moved & (uint16_t)(((1 << bits) - 1 << to) * 0x0101);
+    code |= BITS == 8 ? moved : moved & (uint16_t)((((1 << bits) - 1) << to) * 0x0101);
   });
   return code;
 }
