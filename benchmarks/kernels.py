@@ -1,12 +1,14 @@
 """How fast the kernels are, or without a GPU, what they compile to.
 
     python -m benchmarks.kernels [--models mixtral,qwen1.5] [--tokens 1,8,64] [--bits 2.5,3.5] [--peers all]
+    python -m benchmarks.kernels --device cpu [--threads 2]
     python -m benchmarks.kernels --static
 
-Times one layer's routed experts, from router output to sum, as replays of a CUDA graph that takes several sets of
-weights in turn, so that none is still in the cache. A setting whose result is not right reports no time. The limit is
-the larger of the bytes of the experts in use over the copy bandwidth and the operations over the speed of a dense
-bfloat16 product, both measured at the start. Every row is appended to ``benchmarks/results/kernels.jsonl``.
+With ``--device cpu`` see ``benchmarks.cpu_kernels``. On a GPU it times one layer's routed experts, from router output
+to sum, as replays of a CUDA graph that takes several sets of weights in turn, so that none is still in the cache. A
+setting whose result is not right reports no time. The limit is the larger of the bytes of the experts in use over the
+copy bandwidth and the operations over the speed of a dense bfloat16 product, both measured at the start. Every row is
+appended to ``benchmarks/results/kernels.jsonl``.
 """
 
 from __future__ import annotations
@@ -67,8 +69,10 @@ class Inputs(NamedTuple):
     topk_ids: torch.Tensor
 
 
-def random_experts(num_experts: int, projections: int, N: int, K: int, average_bits: float) -> PackedExperts:
-    """Random codes on the GPU, in the order of a checkpoint, weights about normal with variance ``1 / K``."""
+def random_experts(
+    num_experts: int, projections: int, N: int, K: int, average_bits: float, device: str = "cuda"
+) -> PackedExperts:
+    """Random codes in the order of a checkpoint, weights about normal with variance ``1 / K``."""
     count = num_experts * projections
     shares = SHARES[average_bits]
     deck = [width for width, share in zip((2, 3, 4), shares, strict=True) for _ in range(share)]
@@ -76,33 +80,33 @@ def random_experts(num_experts: int, projections: int, N: int, K: int, average_b
     random.Random(0).shuffle(dealt)
     bits = [dealt[i : i + projections] for i in range(0, count, projections)]
     offsets, words = expert_offsets(bits, N, K)
-    num_bits = torch.tensor(bits, dtype=torch.int32, device="cuda")
+    num_bits = torch.tensor(bits, dtype=torch.int32, device=device)
     groups = (num_experts, projections, N, K // GROUP_SIZE)
     levels = (2.0**num_bits)[..., None, None]
-    scales = (torch.rand(groups, device="cuda") + 0.5) * 3 / levels / K**0.5
-    zero_points = (torch.rand(groups, device="cuda") * 0.4 + 0.3) * (levels - 1)
+    scales = (torch.rand(groups, device=device) + 0.5) * 3 / levels / K**0.5
+    zero_points = (torch.rand(groups, device=device) * 0.4 + 0.3) * (levels - 1)
     return PackedExperts(
-        torch.randint(-(2**31), 2**31, (words,), dtype=torch.int32, device="cuda"),
+        torch.randint(-(2**31), 2**31, (words,), dtype=torch.int32, device=device),
         scales.bfloat16(),
         zero_points.half(),
         num_bits,
-        torch.tensor(offsets, device="cuda"),
+        torch.tensor(offsets, device=device),
         GROUP_SIZE,
         tuple(sorted({b for projections in bits for b in projections})),
     )
 
 
-def random_inputs(shape: Shape, num_tokens: int) -> Inputs:
+def random_inputs(shape: Shape, num_tokens: int, device: str = "cuda") -> Inputs:
     """Activations, and uniform routing to different experts."""
-    x = torch.randn(num_tokens, shape.hidden_size, device="cuda", dtype=torch.bfloat16)
-    scores = torch.rand(num_tokens, shape.num_experts, device="cuda")
+    x = torch.randn(num_tokens, shape.hidden_size, device=device, dtype=torch.bfloat16)
+    scores = torch.rand(num_tokens, shape.num_experts, device=device)
     topk_weights, topk_ids = scores.softmax(-1).topk(shape.top_k)
     return Inputs(x, topk_weights, topk_ids.to(torch.int32))
 
 
 def expected(inputs: Inputs, weights: MoEWeights) -> torch.Tensor:
     """The layer in float64, from experts in the order of the checkpoint."""
-    out = torch.zeros(inputs.x.shape, dtype=torch.float64, device="cuda")
+    out = torch.zeros(inputs.x.shape, dtype=torch.float64, device=inputs.x.device)
     for expert in inputs.topk_ids.unique().tolist():
         tokens, slots = (inputs.topk_ids == expert).nonzero(as_tuple=True)
         x = inputs.x[tokens].double()
@@ -190,7 +194,7 @@ def measure_ours(
     copies = max(2, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // layer_bytes))
     # The bits of the copies are random anyway, so only the checked set has an order to be brought into.
     sets = [
-        MoEWeights(*(PackedExperts(*(t.clone() for t in e.tensors), GROUP_SIZE, e.widths, True) for e in stored))
+        MoEWeights(*(PackedExperts(*(t.clone() for t in e.tensors), GROUP_SIZE, e.widths, "gpu") for e in stored))
         for _ in range(copies - 1)
     ]
     sets.insert(0, MoEWeights(*(repack_(experts) for experts in stored)))
@@ -252,11 +256,12 @@ def run_timing(arguments: argparse.Namespace) -> None:
     rows: list[dict] = []
     for model in arguments.models:
         shape = MODELS[model]
-        measured = []
-        for peer in arguments.peers:
-            measured += measure_peer(peer, shape, arguments.tokens, arguments.seconds)
+        measured: list[dict] = []
+        seconds = arguments.seconds or 0.1
+        for peer in PEERS if arguments.peers is None else arguments.peers:
+            measured += measure_peer(peer, shape, arguments.tokens, seconds)
         for bits in arguments.bits:
-            measured += measure_ours(shape, arguments.tokens, bits, machine, arguments.seconds, arguments.apart)
+            measured += measure_ours(shape, arguments.tokens, bits, machine, seconds, arguments.apart)
         torch.cuda.empty_cache()
         with RESULTS.open("a") as file:
             for row in measured:
@@ -310,6 +315,7 @@ def several(kind: type) -> Callable[[str], list]:
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--static", action="store_true", help="compile only, for absent GPUs")
     parser.add_argument("--json", action="store_true", help="with --static: JSON lines")
     parser.add_argument("--sm", type=several(int), default=[80, 90, 100])
@@ -318,9 +324,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", type=several(str), default=list(MODELS))
     parser.add_argument("--tokens", type=several(int), default=list(TOKENS))
     parser.add_argument("--bits", type=several(float), default=[2.5, 3.5], help=f"out of {sorted(SHARES)}")
-    parser.add_argument("--peers", type=lambda t: list(PEERS) if t == "all" else several(str)(t), default=list(PEERS))
+    parser.add_argument("--peers", type=lambda t: None if t == "all" else several(str)(t), help="by default all")
     parser.add_argument("--apart", action="store_true", help="also time launches that do not overlap")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of replays for each setting")
+    parser.add_argument("--seconds", type=float, help="of calls for each setting, by default 0.1, on a CPU 3")
+    parser.add_argument("--threads", type=int, help="on a CPU; by default one for each core that may be used")
     return parser
 
 
@@ -330,10 +337,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.static:
         run_static(arguments)
+    elif arguments.device == "cpu":
+        # It takes vLLM's operators, and no Triton.
+        from benchmarks import cpu_kernels
+
+        cpu_kernels.run(arguments)
     elif torch.cuda.is_available():
         run_timing(arguments)
     else:
-        parser.error("there is no GPU to time: use --static")
+        parser.error("there is no GPU to time: use --device cpu or --static")
 
 
 if __name__ == "__main__":

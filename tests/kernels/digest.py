@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PASSED = Path(__file__).with_name("PASSED")
+SUFFIXES = (".py", ".cpp", ".h")
 SOURCES = ("alphaq_vllm/kernels", "alphaq_vllm/packing.py", "alphaq_vllm/format.py", "tests/kernels", "tests/emulator")
 
 
@@ -22,7 +23,8 @@ def digest() -> str:
     total = sha256()
     for source in SOURCES:
         path = ROOT / source
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        files = [file for file in path.rglob("*") if file.suffix in SUFFIXES] if path.is_dir() else [path]
+        for file in sorted(files):
             total.update(f"{file.relative_to(ROOT)} {sha256(file.read_bytes()).hexdigest()}\n".encode())
     return f"triton {version('triton')} {total.hexdigest()}\n"
 

@@ -1,4 +1,5 @@
-// A program of its own around the native kernel, for what a Python process cannot be: sanitized, or another processor's.
+// A program of its own around the native kernel, for what a Python process cannot be: sanitized, or another
+// processor's.
 //
 //     driver IN OUT
 //
@@ -53,8 +54,17 @@ struct Stem {
     failed |= alphaq_reorder_groups(scales.data(), num_bits.size() * N, groups, &threads);
     failed |= alphaq_reorder_groups(zero_points.data(), num_bits.size() * N, groups, &threads);
     if (failed) std::abort();
-    return {packed.data(), scales.data(),  zero_points.data(), num_bits.data(), offsets.data(), bias.empty() ? nullptr : bias.data(),
-            numbers[0],    numbers[1],     N,                  K,               numbers[4]};
+    return {packed.data(),
+            scales.data(),
+            zero_points.data(),
+            num_bits.data(),
+            offsets.data(),
+            bias.empty() ? nullptr : bias.data(),
+            numbers[0],
+            numbers[1],
+            N,
+            K,
+            numbers[4]};
   }
 };
 
@@ -72,9 +82,10 @@ int main(int, char** arguments) {
 #endif
   const Threads threads{run, (int32_t)numbers[6]};
   std::vector<float> out(numbers[0] * w2.numbers[2]);
-  const Call call{x.data(),   topk_weights.data(), expert_ids.data(), out.data(),
-                  numbers[0], numbers[1],          numbers[2],        numbers[3],
-                  numbers[4], {(int)numbers[5], gate[0], gate[1], gate[2]}, threads};
+  const Call call{
+      x.data(),   topk_weights.data(), expert_ids.data(), out.data(), numbers[0],
+      numbers[1], numbers[2],          numbers[3],        numbers[4], {(int)numbers[5], gate[0], gate[1], gate[2]},
+      threads};
   const Experts w13_experts = w13.experts(threads), w2_experts = w2.experts(threads);
   const int result = alphaq_fused_moe(&w13_experts, &w2_experts, &call);
   std::FILE* to = std::fopen(arguments[2], "wb");

@@ -116,7 +116,7 @@ def empty_experts(num_experts: int, projections: int, N: int, K: int) -> PackedE
     values = torch.empty(*matrices, N, K // 128, dtype=torch.bfloat16)
     num_bits = torch.empty(matrices, dtype=torch.int32)
     packed = torch.empty(128, dtype=torch.int32)
-    return PackedExperts(packed, values, values.half(), num_bits, num_bits.long(), 128, (2, 3, 4), True)
+    return PackedExperts(packed, values, values.half(), num_bits, num_bits.long(), 128, (2, 3, 4), "gpu")
 
 
 @pytest.mark.parametrize("expert_map", [None, torch.zeros(64, dtype=torch.int32)], ids=["all-experts", "some-experts"])

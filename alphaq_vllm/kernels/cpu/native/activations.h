@@ -80,7 +80,8 @@ constexpr bool HAS_TILES = false;
 constexpr int64_t TILE = 16;
 constexpr int64_t FEWEST_IN_TILES = 3;
 
-// Digits of some tokens as the matrix unit takes them: in tiles of `height` tokens, the last one filled up with anything.
+// Digits of some tokens as the matrix unit takes them: in tiles of `height` tokens, the last one filled up with
+// anything.
 struct Tiles {
   // [tile, step of columns, digit, token of the tile, column of the step]
   int8_t* digits;
@@ -92,7 +93,8 @@ struct Tiles {
   // Tokens with those that fill up the last tile.
   int64_t padded;
 
-  Tiles(const Digits& x, int64_t count) : digits(nullptr), factors(nullptr), columns(x.columns), group_size(x.group_size) {
+  Tiles(const Digits& x, int64_t count)
+      : digits(nullptr), factors(nullptr), columns(x.columns), group_size(x.group_size) {
     const int64_t tiles = (count + TILE - 1) / TILE;
     height = (count + tiles - 1) / tiles;
     padded = height * tiles;

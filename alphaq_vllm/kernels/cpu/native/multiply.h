@@ -1,8 +1,8 @@
 // One block of rows of a matrix times some rows of x: the products that the time of a layer goes into.
 //
 // With a weight of `scale * (code - zero)` and x as integers with a step per group, a group's part of a product is
-// `scale * step * (sum of code * integer - zero * sum of integers)`. The first sum is exact in int32; the second is made
-// with the integers.
+// `scale * step * (sum of code * integer - zero * sum of integers)`. The first sum is exact in int32; the second is
+// made with the integers.
 #pragma once
 
 #include "activations.h"
@@ -98,9 +98,8 @@ INLINE void multiply_tile(const uint8_t* tile, const Block& block, int64_t group
     factors[t] = x.row_factors(rows[t]) + group * 2;
   }
   for (int part = 0; part < PARTS; ++part) {
-    auto code = [&](int64_t unit, int q) INLINE_LAMBDA {
-      return load<U16>(tile + (unit * VECTORS + q) * VECTOR + part * WIDTH);
-    };
+    auto code = [&](int64_t unit, int q)
+                    INLINE_LAMBDA { return load<U16>(tile + (unit * VECTORS + q) * VECTOR + part * WIDTH); };
     const F32 scale = widen_bfloat16(block.scales + group * ROWS + part * LANES);
     const F32 zero = zero_point<BITS>(block, group, part);
     F32 sums[TOKENS];

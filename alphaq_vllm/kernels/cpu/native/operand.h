@@ -45,7 +45,7 @@ INLINE Multiply multiply_of(int bits, int digits) {
 // Readies a thread for products with an operand while it lives.
 class Ready {
  public:
-  explicit Ready(const Operand& x) {
+  explicit Ready([[maybe_unused]] const Operand& x) {
 #if defined(__AMX_INT8__)
     if (x.tiles) shapes_.emplace(x.tiles->height, x.tiles->step());
 #endif

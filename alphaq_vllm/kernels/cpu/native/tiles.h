@@ -1,4 +1,5 @@
-// Products by the matrix unit (AMX): up to 16 tokens, 16 rows and 64 columns an instruction, the same integers as always.
+// Products by the matrix unit (AMX): up to 16 tokens, 16 rows and 64 columns an instruction, the same integers as
+// always.
 //
 // What it takes from a matrix is what layout.h has: 64 columns are 16 code vectors.
 #pragma once
@@ -55,10 +56,10 @@ INLINE void multiply_tiles_of_group(const uint8_t* codes, const int8_t* digits, 
   const int64_t size = height * step;
   for (int64_t s = 0; s < steps; ++s, codes += step * ROWS, digits += DIGITS * size) {
     _tile_loadd(7, codes, 4 * ROWS);
-#define ALPHAQ_MULTIPLY(i)                                                           \
-  if (TILES * DIGITS > i) {                                                          \
-    _tile_loadd(6, digits + i / DIGITS * stride + i % DIGITS * size, step);          \
-    _tile_dpbsud(i, 6, 7);                                                           \
+#define ALPHAQ_MULTIPLY(i)                                                  \
+  if (TILES * DIGITS > i) {                                                 \
+    _tile_loadd(6, digits + i / DIGITS * stride + i % DIGITS * size, step); \
+    _tile_dpbsud(i, 6, 7);                                                  \
   }
     ALPHAQ_MULTIPLY(0)
     ALPHAQ_MULTIPLY(1)

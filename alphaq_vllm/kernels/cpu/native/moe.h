@@ -1,0 +1,162 @@
+// The routed experts of one layer.
+#pragma once
+
+#include "result.h"
+#include "routes.h"
+
+namespace alphaq {
+
+// Bytes of activations that are kept at a time: tokens are computed in so many pieces as this takes.
+constexpr int64_t WORKSPACE = 64 << 20;
+
+// One stem's matrices [N, K] of all experts, `projections` each, in the order of layout.h.
+struct Experts {
+  const uint8_t* packed;
+  const uint16_t* scales;
+  const uint16_t* zero_points;
+  const int32_t* num_bits;
+  const int64_t* offsets;
+  // [E, projections, N] of bias_dtype, or null.
+  const void* bias;
+  int64_t bias_dtype;
+  int64_t projections;
+  int64_t N;
+  int64_t K;
+  int64_t group_size;
+
+  int bits(int64_t expert, int64_t projection) const { return num_bits[expert * projections + projection]; }
+
+  Block block(int64_t expert, int64_t projection, int64_t index) const {
+    const int64_t matrix = expert * projections + projection, groups = K / group_size;
+    const int64_t first_group = (matrix * N + index * ROWS) * groups;
+    return {packed + 4 * offsets[matrix] + index * ROWS * K * num_bits[matrix] / 8, scales + first_group,
+            zero_points + first_group};
+  }
+
+  // The biases of a block's rows, zeros if there are none.
+  void load_bias(int64_t expert, int64_t projection, int64_t index, float (&to)[ROWS]) const {
+    const int64_t first = (expert * projections + projection) * N + index * ROWS;
+    for (int row = 0; row < ROWS; row += LANES) {
+      F32 values{};
+      if (bias && bias_dtype == 0) values = load<F32>((const float*)bias + first + row);
+      if (bias && bias_dtype == 1) values = widen_bfloat16((const uint16_t*)bias + first + row);
+      if (bias && bias_dtype == 2) values = widen_float16((const uint16_t*)bias + first + row);
+      store(to + row, values);
+    }
+  }
+};
+
+// One call. Ids are local, below 0 for routes to be skipped.
+struct Call {
+  const float* x;
+  const float* topk_weights;
+  const int32_t* expert_ids;
+  float* out;
+  int64_t num_tokens;
+  int64_t top_k;
+  int64_t num_experts;
+  int64_t weight_on_input;
+  int64_t digits;
+  Gate gate;
+  Threads threads;
+};
+
+// hidden [routes, N of w13] = gated products of x with gate and up.
+inline void multiply_gate_up(const Experts& w13, const Call& call, const Routes& routes, const Operands& x,
+                             float* hidden) {
+  const int64_t blocks = w13.N / ROWS;
+  const int64_t per_unit = blocks_per_unit(blocks * routes.pieces.size(), call.threads.count, 4);
+  const int64_t units = (blocks + per_unit - 1) / per_unit;
+  parallel(call.threads, units * routes.pieces.size(), [&](int64_t unit) {
+    const Routes::Piece piece = routes.pieces[unit / units];
+    const Operand operand = x[unit / units];
+    const Ready ready(operand);
+    const int64_t first = unit % units * per_unit;
+    Multiply multiply[2];
+    for (int p = 0; p < 2; ++p) multiply[p] = multiply_of(w13.bits(piece.expert, p), call.digits);
+    for (int64_t block = first; block < std::min(first + per_unit, blocks); ++block) {
+      alignas(64) float products[2][ROUTES_AT_ONCE * ROWS], biases[2][ROWS];
+      for (int p = 0; p < 2; ++p) {
+        multiply[p](w13.block(piece.expert, p, block), operand, products[p]);
+        w13.load_bias(piece.expert, p, block, biases[p]);
+      }
+      for (int64_t i = 0; i < piece.count; ++i) {
+        const float weight = call.weight_on_input ? routes.weight[piece.first + i] : 1;
+        float* to = hidden + (piece.first + i) * w13.N + block * ROWS;
+        for (int row = 0; row < ROWS; row += LANES) {
+          const F32 gate = load<F32>(products[0] + i * ROWS + row) * weight + load<F32>(biases[0] + row);
+          const F32 up = load<F32>(products[1] + i * ROWS + row) * weight + load<F32>(biases[1] + row);
+          store(to + row, call.gate.apply(gate, up));
+        }
+      }
+    }
+  });
+}
+
+// out [tokens, N of w2] = sum over each token's routes of weight * (products of hidden with down).
+//
+// A thread has the same rows of all experts, which it takes in order, so that sums do not depend on the threads.
+inline void multiply_down(const Experts& w2, const Call& call, const Routes& routes, const Operands& hidden, float* out,
+                          int64_t num_tokens) {
+  const int64_t blocks = w2.N / ROWS;
+  const int64_t per_unit = blocks_per_unit(blocks, call.threads.count, blocks);
+  parallel(call.threads, (blocks + per_unit - 1) / per_unit, [&](int64_t unit) {
+    const int64_t first = unit * per_unit, last = std::min(first + per_unit, blocks);
+    for (int64_t token = 0; token < num_tokens; ++token) {
+      std::memset(out + token * w2.N + first * ROWS, 0, (last - first) * ROWS * sizeof *out);
+    }
+    for (size_t i = 0; i < routes.pieces.size(); ++i) {
+      const Routes::Piece& piece = routes.pieces[i];
+      const Operand operand = hidden[i];
+      const Ready ready(operand);
+      const Multiply multiply = multiply_of(w2.bits(piece.expert, 0), call.digits);
+      for (int64_t block = first; block < last; ++block) {
+        alignas(64) float products[ROUTES_AT_ONCE * ROWS], bias[ROWS];
+        multiply(w2.block(piece.expert, 0, block), operand, products);
+        w2.load_bias(piece.expert, 0, block, bias);
+        for (int64_t i = 0; i < piece.count; ++i) {
+          const int64_t route = piece.first + i;
+          const float weight = call.weight_on_input ? 1 : routes.weight[route];
+          float* to = out + routes.token[route] * w2.N + block * ROWS;
+          for (int row = 0; row < ROWS; row += LANES) {
+            store(to + row,
+                  load<F32>(to + row) + (load<F32>(products + i * ROWS + row) + load<F32>(bias + row)) * weight);
+          }
+        }
+      }
+    }
+  });
+}
+
+inline Result fused_moe(const Experts& w13, const Experts& w2, const Call& call) {
+  for (int64_t i = 0; i < call.num_tokens * call.top_k; ++i) {
+    if (call.expert_ids[i] >= call.num_experts) return UNKNOWN_EXPERT;
+  }
+  const int64_t copies = HAS_TILES ? call.top_k : 0;
+  const int64_t per_token =
+      w13.K * (call.digits + 1) * (1 + copies) +
+      w13.N * (call.top_k * (int64_t)(sizeof(float) + call.digits + 1) + copies * (call.digits + 1));
+  const int64_t piece = std::clamp<int64_t>(WORKSPACE / per_token, 1, std::max<int64_t>(call.num_tokens, 1));
+  for (int64_t first = 0; first < call.num_tokens; first += piece) {
+    const int64_t count = std::min(piece, call.num_tokens - first);
+    const Routes routes(call.expert_ids + first * call.top_k, call.topk_weights + first * call.top_k, count, call.top_k,
+                        call.num_experts);
+    const int64_t num_routes = routes.token.size();
+    Workspace& space = workspace();
+    space.reserve(digit_bytes(count, w13.K, w13.group_size, call.digits) + num_routes * w13.N * sizeof(float) + 64 +
+                  digit_bytes(num_routes, w2.K, w2.group_size, call.digits) +
+                  Operands::bytes(routes, w13.K, w13.group_size, call.digits) +
+                  Operands::bytes(routes, w2.K, w2.group_size, call.digits));
+    const Digits x = take_digits(space, count, w13.K, w13.group_size, call.digits);
+    const Digits h = take_digits(space, num_routes, w2.K, w2.group_size, call.digits);
+    float* hidden = space.take<float>(num_routes * w13.N);
+    quantize_rows(call.threads, call.x + first * w13.K, count, x);
+    multiply_gate_up(w13, call, routes, Operands(call.threads, routes, x, routes.token, space), hidden);
+    quantize_rows(call.threads, hidden, num_routes, h);
+    const Operands h_operands(call.threads, routes, h, routes.index, space);
+    multiply_down(w2, call, routes, h_operands, call.out + first * w2.N, count);
+  }
+  return DONE;
+}
+
+}  // namespace alphaq

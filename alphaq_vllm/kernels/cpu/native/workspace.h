@@ -1,0 +1,71 @@
+// Memory to work in, and the activations of a layer as digits in it.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "activations.h"
+#include "threads.h"
+
+namespace alphaq {
+
+// Memory of one thread, kept from call to call.
+class Workspace {
+ public:
+  template <typename Value>
+  Value* take(int64_t count) {
+    used_ = (used_ + 63) / 64 * 64;
+    Value* taken = reinterpret_cast<Value*>(memory_.get() + used_);
+    used_ += count * sizeof(Value);
+    return taken;
+  }
+
+  void reserve(int64_t bytes) {
+    used_ = 0;
+    if (bytes <= size_) return;
+    memory_.reset();
+    size_ = 0;
+    memory_.reset(static_cast<uint8_t*>(::operator new (bytes, std::align_val_t{64})));
+    size_ = bytes;
+  }
+
+ private:
+  struct Free {
+    void operator()(uint8_t* memory) const { ::operator delete (memory, std::align_val_t{64}); }
+  };
+  std::unique_ptr<uint8_t, Free> memory_;
+  int64_t size_ = 0, used_ = 0;
+};
+
+inline Workspace& workspace() {
+  static thread_local Workspace workspace;
+  return workspace;
+}
+
+// What take_digits takes, and what Tiles take for so many padded tokens.
+inline int64_t digit_bytes(int64_t rows, int64_t columns, int64_t group_size, int64_t digits) {
+  return rows * (columns * digits + columns / group_size * 2 * sizeof(float)) + 128;
+}
+
+inline Digits take_digits(Workspace& from, int64_t rows, int64_t columns, int64_t group_size, int64_t count) {
+  Digits digits{nullptr, nullptr, columns, group_size, (int)count};
+  digits.digits = from.take<int8_t>(rows * columns * count);
+  digits.factors = from.take<float>(rows * digits.groups() * 2);
+  return digits;
+}
+
+inline void quantize_rows(const Threads& threads, const float* x, int64_t rows, const Digits& to) {
+  // So many rows are work for a thread.
+  const int64_t piece = std::max<int64_t>(1, 16384 / to.columns);
+  parallel(threads, (rows + piece - 1) / piece, [&](int64_t unit) {
+    for (int64_t i = unit * piece; i < std::min(rows, (unit + 1) * piece); ++i) {
+      const float* row = x + i * to.columns;
+      if (to.count == 1) quantize_row<1>(row, to, i);
+      if (to.count == 2) quantize_row<2>(row, to, i);
+      if (to.count == 3) quantize_row<3>(row, to, i);
+    }
+  });
+}
+
+}  // namespace alphaq
