@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import logging
+import math
 import os
+import struct
 import subprocess
 from functools import cache
 
@@ -22,63 +24,17 @@ INSTRUCTION_SET = "ALPHAQ_CPU_KERNEL"
 ROWS = 16
 # Bytes to an activation: 2 hold bfloat16 and float16 with more precision than a product in these has.
 DIGITS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 3}
-# What its functions return.
+# Dtype of vectors.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Result of result.h.
 DONE, UNKNOWN_EXPERT, OUT_OF_MEMORY = range(3)
-BIAS_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# What is passed by address: Experts and Call of moe.h, Linear and LinearCall of linear.h, Threads of threads.h.
+EXPERTS, CALL, LINEAR, LINEAR_CALL, THREADS = map(
+    struct.Struct, ("@6P5q", "@4P6qi3fPi0P", "@2P4q", "@2P3qPi0P", "@Pi0P")
+)
 
 logger = logging.getLogger("alphaq_vllm")
 _pointer, _int64 = ctypes.c_void_p, ctypes.c_int64
-
-
-class _Threads(ctypes.Structure):
-    _fields_ = (("run", _pointer), ("count", ctypes.c_int32))
-
-
-class _Gate(ctypes.Structure):
-    _fields_ = (
-        ("activation", ctypes.c_int), ("limit", ctypes.c_float), ("alpha", ctypes.c_float), ("beta", ctypes.c_float),
-    )  # fmt: skip
-
-
-class _Experts(ctypes.Structure):
-    """``Experts`` of layer.cpp."""
-
-    _fields_ = (
-        ("packed", _pointer), ("scales", _pointer), ("zero_points", _pointer), ("num_bits", _pointer),
-        ("offsets", _pointer), ("bias", _pointer), ("bias_dtype", _int64), ("projections", _int64), ("N", _int64),
-        ("K", _int64), ("group_size", _int64),
-    )  # fmt: skip
-
-    @classmethod
-    def of(cls, experts: PackedExperts, bias: torch.Tensor | None) -> _Experts:
-        pointers = [tensor.data_ptr() for tensor in experts.tensors]
-        bias_of = (None, 0) if bias is None else (bias.data_ptr(), BIAS_DTYPES[bias.dtype])
-        return cls(*pointers, *bias_of, experts.num_projections, experts.N, experts.K, experts.group_size)
-
-
-class _Linear(ctypes.Structure):
-    """``Linear`` of layer.cpp."""
-
-    _fields_ = (
-        ("packed", _pointer), ("scales", _pointer), ("num_bits", _int64), ("N", _int64), ("K", _int64),
-        ("group_size", _int64),
-    )  # fmt: skip
-
-
-class _LinearCall(ctypes.Structure):
-    """``LinearCall`` of layer.cpp."""
-
-    _fields_ = (("x", _pointer), ("out", _pointer), ("num_tokens", _int64), ("digits", _int64), ("threads", _Threads))
-
-
-class _Call(ctypes.Structure):
-    """``Call`` of layer.cpp."""
-
-    _fields_ = (
-        ("x", _pointer), ("topk_weights", _pointer), ("expert_ids", _pointer), ("out", _pointer),
-        ("num_tokens", _int64), ("top_k", _int64), ("num_experts", _int64), ("weight_on_input", _int64),
-        ("digits", _int64), ("gate", _Gate), ("threads", _Threads),
-    )  # fmt: skip
 
 
 @cache
@@ -169,13 +125,13 @@ def repack_linear_(
 
 def _reorder(kernel: ctypes.CDLL, at: int, shape: tuple[int, int], num_bits: int, linear: bool = False) -> None:
     arguments = (*map(_int64, shape), _int64(num_bits), _int64(linear))
-    _check(kernel.alphaq_reorder(_pointer(at), *arguments, ctypes.byref(_threads())))
+    _check(kernel.alphaq_reorder(_pointer(at), *arguments, THREADS.pack(*_threads())))
 
 
 def _reorder_groups(kernel: ctypes.CDLL, values: torch.Tensor) -> None:
     rows, groups = values.shape[:-1].numel(), values.shape[-1]
     at = _pointer(values.data_ptr())
-    _check(kernel.alphaq_reorder_groups(at, _int64(rows), _int64(groups), ctypes.byref(_threads())))
+    _check(kernel.alphaq_reorder_groups(at, _int64(rows), _int64(groups), THREADS.pack(*_threads())))
 
 
 def fused_moe(
@@ -200,30 +156,38 @@ def fused_moe(
     Raises:
         ValueError: for ids of experts that the layer does not have.
     """
-    expert_ids = routing.local_expert_ids().contiguous()
-    values, topk_weights = x.float().contiguous(), routing.topk_weights.contiguous()
-    out = torch.empty(x.shape[0], weights.w2.N, dtype=torch.float32)
-    gate = weights.gate
-    limit = float("inf") if gate.limit is None else gate.limit
-    call = _Call(
-        values.data_ptr(),
+    x, expert_ids = x.contiguous(), routing.local_expert_ids().contiguous()
+    topk_weights, gate = routing.topk_weights.contiguous(), weights.gate
+    out = x.new_empty(x.shape[0], weights.w2.N)
+    call = CALL.pack(
+        x.data_ptr(),
         topk_weights.data_ptr(),
         expert_ids.data_ptr(),
         out.data_ptr(),
+        DTYPES[x.dtype],
         *expert_ids.shape,
         weights.w13.num_experts,
         routing.apply_router_weight_on_input,
         digits or DIGITS[x.dtype],
-        _Gate(SUPPORTED_ACTIVATIONS.index(gate.activation), limit, gate.alpha, gate.beta),
-        _threads(),
+        SUPPORTED_ACTIVATIONS.index(gate.activation),
+        math.inf if gate.limit is None else gate.limit,
+        gate.alpha,
+        gate.beta,
+        *_threads(),
     )
-    w13, w2 = _Experts.of(weights.w13, weights.w13_bias), _Experts.of(weights.w2, weights.w2_bias)
-    kernel = load(instruction_set or best_instruction_set())
-    result = kernel.alphaq_fused_moe(ctypes.byref(w13), ctypes.byref(w2), ctypes.byref(call))
+    w13, w2 = _experts(weights.w13, weights.w13_bias), _experts(weights.w2, weights.w2_bias)
+    result = load(instruction_set or best_instruction_set()).alphaq_fused_moe(w13, w2, call)
     if result == UNKNOWN_EXPERT:
         raise ValueError(f"topk_ids: expected local ids below {weights.w13.num_experts}, got {int(expert_ids.max())}")
     _check(result)
-    return out.to(x.dtype)
+    return out
+
+
+def _experts(experts: PackedExperts, bias: torch.Tensor | None) -> bytes:
+    pointers = [tensor.data_ptr() for tensor in experts.tensors]
+    bias_of = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
+    _, projections, N, groups = experts.scales.shape
+    return EXPERTS.pack(*pointers, *bias_of, projections, N, groups * experts.group_size, experts.group_size)
 
 
 def linear(
@@ -239,12 +203,12 @@ def linear(
     Returns ``[num_tokens, N]`` of x's dtype, a new tensor. The last two arguments are those of ``fused_moe``.
     """
     (N, groups), K = scales.shape, packed.shape[1] * 32 // num_bits
-    values, out = x.float().contiguous(), torch.empty(x.shape[0], N, dtype=torch.float32)
-    weights = _Linear(packed.data_ptr(), scales.data_ptr(), num_bits, N, K, K // groups)
-    call = _LinearCall(values.data_ptr(), out.data_ptr(), x.shape[0], digits or DIGITS[x.dtype], _threads())
-    kernel = load(instruction_set or best_instruction_set())
-    _check(kernel.alphaq_linear(ctypes.byref(weights), ctypes.byref(call)))
-    return out.to(x.dtype)
+    x, out = x.contiguous(), x.new_empty(x.shape[0], N)
+    weights = LINEAR.pack(packed.data_ptr(), scales.data_ptr(), num_bits, N, K, K // groups)
+    digits = digits or DIGITS[x.dtype]
+    call = LINEAR_CALL.pack(x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], x.shape[0], digits, *_threads())
+    _check(load(instruction_set or best_instruction_set()).alphaq_linear(weights, call))
+    return out
 
 
 def _check(result: int) -> None:
@@ -252,10 +216,10 @@ def _check(result: int) -> None:
         raise MemoryError("experts: the CPU kernel got no memory to work in")
 
 
-def _threads() -> _Threads:
+def _threads() -> tuple[int, int]:
     """Torch's threads, which vLLM binds to cores: those of the one OpenMP library that both find first."""
     run = _parallel()
-    return _Threads(run, torch.get_num_threads() if run else 1)
+    return (run, torch.get_num_threads()) if run else (0, 1)
 
 
 @cache

@@ -52,7 +52,7 @@ def _serialized(problem, threads: int) -> bytes:
 
 
 def _stem(experts: PackedExperts, bias: torch.Tensor | None) -> list[torch.Tensor]:
-    dtype = 0 if bias is None else native.BIAS_DTYPES[bias.dtype]
+    dtype = 0 if bias is None else native.DTYPES[bias.dtype]
     numbers = [dtype, experts.num_projections, experts.N, experts.K, experts.group_size]
     return [*experts.tensors, torch.empty(0) if bias is None else bias, torch.tensor(numbers)]
 

@@ -27,17 +27,18 @@ struct Digits {
 // The largest integer of so many digits, less one where float32 might round it up.
 constexpr int32_t largest(int digits) { return digits == 1 ? 127 : digits == 2 ? 32639 : 8355710; }
 
-// Write row i of `to` from columns of float32. A group with a number that is not finite yields NaN.
-template <int DIGITS>
-void quantize_row(const float* x, const Digits& to, int64_t i) {
+// Write row i of `to` from row i of x. A group with a number that is not finite yields NaN.
+template <int DIGITS, Dtype DTYPE>
+void quantize_row(const void* x, const Digits& to, int64_t i) {
   typedef int8_t Bytes __attribute__((vector_size(LANES)));
   int8_t* digits = to.row(i);
   float* factors = to.row_factors(i);
-  for (int64_t group = 0; group < to.groups(); ++group, x += to.group_size, digits += DIGITS * to.group_size) {
+  int64_t first = i * to.columns;
+  for (int64_t group = 0; group < to.groups(); ++group, first += to.group_size, digits += DIGITS * to.group_size) {
     F32 most{};
     I32 finite = (I32)spread<U32>(~0u);
     for (int64_t k = 0; k < to.group_size; k += LANES) {
-      const F32 values = load<F32>(x + k);
+      const F32 values = load_as(DTYPE, x, first + k);
       const F32 sizes = values < 0 ? -values : values;
       finite &= sizes <= FLT_MAX;
       most = sizes > most ? sizes : most;
@@ -53,7 +54,7 @@ void quantize_row(const float* x, const Digits& to, int64_t i) {
     const float inverse = all_finite && step >= FLT_MIN ? largest(DIGITS) / size : 0;
     I32 sums{};
     for (int64_t k = 0; k < to.group_size; k += LANES) {
-      const F32 values = inverse ? load<F32>(x + k) * inverse : F32{};
+      const F32 values = inverse ? load_as(DTYPE, x, first + k) * inverse : F32{};
       I32 rest = __builtin_convertvector(values + (values < 0 ? spread<F32>(-0.5f) : spread<F32>(0.5f)), I32);
       sums += rest;
 #pragma GCC unroll 3
@@ -68,6 +69,13 @@ void quantize_row(const float* x, const Digits& to, int64_t i) {
     factors[2 * group] = all_finite ? step : NAN;
     factors[2 * group + 1] = sum;
   }
+}
+
+template <int DIGITS>
+void quantize_row(Dtype dtype, const void* x, const Digits& to, int64_t i) {
+  if (dtype == FLOAT32) quantize_row<DIGITS, FLOAT32>(x, to, i);
+  if (dtype == BFLOAT16) quantize_row<DIGITS, BFLOAT16>(x, to, i);
+  if (dtype == FLOAT16) quantize_row<DIGITS, FLOAT16>(x, to, i);
 }
 
 #if defined(__AMX_INT8__)

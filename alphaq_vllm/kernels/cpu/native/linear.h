@@ -20,22 +20,25 @@ struct Linear {
   }
 };
 
+// x and out are of `dtype`.
 struct LinearCall {
-  const float* x;
-  float* out;
+  const void* x;
+  void* out;
+  Dtype dtype;
   int64_t num_tokens;
   int64_t digits;
   Threads threads;
 };
 
-inline Result linear(const Linear& weights, const LinearCall& call) {
-  const Routes rows(call.num_tokens);
+// out [rows, N] = x [rows, K] times the transpose of the matrix.
+inline void multiply_rows(const Linear& weights, const LinearCall& call, const void* x, int64_t num_rows, void* out) {
+  const Routes rows(num_rows);
   Workspace& space = workspace();
-  space.reserve(digit_bytes(call.num_tokens, weights.K, weights.group_size, call.digits) +
+  space.reserve(digit_bytes(num_rows, weights.K, weights.group_size, call.digits) +
                 Operands::bytes(rows, weights.K, weights.group_size, call.digits));
-  const Digits x = take_digits(space, call.num_tokens, weights.K, weights.group_size, call.digits);
-  quantize_rows(call.threads, call.x, call.num_tokens, x);
-  const Operands operands(call.threads, rows, x, rows.index, space);
+  const Digits digits = take_digits(space, num_rows, weights.K, weights.group_size, call.digits);
+  quantize_rows(call.threads, call.dtype, x, num_rows, digits);
+  const Operands operands(call.threads, rows, digits, rows.index, space);
   const Multiply multiply = multiply_of(weights.num_bits, call.digits);
   const int64_t blocks = weights.N / ROWS, per_unit = blocks_per_unit(blocks, call.threads.count, blocks);
   const int64_t units = (blocks + per_unit - 1) / per_unit;
@@ -48,11 +51,21 @@ inline Result linear(const Linear& weights, const LinearCall& call) {
       alignas(64) float products[ROUTES_AT_ONCE * ROWS];
       multiply(weights.block(block), operand, products);
       for (int64_t i = 0; i < piece.count; ++i) {
-        std::memcpy(call.out + (piece.first + i) * weights.N + block * ROWS, products + i * ROWS,
-                    ROWS * sizeof *products);
+        for (int row = 0; row < ROWS; row += LANES) {
+          const int64_t at = (piece.first + i) * weights.N + block * ROWS + row;
+          store_as(call.dtype, out, at, load<F32>(products + i * ROWS + row));
+        }
       }
     }
   });
+}
+
+inline Result linear(const Linear& weights, const LinearCall& call) {
+  const int64_t most = std::max<int64_t>(1, WORKSPACE / (weights.K * (call.digits + 1) * 2));
+  for (int64_t first = 0; first < call.num_tokens; first += most) {
+    multiply_rows(weights, call, row_of(call.dtype, call.x, first, weights.K), std::min(most, call.num_tokens - first),
+                  row_of(call.dtype, call.out, first, weights.N));
+  }
   return DONE;
 }
 

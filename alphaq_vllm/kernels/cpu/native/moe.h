@@ -6,9 +6,6 @@
 
 namespace alphaq {
 
-// Bytes of activations that are kept at a time: tokens are computed in so many pieces as this takes.
-constexpr int64_t WORKSPACE = 64 << 20;
-
 // One stem's matrices [N, K] of all experts, `projections` each, in the order of layout.h.
 struct Experts {
   const uint8_t* packed;
@@ -18,7 +15,7 @@ struct Experts {
   const int64_t* offsets;
   // [E, projections, N] of bias_dtype, or null.
   const void* bias;
-  int64_t bias_dtype;
+  Dtype bias_dtype;
   int64_t projections;
   int64_t N;
   int64_t K;
@@ -37,21 +34,18 @@ struct Experts {
   void load_bias(int64_t expert, int64_t projection, int64_t index, float (&to)[ROWS]) const {
     const int64_t first = (expert * projections + projection) * N + index * ROWS;
     for (int row = 0; row < ROWS; row += LANES) {
-      F32 values{};
-      if (bias && bias_dtype == 0) values = load<F32>((const float*)bias + first + row);
-      if (bias && bias_dtype == 1) values = widen_bfloat16((const uint16_t*)bias + first + row);
-      if (bias && bias_dtype == 2) values = widen_float16((const uint16_t*)bias + first + row);
-      store(to + row, values);
+      store(to + row, bias ? load_as(bias_dtype, bias, first + row) : F32{});
     }
   }
 };
 
-// One call. Ids are local, below 0 for routes to be skipped.
+// One call. Ids are local, below 0 for routes to be skipped. x and out are of `dtype`.
 struct Call {
-  const float* x;
+  const void* x;
   const float* topk_weights;
   const int32_t* expert_ids;
-  float* out;
+  void* out;
+  Dtype dtype;
   int64_t num_tokens;
   int64_t top_k;
   int64_t num_experts;
@@ -93,36 +87,46 @@ inline void multiply_gate_up(const Experts& w13, const Call& call, const Routes&
   });
 }
 
-// out [tokens, N of w2] = sum over each token's routes of weight * (products of hidden with down).
+// Add to `sums` [tokens, N of w2] what blocks first to last have for one piece's tokens.
+inline void add_down(const Experts& w2, const Call& call, const Routes& routes, const Routes::Piece& piece,
+                     const Operand& hidden, int64_t first, int64_t last, float* sums) {
+  const Multiply multiply = multiply_of(w2.bits(piece.expert, 0), call.digits);
+  for (int64_t block = first; block < last; ++block) {
+    alignas(64) float products[ROUTES_AT_ONCE * ROWS], bias[ROWS];
+    multiply(w2.block(piece.expert, 0, block), hidden, products);
+    w2.load_bias(piece.expert, 0, block, bias);
+    for (int64_t i = 0; i < piece.count; ++i) {
+      const int64_t route = piece.first + i;
+      const float weight = call.weight_on_input ? 1 : routes.weight[route];
+      float* to = sums + routes.token[route] * w2.N + block * ROWS;
+      for (int row = 0; row < ROWS; row += LANES) {
+        const F32 product = load<F32>(products + i * ROWS + row) + load<F32>(bias + row);
+        store(to + row, load<F32>(to + row) + product * weight);
+      }
+    }
+  }
+}
+
+// out [tokens, N of w2] = sum over each token's routes of weight * (products of hidden with down), added up in `sums`.
 //
 // A thread has the same rows of all experts, which it takes in order, so that sums do not depend on the threads.
-inline void multiply_down(const Experts& w2, const Call& call, const Routes& routes, const Operands& hidden, float* out,
-                          int64_t num_tokens) {
+inline void multiply_down(const Experts& w2, const Call& call, const Routes& routes, const Operands& hidden,
+                          int64_t num_tokens, float* sums, void* out) {
   const int64_t blocks = w2.N / ROWS;
   const int64_t per_unit = blocks_per_unit(blocks, call.threads.count, blocks);
   parallel(call.threads, (blocks + per_unit - 1) / per_unit, [&](int64_t unit) {
     const int64_t first = unit * per_unit, last = std::min(first + per_unit, blocks);
     for (int64_t token = 0; token < num_tokens; ++token) {
-      std::memset(out + token * w2.N + first * ROWS, 0, (last - first) * ROWS * sizeof *out);
+      std::memset(sums + token * w2.N + first * ROWS, 0, (last - first) * ROWS * sizeof *sums);
     }
-    for (size_t i = 0; i < routes.pieces.size(); ++i) {
-      const Routes::Piece& piece = routes.pieces[i];
-      const Operand operand = hidden[i];
+    for (size_t piece = 0; piece < routes.pieces.size(); ++piece) {
+      const Operand operand = hidden[piece];
       const Ready ready(operand);
-      const Multiply multiply = multiply_of(w2.bits(piece.expert, 0), call.digits);
-      for (int64_t block = first; block < last; ++block) {
-        alignas(64) float products[ROUTES_AT_ONCE * ROWS], bias[ROWS];
-        multiply(w2.block(piece.expert, 0, block), operand, products);
-        w2.load_bias(piece.expert, 0, block, bias);
-        for (int64_t i = 0; i < piece.count; ++i) {
-          const int64_t route = piece.first + i;
-          const float weight = call.weight_on_input ? 1 : routes.weight[route];
-          float* to = out + routes.token[route] * w2.N + block * ROWS;
-          for (int row = 0; row < ROWS; row += LANES) {
-            store(to + row,
-                  load<F32>(to + row) + (load<F32>(products + i * ROWS + row) + load<F32>(bias + row)) * weight);
-          }
-        }
+      add_down(w2, call, routes, routes.pieces[piece], operand, first, last, sums);
+    }
+    for (int64_t token = 0; token < num_tokens; ++token) {
+      for (int64_t i = token * w2.N + first * ROWS; i < token * w2.N + last * ROWS; i += LANES) {
+        store_as(call.dtype, out, i, load<F32>(sums + i));
       }
     }
   });
@@ -132,29 +136,30 @@ inline Result fused_moe(const Experts& w13, const Experts& w2, const Call& call)
   for (int64_t i = 0; i < call.num_tokens * call.top_k; ++i) {
     if (call.expert_ids[i] >= call.num_experts) return UNKNOWN_EXPERT;
   }
-  const int64_t copies = HAS_TILES ? call.top_k : 0;
-  const int64_t per_token =
-      w13.K * (call.digits + 1) * (1 + copies) +
-      w13.N * (call.top_k * (int64_t)(sizeof(float) + call.digits + 1) + copies * (call.digits + 1));
-  const int64_t piece = std::clamp<int64_t>(WORKSPACE / per_token, 1, std::max<int64_t>(call.num_tokens, 1));
-  for (int64_t first = 0; first < call.num_tokens; first += piece) {
-    const int64_t count = std::min(piece, call.num_tokens - first);
+  const int64_t copies = HAS_TILES ? call.top_k : 0, per_value = call.digits + 1;
+  const int64_t per_token = w13.K * (per_value * (1 + copies) + sizeof(float)) +
+                            w13.N * (call.top_k * (sizeof(float) + per_value) + copies * per_value);
+  const int64_t most = std::max<int64_t>(1, WORKSPACE / per_token);
+  for (int64_t first = 0; first < call.num_tokens; first += most) {
+    const int64_t count = std::min(most, call.num_tokens - first);
     const Routes routes(call.expert_ids + first * call.top_k, call.topk_weights + first * call.top_k, count, call.top_k,
                         call.num_experts);
     const int64_t num_routes = routes.token.size();
     Workspace& space = workspace();
-    space.reserve(digit_bytes(count, w13.K, w13.group_size, call.digits) + num_routes * w13.N * sizeof(float) + 64 +
+    space.reserve(digit_bytes(count, w13.K, w13.group_size, call.digits) +
                   digit_bytes(num_routes, w2.K, w2.group_size, call.digits) +
                   Operands::bytes(routes, w13.K, w13.group_size, call.digits) +
-                  Operands::bytes(routes, w2.K, w2.group_size, call.digits));
+                  Operands::bytes(routes, w2.K, w2.group_size, call.digits) +
+                  (num_routes * w13.N + count * w2.N) * sizeof(float) + 128);
     const Digits x = take_digits(space, count, w13.K, w13.group_size, call.digits);
     const Digits h = take_digits(space, num_routes, w2.K, w2.group_size, call.digits);
     float* hidden = space.take<float>(num_routes * w13.N);
-    quantize_rows(call.threads, call.x + first * w13.K, count, x);
+    float* sums = space.take<float>(count * w2.N);
+    quantize_rows(call.threads, call.dtype, row_of(call.dtype, call.x, first, w13.K), count, x);
     multiply_gate_up(w13, call, routes, Operands(call.threads, routes, x, routes.token, space), hidden);
-    quantize_rows(call.threads, hidden, num_routes, h);
+    quantize_rows(call.threads, FLOAT32, hidden, num_routes, h);
     const Operands h_operands(call.threads, routes, h, routes.index, space);
-    multiply_down(w2, call, routes, h_operands, call.out + first * w2.N, count);
+    multiply_down(w2, call, routes, h_operands, count, sums, row_of(call.dtype, call.out, first, w2.N));
   }
   return DONE;
 }

@@ -83,6 +83,49 @@ INLINE F32 widen_float16(const uint16_t* from) {
 #endif
 }
 
+// Round LANES float32 to bfloat16, to nearest even.
+INLINE void narrow_bfloat16(uint16_t* to, F32 values) {
+  typedef uint16_t Halves __attribute__((vector_size(WIDTH / 2)));
+  const U32 bits = (U32)values;
+  const U32 rounded = values == values ? bits + (0x7fff + (bits >> 16 & 1)) : bits | (1u << 22);
+  store(to, __builtin_convertvector(rounded >> 16, Halves));
+}
+
+// Round LANES float32 to float16, to nearest even.
+INLINE void narrow_float16(uint16_t* to, F32 values) {
+#if defined(__AVX512BW__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT));
+#else
+  typedef uint16_t Halves __attribute__((vector_size(WIDTH / 2)));
+  const U32 bits = (U32)values, size = bits & 0x7fffffff;
+  const U32 normal = (size + (0xfff + (size >> 13 & 1)) - (112u << 23)) >> 13;
+  // Beside 0.5 there is room for the bits that a subnormal number has.
+  const U32 subnormal = (U32)((F32)size + 0.5f) - (126u << 23);
+  U32 half = size < (113u << 23) ? subnormal : normal;
+  half = size >= 0x477ff000 ? spread<U32>(0x7c00u) : half;
+  half = values == values ? half : spread<U32>(0x7e00u);
+  store(to, __builtin_convertvector(half | (bits >> 16 & 0x8000), Halves));
+#endif
+}
+
+// The dtypes of tensors that come and go.
+enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+// LANES values of a tensor from its value i on.
+INLINE F32 load_as(Dtype dtype, const void* from, int64_t i) {
+  if (dtype == FLOAT32) return load<F32>((const float*)from + i);
+  const uint16_t* halves = (const uint16_t*)from + i;
+  return dtype == BFLOAT16 ? widen_bfloat16(halves) : widen_float16(halves);
+}
+
+INLINE void store_as(Dtype dtype, void* to, int64_t i, F32 values) {
+  if (dtype == FLOAT32) return store((float*)to + i, values);
+  uint16_t* halves = (uint16_t*)to + i;
+  dtype == BFLOAT16 ? narrow_bfloat16(halves, values) : narrow_float16(halves, values);
+}
+
 INLINE int32_t four_bytes(const int8_t* from) {
   int32_t four;
   std::memcpy(&four, from, 4);

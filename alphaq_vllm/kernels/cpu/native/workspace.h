@@ -4,11 +4,15 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "activations.h"
 #include "threads.h"
 
 namespace alphaq {
+
+// Bytes of activations that are kept at a time: tokens are computed in so many pieces as this takes.
+constexpr int64_t WORKSPACE = 64 << 20;
 
 // Memory of one thread, kept from call to call.
 class Workspace {
@@ -55,17 +59,24 @@ inline Digits take_digits(Workspace& from, int64_t rows, int64_t columns, int64_
   return digits;
 }
 
-inline void quantize_rows(const Threads& threads, const float* x, int64_t rows, const Digits& to) {
+// Write digits of rows of x, [rows, columns].
+inline void quantize_rows(const Threads& threads, Dtype dtype, const void* x, int64_t rows, const Digits& to) {
   // So many rows are work for a thread.
   const int64_t piece = std::max<int64_t>(1, 16384 / to.columns);
   parallel(threads, (rows + piece - 1) / piece, [&](int64_t unit) {
     for (int64_t i = unit * piece; i < std::min(rows, (unit + 1) * piece); ++i) {
-      const float* row = x + i * to.columns;
-      if (to.count == 1) quantize_row<1>(row, to, i);
-      if (to.count == 2) quantize_row<2>(row, to, i);
-      if (to.count == 3) quantize_row<3>(row, to, i);
+      if (to.count == 1) quantize_row<1>(dtype, x, to, i);
+      if (to.count == 2) quantize_row<2>(dtype, x, to, i);
+      if (to.count == 3) quantize_row<3>(dtype, x, to, i);
     }
   });
+}
+
+// Row i of a tensor of a dtype.
+template <typename Data>
+Data* row_of(Dtype dtype, Data* data, int64_t i, int64_t columns) {
+  using Byte = std::conditional_t<std::is_const_v<Data>, const uint8_t, uint8_t>;
+  return (Byte*)data + i * columns * (dtype == FLOAT32 ? 4 : 2);
 }
 
 }  // namespace alphaq
