@@ -15,7 +15,8 @@ SUMS = "SHA256SUMS"
 # Files that no checkpoint has without a sum.
 ESSENTIAL = ("config.json", "model.safetensors.index.json", "*.safetensors")
 
-_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n\0]+)\n")
+# No name leads out of the directory.
+_LINE = re.compile(r"([0-9a-f]{64})  ((?:(?!\.{1,2}/)[^/\n\0]+/)*(?!\.{1,2}\n)[^/\n\0]+)\n")
 
 
 def sums_size(names: Iterable[str]) -> int:
@@ -24,8 +25,9 @@ def sums_size(names: Iterable[str]) -> int:
 
 
 def render_sums(directory: Path) -> str:
-    """The file of sums for all files in a directory, by name."""
-    names = sorted(file.name for file in directory.iterdir() if file.name != SUMS)
+    """The file of sums for all files in a directory and its folders, by name."""
+    files = (file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
+    names = sorted(name for name in files if name != SUMS)
     return "".join(f"{sha256(directory / name)}  {name}\n" for name in names)
 
 
