@@ -114,7 +114,8 @@ def _walk(directory: Path, folder: str = "", depth: int = _DEPTH) -> Iterator[st
         return
     for entry in found:
         name = f"{folder}{entry.name}"
-        if not entry.is_dir():
+        # That of ``entry`` raises for a link that leads to itself.
+        if not Path(entry.path).is_dir():
             yield name
         elif entry.is_symlink() or not depth or _is_foreign(entry.name):
             yield f"{name}/"
