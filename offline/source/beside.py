@@ -91,17 +91,20 @@ def look_beside(directory: Path, weights: Sequence[Path]) -> Beside:
 def hub_patterns() -> tuple[list[str], list[str]]:
     """What to download of a repository on the Hub beside its weights, and what not even if it matches, as the Hub's
     client takes them, for whom a star stands for slashes too.
-
-    Code may have any name, if settings name it; that of models is not taken along. Weights in folders are the
-    numbered modules of an embedding model.
     """
     kinds = ["".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in kind) for kind in _KINDS]
-    unwanted = [*(f"{folder}/*" for folder in _FOREIGN_FOLDERS), "modeling*.py", "configuration*.py"]
-    endings = [f"*{ending}" for ending in _WEIGHTS if ending not in (".safetensors", ".index.json")]
-    return (
-        [*kinds, *(f"*/{kind}" for kind in kinds), "*.py"],
-        [*unwanted, *(f"*/{pattern}" for pattern in unwanted), *endings, "[!0-9]*/*.safetensors"],
-    )
+    folders = [f"{prefix}{folder}/*" for folder in _FOREIGN_FOLDERS for prefix in ("", "*/")]
+    weights = [f"*{ending}" for ending in _WEIGHTS if ending not in (".safetensors", ".index.json")]
+    return [*kinds, *(f"*/{kind}" for kind in kinds), *_CODE], [*folders, *weights, "*/*.safetensors"]
+
+
+def still_wanted(snapshot: Path) -> list[str]:
+    """Files that a snapshot lacks of its repository, and of which its settings tell that a copy takes them along."""
+    absent, modules = absent_files(snapshot), _read(snapshot / _MODULES)
+    folders = {_top(f"{path}/") for path in _values(modules, "path")} - {""}
+    weights = [name for name in absent if _top(name) in folders and name.lower().endswith(".safetensors")]
+    names = [name for name in [*_walk(snapshot), *absent] if not _is_foreign(_top(name))]
+    return [*weights, *sorted(_code(snapshot, names, _values(modules, "type")).intersection(absent))]
 
 
 def _walk(directory: Path, folder: str = "", depth: int = _DEPTH) -> Iterator[str]:
@@ -187,7 +190,7 @@ def _code(directory: Path, names: Sequence[str], types: Iterable[str]) -> set[st
 
 
 def _imports(path: Path) -> list[str]:
-    found = _RELATIVE_IMPORT.findall(path.read_bytes())
+    found = _RELATIVE_IMPORT.findall(path.read_bytes()) if path.is_file() else []
     return [(module or name).decode(errors="replace") for module, name in found]
 
 

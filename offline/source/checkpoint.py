@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from alphaq_vllm.format import TensorSpec
 from offline.messages import some
-from offline.source.beside import REPLACED, Beside, Sidecar, hub_patterns, look_beside
+from offline.source.beside import REPLACED, Beside, Sidecar, hub_patterns, look_beside, still_wanted
 from offline.source.fp8 import BlockScaledTensor, join_scales, weight_block_size
 from offline.source.header import read_header, refuse_lfs_pointer
 from offline.source.hub import NAME
@@ -103,7 +104,13 @@ def _locate(model: str, revision: str | None) -> Path:
     wanted, unwanted = hub_patterns()
     wanted, unwanted = ["*.safetensors", *wanted, *REPLACED], [*unwanted, "consolidated*"]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+        # Code may import other code, so this can take several rounds.
+        before: list[str] = []
+        while (more := still_wanted(path)) and more != before:
+            snapshot_download(model, revision=path.name, allow_patterns=list(map(escape, more)), ignore_patterns=[])
+            before = more
+        return path
     except (OSError, ValueError) as error:
         # The client's messages have several lines.
         reason = " ".join(str(error).split())

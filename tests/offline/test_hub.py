@@ -179,6 +179,29 @@ def test_a_snapshot_directory_goes_by_the_name_of_its_model(hub, alphaq_with, ti
     assert validate(tmp_path / "out", source=snapshot)["matrices"] == 24
 
 
+def test_code_and_weights_that_settings_name_are_downloaded_too(hub, alphaq_with, tiny_model, tmp_path):
+    beside = {
+        "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["modeling_x.T", null]}}',
+        "modeling_x.py": b"from .configuration_x import C\n",
+        "configuration_x.py": b"from .deep import D\n",
+        "deep.py": b"",
+        "other.py": b"",
+        "modules.json": b'[{"path": "Dense [1]", "type": "x.Dense"}]',
+        "Dense [1]/model.safetensors": b"weights",
+    }
+    hub.commit("owner/code", files_of(tiny_model("qwen2_moe")) | beside | {"backup/model.safetensors": b"x"})
+    status, output, error = alphaq_with("convert", "owner/code", tmp_path / "out", *QUICK)
+    assert status == 0, error
+    assert "code:           configuration_x.py, deep.py, modeling_x.py: taken along" in output
+    assert "left behind:    backup/, other.py\n" in output
+    assert not [path for path in hub.requests if path.endswith(("/other.py", "/backup/model.safetensors"))]
+    del beside["other.py"]
+    assert {name: files_of(tmp_path / "out").get(name) for name in beside} == beside
+    assert alphaq_with("upload", tmp_path / "out", "owner/code-alphaq")[0] == 0
+    status, _, error = alphaq_with("validate", "owner/code-alphaq")
+    assert status == 0, error
+
+
 def test_a_revision_that_the_hub_lacks_is_named_in_one_line(hub, alphaq_with, tiny_model, tmp_path):
     hub.commit("owner/one", files_of(tiny_model("qwen2_moe")))
     status, _, error = alphaq_with("convert", "owner/one", tmp_path / "out", *QUICK, "--revision", "v9")
