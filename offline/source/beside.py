@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import category
 
 from offline.messages import printed
 from offline.source.hub import absent_files
@@ -34,12 +35,17 @@ _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz",
     ".npy", ".pkl", ".pickle", ".tflite", ".pb", ".ot", ".distcp", ".index.json",
 )  # fmt: skip
+# Categories of letters that a list of checksums cannot have: controls, halves of letters, separators of lines.
+_NOT_IN_SUMS = ("Cc", "Cs", "Zl", "Zp")
 _FOREIGN_FOLDERS = (".*", "__pycache__", "original", "checkpoint-*", "runs", "wandb", "logs")
 # Folders in folders are looked into, and no deeper.
 _DEPTH = 2
 
 # Files of settings that name code, and how code names other code beside it.
-_SETTINGS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_SETTINGS = (
+    "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
 _MODULES = "modules.json"
 _RELATIVE_IMPORT = re.compile(rb"^[ \t]*from[ \t]+\.(?:[ \t]+import[ \t]+(\w+)|(\w+)[ \t]+import\b)", re.MULTILINE)
 
@@ -163,8 +169,8 @@ def _reason(directory: Path, name: str, roots: set[Path]) -> str:
     path = directory / name
     if not path.is_file():
         return "not a file"
-    if not name.isprintable() or "\\" in name:
-        return "a name that cannot be written among the checksums"
+    if "\\" in name or any(category(letter) in _NOT_IN_SUMS for letter in name):
+        return "a name with control characters or a backslash, or not in UTF-8"
     place = path.resolve()
     if not place.is_relative_to(directory.resolve()) and place.parent not in roots:
         return "a link out of the directory"
@@ -177,9 +183,7 @@ def _code(directory: Path, names: Sequence[str], types: Iterable[str]) -> set[st
     """
     named = {f"{kind.split('.')[0]}.py" for kind in types}
     for file in _SETTINGS:
-        auto_map = _read(directory / file) if file in names else None
-        for place in _strings(auto_map.get("auto_map")) if isinstance(auto_map, dict) else ():
-            named.add(f"{place.split('.')[0]}.py")
+        named |= {f"{place.split('.')[0]}.py" for place in _input_classes(_read(directory / file))}
     code: set[str] = set()
     new = {name for name in names if name in named or _is_of(name, _CODE)}
     while new:
@@ -208,13 +212,17 @@ def _values(modules: Any, key: str) -> set[str]:
     return {value for entry in entries if isinstance(value := entry.get(key), str)}
 
 
-def _strings(value: Any) -> list[str]:
-    """All strings in an ``auto_map``, whose values are a name, or a list of names and nulls."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list):
-        return [text for part in value if not isinstance(part, Mapping) for text in _strings(part)]
-    return [value] if isinstance(value, str) else []
+def _input_classes(settings: Any) -> list[str]:
+    """The classes that settings name in their ``auto_map``, a name each or a list of names and nulls, but for those of
+    the model itself.
+    """
+    auto_map = settings.get("auto_map") if isinstance(settings, Mapping) else None
+    if not isinstance(auto_map, Mapping):
+        return []
+    values = [value for key, value in auto_map.items() if not key.startswith(("AutoConfig", "AutoModel"))]
+    return [
+        name for value in values for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)
+    ]
 
 
 def _folder(name: str) -> str:

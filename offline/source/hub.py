@@ -24,7 +24,9 @@ def snapshot_of(directory: Path) -> Snapshot | None:
         return None
     kind, _, parts = path.parents[1].name.partition("--")
     name = parts.replace("--", "/")
-    return Snapshot(name, path.name) if kind == "models" and NAME.fullmatch(name) else None
+    # The oldest models have no owner.
+    whole = name if "/" in name else f"-/{name}"
+    return Snapshot(name, path.name) if kind == "models" and NAME.fullmatch(whole) else None
 
 
 def absent_files(directory: Path) -> list[str]:

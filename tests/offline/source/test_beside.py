@@ -103,6 +103,12 @@ def test_code_that_settings_name_is_taken_along_and_what_it_imports(lay):
     assert found.left == ("modeling_x.py", "other.py")
 
 
+def test_code_of_the_model_is_not_taken_along_and_that_of_the_tokenizer_is(lay):
+    named = {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M", "AutoTokenizer": ["t.T", None]}
+    found = lay("config.json", "c.py", "m.py", "t.py", **{"config.json": json.dumps({"auto_map": named})})
+    assert (found.code, found.left) == (("t.py",), ("c.py", "m.py"))
+
+
 @pytest.mark.parametrize("name", ["tokenization_x.py", "image_processing_x.py", "encoding/encoding_x.py"])
 def test_code_whose_name_says_that_it_makes_input_is_taken_along(lay, name):
     found = lay(name)
@@ -183,10 +189,12 @@ def test_a_name_that_cannot_be_printed_stays_behind_and_is_named_with_escapes(la
     found = lay(name)
     assert (taken(found), found.left) == (
         [],
-        (f"{HOSTILE[name]} (a name that cannot be written among the checksums)",),
+        (f"{HOSTILE[name]} (a name with control characters or a backslash, or not in UTF-8)",),
     )
 
 
-@pytest.mark.parametrize("name", ["a b.json", "[1].json", "模型.txt", "é" * 125 + ".json", "-x.json", "'\"$(x).md"])
+@pytest.mark.parametrize(
+    "name", ["a b.json", "[1].json", "模型\u3000.txt", "👩\u200d💻.md", "é" * 125 + ".json", "-x.json", "'\"$(x).md"]
+)
 def test_odd_names_are_taken_along(lay, name):
     assert taken(lay(name)) == [name]
