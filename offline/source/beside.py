@@ -85,7 +85,11 @@ def look_beside(directory: Path, weights: Sequence[Path]) -> Beside:
     taken = [name for name in wanted if not reasons[name]]
     left = [printed(name) for name in inside if name not in wanted]
     left += [f"{printed(name)} ({reasons[name]})" for name in wanted if reasons[name]]
-    left += [printed(name) for name in absent if _top(name) not in whole]
+    left += [
+        f"{printed(name)}{' (not in the cache)' if _is_wanted(name) else ''}"
+        for name in absent
+        if _top(name) not in whole
+    ]
     left += [f"{printed(folder)}/" for folder in whole]
     return Beside(
         tuple(Sidecar(name, directory / name) for name in taken),

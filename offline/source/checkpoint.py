@@ -99,6 +99,21 @@ def _locate(model: str, revision: str | None) -> Path:
         raise FileNotFoundError(f"{model}: no such directory, and not a name on the Hugging Face Hub (owner/model)")
     if revision is not None and not (revision and revision.isprintable()):
         raise ValueError(f"`revision`: expected a branch, a tag or a commit, got {revision!r:.80}")
+    try:
+        return _download(model, revision)
+    except (OSError, ValueError) as error:
+        # The client's messages have several lines.
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{model}: no such directory, and the Hugging Face Hub did not deliver it"
+            f"{f' at {revision}' if revision else ''}: {reason}"
+        ) from error
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """The snapshot of a model in the cache: without the Hub what is there of it, which may lack files beside the
+    weights.
+    """
     from huggingface_hub import snapshot_download
 
     wanted, unwanted = hub_patterns()
@@ -111,13 +126,10 @@ def _locate(model: str, revision: str | None) -> Path:
             snapshot_download(model, revision=path.name, allow_patterns=list(map(escape, more)), ignore_patterns=[])
             before = more
         return path
-    except (OSError, ValueError) as error:
-        # The client's messages have several lines.
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(
-            f"{model}: no such directory, and the Hugging Face Hub did not deliver it"
-            f"{f' at {revision}' if revision else ''}: {reason}"
-        ) from error
+    except FileNotFoundError as error:
+        if place := getattr(error, "snapshot_path", None):
+            return Path(place)
+        raise
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -66,9 +66,10 @@ def test_upload_puts_every_file_on_the_hub_whatever_its_name(hub, alphaq_with, f
     assert output.startswith(f"{commit}: {len(files_of(finished))} files, ")
 
 
-def test_upload_to_a_repository_that_exists_adds_to_it(hub, alphaq_with, finished):
+def test_upload_to_a_repository_that_exists_adds_to_it(hub, alphaq_with, finished, tmp_path):
     hub.commit("owner/existing", {"picture.png": b"p", "README.md": b"old"})
-    assert alphaq_with("upload", finished, "owner/existing")[0] == 0
+    long = shutil.copytree(finished, tmp_path / ("n" * 250))
+    assert alphaq_with("upload", long, "owner/existing")[0] == 0
     assert hub.repos["owner/existing"][-1] == {"picture.png": b"p", **files_of(finished)}
 
 
@@ -200,6 +201,26 @@ def test_code_and_weights_that_settings_name_are_downloaded_too(hub, alphaq_with
     assert alphaq_with("upload", tmp_path / "out", "owner/code-alphaq")[0] == 0
     status, _, error = alphaq_with("validate", "owner/code-alphaq")
     assert status == 0, error
+
+
+def test_without_the_hub_what_a_snapshot_lacks_is_named(hub, alphaq_with, tiny_model, tmp_path):
+    """Another program has downloaded the model, and only what it needs itself."""
+    beside = {"USE_POLICY.md": b"Be kind.", "own.py": b"", "templates/a.jinja": b"{}", "model.gguf": b""}
+    beside["tokenizer_config.json"] = b'{"auto_map": {"AutoTokenizer": ["own.T", null]}}'
+    hub.commit("owner/part", files_of(tiny_model("qwen2_moe")) | beside)
+    code = "import huggingface_hub as h; h.snapshot_download('owner/part', allow_patterns=['*.json', '*.safetensors'])"
+    environment = hub.environment(tmp_path / "home")
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    asked = len(hub.requests)
+    status, output, error = alphaq_with("convert", "owner/part", tmp_path / "out", *QUICK, HF_HUB_OFFLINE="1")
+    assert (status, len(hub.requests)) == (0, asked), error
+    assert "left behind:    USE_POLICY.md (not in the cache), model.gguf, own.py, templates/\n" in output
+    status, output, error = alphaq_with("convert", "owner/part", tmp_path / "second", *QUICK)
+    assert status == 0, error
+    assert "left behind:    model.gguf\n" in output
+    status, output, error = alphaq_with("convert", "owner/part", tmp_path / "third", *QUICK, HF_HUB_OFFLINE="1")
+    assert status == 0, error
+    assert "left behind:    model.gguf\n" in output
 
 
 def test_a_revision_that_the_hub_lacks_is_named_in_one_line(hub, alphaq_with, tiny_model, tmp_path):
