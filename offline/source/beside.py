@@ -81,10 +81,10 @@ def look_beside(directory: Path, weights: Sequence[Path]) -> Beside:
     roots = {file.resolve().parent for file in weights}
     reasons = {name: _reason(directory, name, roots) for name in inside}
     code = _code(directory, [name for name in inside if not reasons[name]], _values(modules, "type"))
-    wanted = [name for name in inside if name in code or _is_wanted(name)]
-    taken = [name for name in wanted if not reasons[name]]
+    wanted = {name: reasons[name] for name in inside if name in code or _is_wanted(name)}
+    taken = [name for name, reason in wanted.items() if not reason]
     left = [printed(name) for name in inside if name not in wanted]
-    left += [f"{printed(name)} ({reasons[name]})" for name in wanted if reasons[name]]
+    left += [f"{printed(name)} ({reason})" for name, reason in wanted.items() if reason]
     left += [
         f"{printed(name)}{' (not in the cache)' if _is_wanted(name) else ''}"
         for name in absent
