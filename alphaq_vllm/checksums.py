@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 SUMS = "SHA256SUMS"
+# What people edit in a finished checkpoint: no weight and no token depends on it.
+EDITABLE = ("*.md", "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*", "alphaq_stats.csv")
 # Files that no checkpoint has without a sum.
 ESSENTIAL = ("config.json", "model.safetensors.index.json", "*.safetensors")
 
-_LINE = re.compile(r"([0-9a-f]{64})  ([^/\n\0]+)\n")
+# No name leads out of the directory.
+_LINE = re.compile(r"([0-9a-f]{64})  ((?:(?!\.{1,2}/)[^/\n\0]+/)*(?!\.{1,2}\n)[^/\n\0]+)\n")
 
 
 def sums_size(names: Iterable[str]) -> int:
@@ -24,21 +27,34 @@ def sums_size(names: Iterable[str]) -> int:
 
 
 def render_sums(directory: Path) -> str:
-    """The file of sums for all files in a directory, by name."""
-    names = sorted(file.name for file in directory.iterdir() if file.name != SUMS)
-    return "".join(f"{sha256(directory / name)}  {name}\n" for name in names)
+    """The file of sums for all files in a directory and its folders, by name."""
+    files = (file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
+    names = sorted(name for name in files if name != SUMS)
+    return format_sums({name: sha256(directory / name) for name in names})
+
+
+def format_sums(sums: Mapping[str, str]) -> str:
+    """The file of these sums by name."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
 
 
 class Comparison(NamedTuple):
-    """Files that have a sum: all of them, those that are not there, and those with other contents."""
+    """Files that have a sum: all of them, those that are not there, and those with other contents.
+
+    found: the sums of those that are there, as they are now.
+    """
 
     names: Sequence[str]
     missing: Sequence[str]
     different: Sequence[str]
+    found: Mapping[str, str]
 
     def without(self, patterns: Sequence[str]) -> Comparison:
         """The same, but for files whose names match one of some patterns."""
-        return Comparison(*([n for n in some if not any(fnmatchcase(n, p) for p in patterns)] for some in self))
+        names, missing, different = (
+            [name for name in some if not any(fnmatchcase(name, pattern) for pattern in patterns)] for some in self[:3]
+        )
+        return Comparison(names, missing, different, {name: self.found[name] for name in names if name in self.found})
 
 
 def compare_sums(directory: Path) -> Comparison:
@@ -61,7 +77,7 @@ def compare_sums(directory: Path) -> Comparison:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(present, pool.map(sha256, [directory / name for name in present]), strict=True))
     different = [name for name, digest in found.items() if digest != sums[name]]
-    return Comparison(list(sums), [name for name in sums if name not in found], different)
+    return Comparison(list(sums), [name for name in sums if name not in found], different, found)
 
 
 def check_sums(directory: Path) -> int:

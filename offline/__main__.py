@@ -15,6 +15,7 @@ _COMMANDS = {
     "inspect": ("what a checkpoint is made of", "offline.inspect"),
     "validate": ("whether a checkpoint is whole and true to its source", "offline.validate"),
     "dequantize": ("an AlphaQ checkpoint into an ordinary one", "offline.dequantize"),
+    "upload": ("an AlphaQ checkpoint to the Hugging Face Hub", "offline.upload"),
 }
 
 

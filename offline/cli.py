@@ -124,6 +124,11 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", default=False, help="print the result as one JSON object")
 
 
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """Add which state of a model on the Hub is meant."""
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
+
+
 def add_group_size(parser: argparse.ArgumentParser) -> None:
     """Add the group size."""
     parser.add_argument("--group-size", type=int, choices=SUPPORTED_GROUP_SIZES, help="default 128")

@@ -13,6 +13,7 @@ from offline.cli import (
     add_group_size,
     add_output_options,
     add_quantizer_options,
+    add_revision,
     add_work_options,
     given,
     run,
@@ -67,6 +68,7 @@ def build_parser() -> Parser:
     )
     add_quantizer_options(parser)
     add_group_size(parser)
+    add_revision(parser)
     parser.add_argument(
         "--linear-bits",
         type=int,

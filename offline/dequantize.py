@@ -8,6 +8,7 @@ from pathlib import Path
 
 from offline.cli import Parser, add_output_options, add_work_options, given, run
 from offline.operations.dequantize import dequantize
+from offline.operations.summary import beside
 from offline.progress import format_bytes
 
 _DESCRIPTION = """Turn an AlphaQ checkpoint back into an ordinary one, so that any other program can check it.
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str]) -> None:
             f"{result['output']}: {result['matrices']} expert matrices in {result['dtype']}, "
             f"{format_bytes(result['size_before'])} -> {format_bytes(result['size_after'])}, {result['seconds']:.1f} s"
         )
+        for name, what in beside(result["code"], result["left"]):
+            print(f"{name}: {what}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ FORMAT = {"alphaq_vllm.format", "alphaq_vllm.packing", "alphaq_vllm.linear_packi
 COMMON = {"offline", "offline.messages", "offline.strict_json", "offline.progress", "offline.threads"}
 WORK = COMMON | {"offline.parallel", "offline.journal"}
 SOURCE, QUANTIZERS = "offline.source", "offline.quantizers"
-COMMANDS = {f"offline.{name}" for name in ("convert", "measure", "allocate", "inspect", "validate", "dequantize")}
+COMMANDS = {
+    f"offline.{name}" for name in ("convert", "measure", "allocate", "inspect", "validate", "dequantize", "upload")
+}
 # What a room may import of this project, beside itself: modules, and rooms with all that is in them.
 MAY_IMPORT = {
     "alphaq_vllm.kernels": FORMAT,

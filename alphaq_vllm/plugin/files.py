@@ -7,12 +7,10 @@ import time
 from functools import cache
 from pathlib import Path
 
-from alphaq_vllm.checksums import SUMS, compare_sums, refuse
+from alphaq_vllm.checksums import EDITABLE, SUMS, compare_sums, refuse
 from alphaq_vllm.plugin._compat import logger
 
 VERIFY = "ALPHAQ_VERIFY"
-# What people edit in a finished checkpoint: no weight and no token depends on it.
-EDITABLE = ("*.md", "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*", "alphaq_stats.csv")
 
 
 @cache

@@ -63,7 +63,8 @@ def choose_online(model: str, revision: str | None, settings: Mapping[str, Any])
     options = _options(settings)
     widths, room, group_size = options.widths(), options.room(), options.group_size
     quantizer = options.quantizer or "mse"
-    source = open_checkpoint(model, revision)
+    # As vLLM does, which takes a directory as it is.
+    source = open_checkpoint(model, None if Path(model).is_dir() else revision)
     _check_source(source)
     every_expert = find_experts(source)
     experts = options.selection().quantized(every_expert)

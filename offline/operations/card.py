@@ -8,6 +8,7 @@ from pathlib import Path
 from offline import VERSION
 from offline.operations.summary import Summary, histogram
 from offline.progress import format_bytes
+from offline.source.hub import snapshot_of
 
 CARD = "README.md"
 
@@ -30,7 +31,7 @@ def render_card(summary: Summary, name: str, source: Path) -> str:
 
     name: of the source, ``owner/model`` if it is on the Hub; source: its directory, where its own card is.
     """
-    kept = _front_matter(source / CARD)
+    kept, snapshot = _front_matter(source / CARD), snapshot_of(source)
     lines = [
         "---",
         *(f"{key}: {value}" for key, value in kept.items()),
@@ -42,7 +43,7 @@ def render_card(summary: Summary, name: str, source: Path) -> str:
         f"# {name}, quantized with AlphaQ to {summary.bits:.4g} bits",
         "",
         f"The routed experts of {name} ({summary.family}), each matrix with a bit-width of its own. "
-        f"Converted with alphaq-vllm {VERSION}.",
+        f"Converted with alphaq-vllm {VERSION}{f' from commit `{snapshot.commit}`' if snapshot else ''}.",
         "",
         f"- average bits of an expert's weight: {summary.bits:.4f} by codes, {summary.stored_bits:.4f} as stored, with "
         f"scales and zero points of groups of {summary.group_size}",
@@ -71,6 +72,7 @@ def render_card(summary: Summary, name: str, source: Path) -> str:
         "`SHA256SUMS` has the checksums of all files; `python -m offline.validate PATH_OF_THIS_DIRECTORY` checks them "
         "and everything else.",
         "",
+        *_code(summary),
         "## Licence",
         "",
         f"That of the source, whose card states: {kept['license']}."
@@ -79,6 +81,19 @@ def render_card(summary: Summary, name: str, source: Path) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _code(summary: Summary) -> list[str]:
+    if not summary.code:
+        return []
+    files = ", ".join(f"`{name}`" for name in summary.code)
+    return [
+        "## Code",
+        "",
+        f"Taken from the source as files, and never run by the conversion: {files}. `trust_remote_code` runs them: "
+        "read them first. The model itself needs no code of the source.",
+        "",
+    ]
 
 
 def _linear(summary: Summary) -> str:

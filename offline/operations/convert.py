@@ -50,7 +50,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
     """
     start = time.monotonic()
     model, group_size = str(model), options.group_size
-    source = open_checkpoint(model)
+    source = open_checkpoint(model, options.revision)
     every_expert = find_experts(source)
     runs = can_run(every_expert)
     quantizer = options.quantizer or ("gptq" if runs else "mse")

@@ -13,6 +13,7 @@ from alphaq_vllm import linear_packing, packing
 from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec, LinearFormat, TensorSpec
 from offline.progress import parse_bytes
 from offline.source.alphaq import check_alphaq
+from offline.source.architectures import without_code
 from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import ExpertMatrix, tensor_shape
 from offline.source.linear import LinearLayer, stored_linear_layers
@@ -59,7 +60,8 @@ def dequantize(
     out = Path(out).resolve()
     check_output(out, checkpoint.path.resolve(), size, resume)
     dropped = ("quantization_config", "dtype", "torch_dtype")
-    config = {**{key: value for key, value in checkpoint.config.items() if key not in dropped}, "dtype": dtype}
+    kept = {key: value for key, value in checkpoint.config.items() if key not in dropped}
+    config = {**without_code(kept), "dtype": dtype}
     settings = {"dtype": dtype, "max_shard_bytes": parse_bytes(max_shard_size)}
     with open_output(out, conditions(checkpoint, settings), resume) as output:
         write_checkpoint(
@@ -75,6 +77,8 @@ def dequantize(
         "output": str(out),
         "matrices": len(widths),
         "dtype": dtype,
+        "code": checkpoint.beside.code,
+        "left": checkpoint.beside.left,
         "size_before": checkpoint.nbytes,
         "size_after": size,
         "seconds": time.monotonic() - start,

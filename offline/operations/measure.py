@@ -39,7 +39,7 @@ def measure(model: str | Path, output: str | Path | None, options: MeasureOption
         ValueError: For a file that is of another source or other settings, and for anything wrong with the source.
         OSError: For files that cannot be read or written.
     """
-    source = open_checkpoint(str(model))
+    source = open_checkpoint(str(model), options.revision)
     experts = find_experts(source)
     check_group_size(options.group_size, experts.matrices)
     budget = options.budget("propagated" if can_run(experts) else "measured")

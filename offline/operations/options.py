@@ -140,6 +140,7 @@ class ConvertOptions(WidthOptions):
         calibration_length: Tokens that the model sees together; by default 512.
         group_size: Input columns that share a scale and a zero point: 32, 64 or 128.
         linear_bits: Of linear layers outside the experts: 16 leaves them alone, 8 or 4.
+        revision: Of a model on the Hub: a branch, a tag or a commit; by default its main branch.
         tp_size: Ranks of tensor parallelism that the result must split among.
         max_shard_size: Of the data in one file.
         dry_run: Decide everything, estimate the time, and write nothing.
@@ -161,6 +162,7 @@ class ConvertOptions(WidthOptions):
     calibration_length: int | None = None
     group_size: int = 128
     linear_bits: int = 16
+    revision: str | None = None
     tp_size: int = 1
     max_shard_size: int | str = DEFAULT_SHARD_BYTES
     dry_run: bool = False
@@ -234,6 +236,7 @@ class MeasureOptions:
         noise: As of ``WidthOptions``: ``analytic`` needs no errors, ``propagated`` also how they propagate.
         quantizer: Whose error: ``mse``, ``rtn`` or ``hqq``.
         group_size: Input columns that share a scale and a zero point: 32, 64 or 128.
+        revision: Of a model on the Hub: a branch, a tag or a commit; by default its main branch.
         workers: Processes to use, which changes no figure; by default as many as help.
 
     Raises:
@@ -244,6 +247,7 @@ class MeasureOptions:
     noise: str | None = None
     quantizer: str = "mse"
     group_size: int = 128
+    revision: str | None = None
     workers: int | None = None
 
     def __post_init__(self) -> None:

@@ -25,12 +25,15 @@ from offline.allocation.sizes import Room
 from offline.allocation.widths import Choice
 from offline.journal import sync
 from offline.layerwise.sequential import load_quantized
+from offline.messages import printed
 from offline.operations.card import CARD, render_card
 from offline.operations.summary import Summary, count_widths
 from offline.quantizers.quantize import quantize
 from offline.quantizers.symmetric import quantize_symmetric
+from offline.source.architectures import without_code
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight
+from offline.source.hub import snapshot_of
 from offline.source.linear import LinearLayer
 from offline.threads import compute_device
 from offline.writing.output import Output
@@ -68,7 +71,10 @@ class Job:
     def name(self) -> str:
         """The source's name on the Hub, or that of its directory."""
         path = Path(self.model)
-        return path.resolve().name if path.is_dir() else self.model
+        if not path.is_dir():
+            return self.model
+        snapshot = snapshot_of(path)
+        return snapshot.name if snapshot else printed(path.resolve().name)
 
     def bytes_at(self, bits: float) -> int:
         """Bytes that the weights of the result take at an average width, but for headers."""
@@ -121,7 +127,7 @@ def plan(job: Job, choice: Choice, extra: Mapping[str, str]) -> Plan:
     shards = plan_shards(pieces(job, choice.bits), job.max_shard_bytes)
     spec = to_spec(choice.bits, job.experts, job.group_size)
     spec = replace(spec, linear={layer.name: linear_format for layer, linear_format in job.linear.items()})
-    config = {**job.source.config, "quantization_config": spec.to_dict()}
+    config = {**without_code(job.source.config), "quantization_config": spec.to_dict()}
     summary = _summary(job, choice, shards)
     planned = Plan(
         job, choice.bits, shards, config, {CARD: render_card(summary, job.name, job.source.path), **extra}, summary
@@ -203,6 +209,8 @@ def _summary(job: Job, choice: Choice, shards: Sequence[Shard]) -> Summary:
         gap=choice.gap,
         linear_layers=len(job.linear),
         linear_bits=next((stored.num_bits for stored in job.linear.values()), 16),
+        code=job.source.beside.code,
+        left=job.source.beside.left,
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from offline.progress import format_bytes
 
 _BAR_WIDTH = 40
+# Names of what stays behind that are printed; JSON has all.
+_LEFT = 20
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Summary:
     them itself, and starved, the experts that none of them reached, None before they are counted; size_before and
     size_after: of the weights' files; total_size: of all files; loaded_size: of all tensors; widths: number of matrices
     by width; mode, noise, alpha, gamma and gap: see ``Choice``; linear_layers: how many outside the experts are
-    quantized, to linear_bits; room: the limit that the sizes keep to; seconds: that it took, or will take about if it
+    quantized, to linear_bits; code: the source's files of Python that are taken along; left: what lies beside its
+    weights and stays behind; room: the limit that the sizes keep to; seconds: that it took, or will take about if it
     is a dry run.
     """
 
@@ -45,6 +48,8 @@ class Summary:
     gap: float | None
     linear_layers: int = 0
     linear_bits: int = 16
+    code: Sequence[str] = ()
+    left: Sequence[str] = ()
     quantizer: str = "mse"
     calibration_tokens: int = 0
     own_text: bool = False
@@ -89,6 +94,7 @@ class Summary:
             rest.append(("alpha", f"{least:.3f} to {greatest:.3f}, median {median:.3f}"))
         if self.gamma is not None and self.gap is not None:
             rest += [("gamma", f"{self.gamma:.4g}"), ("optimality gap", f"{self.gap:.2g} of the cost, proven")]
+        rest += beside(self.code, self.left)
         if self.dry_run:
             rest += [("seconds", f"about {self.seconds:.0f}"), ("would write", f"{self.output}: this was a dry run")]
         else:
@@ -108,6 +114,13 @@ class Summary:
         if self.starved is None:
             return text
         return f"{text}; {self.starved} of {self.layers * self.experts} experts saw none of them: quantized by mse"
+
+
+def beside(code: Sequence[str], left: Sequence[str]) -> list[tuple[str, str]]:
+    """Rows on what lay beside the weights."""
+    rows = [("code", f"{', '.join(code)}: taken along as files, never run")] if code else []
+    more = f" and {len(left) - _LEFT} more" if len(left) > _LEFT else ""
+    return rows + ([("left behind", f"{', '.join(left[:_LEFT])}{more}")] if left else [])
 
 
 def _lines(rows: Sequence[tuple[str, str]]) -> list[str]:

@@ -100,6 +100,19 @@ def family_of(checkpoint: Checkpoint) -> Family:
     raise ValueError(f"{checkpoint.path}: model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r:.80}")
 
 
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the code that it names, for a copy of the model.
+
+    transformers has every family of the table itself. That code is not taken along, and with ``trust_remote_code`` it
+    would be looked for.
+    """
+    return {
+        key: without_code(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "auto_map"
+    }
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model: nested in a model that also sees."""
     nested = config.get("text_config")

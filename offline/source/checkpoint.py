@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,14 @@ import torch
 
 from alphaq_vllm.format import TensorSpec
 from offline.messages import some
+from offline.source.beside import REPLACED, Beside, Sidecar, hub_patterns, look_beside, still_wanted
 from offline.source.fp8 import BlockScaledTensor, join_scales, weight_block_size
 from offline.source.header import read_header, refuse_lfs_pointer
+from offline.source.hub import NAME
 from offline.source.stored import StoredTensor
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# What a model needs beside its weights. No code: nothing from a checkpoint is ever executed.
-SIDECARS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 
-# What a conversion adds to that, and reads of a source: not taken along unchanged.
-RECORDS = ("README.md", "SHA256SUMS", "alphaq_stats.csv")
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -50,11 +48,15 @@ class Checkpoint:
         """Bytes of all safetensors files."""
         return sum(file.stat().st_size for file in self.files)
 
+    @cached_property
+    def beside(self) -> Beside:
+        """What lies beside the weights: what a copy of the model takes along unchanged, and what stays behind."""
+        return look_beside(self.path, self.files)
+
     @property
-    def sidecars(self) -> list[Path]:
+    def sidecars(self) -> tuple[Sidecar, ...]:
         """Tokenizer, generation settings and the like: what a copy of the model takes along unchanged."""
-        files = {file for pattern in SIDECARS for file in self.path.glob(pattern) if file.is_file()}
-        return sorted(file for file in files if file.name != CONFIG and not file.name.endswith(".index.json"))
+        return self.beside.taken
 
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor."""
@@ -81,28 +83,53 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     tensors = join_scales(stored, block) if block else stored
     checkpoint = Checkpoint(path, config, [path / name for name in shards], tensors)
     for sidecar in checkpoint.sidecars:
-        refuse_lfs_pointer(sidecar)
+        refuse_lfs_pointer(sidecar.path)
     return checkpoint
 
 
 def _locate(model: str, revision: str | None) -> Path:
     path = Path(model)
     if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"`revision`: expected a model on the Hugging Face Hub, got the directory {model}")
         return path
     if path.exists():
         raise ValueError(f"{model}: expected a directory with {CONFIG} and safetensors files, got a file")
-    if not _HUB_NAME.fullmatch(model):
+    if not NAME.fullmatch(model):
         raise FileNotFoundError(f"{model}: no such directory, and not a name on the Hugging Face Hub (owner/model)")
+    if revision is not None and not (revision and revision.isprintable()):
+        raise ValueError(f"`revision`: expected a branch, a tag or a commit, got {revision!r:.80}")
+    try:
+        return _download(model, revision)
+    except (OSError, ValueError) as error:
+        # The client's messages have several lines.
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{model}: no such directory, and the Hugging Face Hub did not deliver it"
+            f"{f' at {revision}' if revision else ''}: {reason}"
+        ) from error
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """The snapshot of a model in the cache: without the Hub what is there of it, which may lack files beside the
+    weights.
+    """
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", *SIDECARS, *RECORDS]
+    wanted, unwanted = hub_patterns()
+    wanted, unwanted = ["*.safetensors", *wanted, *REPLACED], [*unwanted, "consolidated*"]
     try:
-        unwanted = ["*/*", "consolidated*"]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{model}: no such directory, and the Hugging Face Hub did not deliver it: {error}"
-        ) from error
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+        # Code may import other code, so this can take several rounds.
+        before: list[str] = []
+        while (more := still_wanted(path)) and more != before:
+            snapshot_download(model, revision=path.name, allow_patterns=list(map(escape, more)), ignore_patterns=[])
+            before = more
+        return path
+    except FileNotFoundError as error:
+        if place := getattr(error, "snapshot_path", None):
+            return Path(place)
+        raise
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def conditions(source: Checkpoint, settings: Mapping[str, Any]) -> dict[str, Any
     settings: every argument that they depend on, as JSON.
     Rounding may differ between versions of torch and between kinds of processors.
     """
-    files = sorted({source.path / CONFIG, *source.sidecars, *source.files})
-    status = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    files = {file.name: file for file in (source.path / CONFIG, *source.files)} | dict(source.sidecars)
+    status = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in sorted(files.items())]
     return {
         "source": f"{fingerprint(source)} {hashlib.sha256(repr(status).encode()).hexdigest()}",
         "settings": json.loads(json.dumps(settings)),

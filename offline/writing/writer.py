@@ -25,6 +25,7 @@ from alphaq_vllm.format import TensorSpec
 from offline.journal import sync
 from offline.parallel import run_all
 from offline.progress import Progress
+from offline.source.beside import Sidecar
 from offline.source.checkpoint import CONFIG, INDEX, Checkpoint
 from offline.source.fp8 import BlockScaledTensor
 from offline.source.header import layout
@@ -93,13 +94,13 @@ def plan_shards(pieces: Sequence[Piece], max_shard_bytes: int) -> list[Shard]:
 
 
 def small_files(
-    shards: Sequence[Shard], config: Mapping[str, Any], sidecars: Sequence[Path], extra: Mapping[str, str]
+    shards: Sequence[Shard], config: Mapping[str, Any], sidecars: Sequence[Sidecar], extra: Mapping[str, str]
 ) -> dict[str, bytes]:
     """All files of a checkpoint but the shards, by name, in the order in which they are written: config.json last."""
     total_size = sum(piece.nbytes for shard in shards for piece in shard.pieces)
     weight_map = {name: shard.name for shard in shards for name in shard.specs}
     return {
-        **{sidecar.name: sidecar.read_bytes() for sidecar in sidecars},
+        **{sidecar.name: sidecar.path.read_bytes() for sidecar in sidecars},
         **{name: text.encode() for name, text in extra.items()},
         INDEX: _json({"metadata": {"total_size": total_size}, "weight_map": weight_map}),
         CONFIG: _json(config),
@@ -110,7 +111,7 @@ def write_checkpoint(
     output: Output,
     shards: Sequence[Shard],
     config: Mapping[str, Any],
-    sidecars: Sequence[Path],
+    sidecars: Sequence[Sidecar],
     extra: Mapping[str, str] = MappingProxyType({}),
     workers: int = 1,
     shared: object = None,
@@ -135,7 +136,9 @@ def write_checkpoint(
                 output.journal.commit()
                 task.path.rename(output.directory / shards[task.shard].name)
     for name, content in small.items():
-        _write_file(output.directory / name, content)
+        path = output.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(path, content)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,6 @@ def test_commands_in_a_checkout_without_its_packages_say_what_to_do():
 
 
 def test_public_names():
-    assert {"convert", "measure", "allocate", "inspect", "validate", "dequantize"} <= set(dir(alphaq_vllm))
+    assert {"convert", "measure", "allocate", "inspect", "validate", "dequantize", "upload"} <= set(dir(alphaq_vllm))
     with pytest.raises(AttributeError, match="has no attribute 'konvert'"):
         _ = alphaq_vllm.konvert

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from alphaq_vllm import validate
+from alphaq_vllm import convert, validate
 from alphaq_vllm.checksums import SUMS
 from offline.source import header
 from offline.source.checkpoint import CONFIG, INDEX, SINGLE, open_checkpoint
@@ -89,7 +89,11 @@ def test_no_command_runs_code_from_a_checkpoint(hostile, tmp_path):
     assert "tokenizer" in error
     assert [line.split(" ")[1] for line in ended] == ["0", "0", "0", "2", "0", "0", "0"], result.stderr
     assert not mark.exists()
-    assert not list(tmp_path.rglob("*/modeling_hostile.py"))[1:], "code was copied into an output"
+    # The tokenizer needs it, and so it is taken along, as a file.
+    copies = list(tmp_path.rglob("modeling_hostile.py"))
+    assert len(copies) == 3
+    assert {copy.read_bytes() for copy in copies} == {(model / "modeling_hostile.py").read_bytes()}
+    assert "auto_map" not in json.loads((out / CONFIG).read_bytes())
 
 
 def test_code_of_the_hostile_model_would_have_run(hostile):
@@ -137,7 +141,10 @@ def test_no_name_in_an_index_leaves_the_directory(tiny_source, tmp_path, name):
         open_checkpoint(str(path))
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../outside"])
+OUTSIDE_SUMS = ("../outside", "/etc/passwd", "a/../../outside", "a/..", "..", ".", "a/./b", "a//b", "a/", "./outside")
+
+
+@pytest.mark.parametrize("name", OUTSIDE_SUMS)
 def test_no_name_among_the_checksums_leaves_the_directory(tiny_checkpoint, tmp_path, name):
     path = shutil.copytree(tiny_checkpoint, tmp_path / "model")
     (tmp_path / "outside").touch()
@@ -145,6 +152,20 @@ def test_no_name_among_the_checksums_leaves_the_directory(tiny_checkpoint, tmp_p
         file.write(f"{'0' * 64}  {name}\n")
     with pytest.raises(ValueError, match="expected lines of a SHA-256 sum and a file name"):
         validate(str(path))
+
+
+def test_no_link_in_a_source_brings_a_secret_into_the_copy(tiny_source, tmp_path):
+    path, secret = shutil.copytree(tiny_source, tmp_path / "model"), tmp_path / "home" / "credentials.json"
+    secret.parent.mkdir()
+    secret.write_text("a secret")
+    for name in ("credentials.json", "LICENSE", "tokenization_x.py", "README.md"):
+        (path / name).symlink_to(secret)
+    (path / "templates").symlink_to(secret.parent)
+    summary = convert(path, tmp_path / "out", bits=3, noise="analytic", quantizer="mse", group_size=32)
+    assert not [file for file in (tmp_path / "out").rglob("*") if file.is_file() and b"a secret" in file.read_bytes()]
+    reason = "(a link out of the directory)"
+    named = (f"LICENSE {reason}", f"credentials.json {reason}", "templates/", f"tokenization_x.py {reason}")
+    assert summary.left == named
 
 
 def test_links_of_the_hub_cache_are_followed(tiny_checkpoint, tmp_path):
