@@ -10,19 +10,25 @@
 
 namespace alphaq {
 
+// Some compilers do not know that instructions on tiles read and write memory: here all that was written is there.
+INLINE void settle() { asm volatile("" ::: "memory"); }
+
 // The matrix unit's configuration of this thread: shapes for tiles of so many tokens, put back afterwards.
 class TileShapes {
  public:
   TileShapes(int64_t height, int64_t step) {
     _tile_storeconfig(&before_);
+    settle();
     Config config{};
     config.palette = 1;
     // Six of sums, one of activations, one of codes.
     for (int t = 0; t < 7; ++t) config.rows[t] = height, config.row_bytes[t] = t < 6 ? 4 * ROWS : step;
     config.rows[7] = step / 4, config.row_bytes[7] = 4 * ROWS;
+    settle();
     _tile_loadconfig(&config);
   }
   ~TileShapes() {
+    settle();
     if (before_.palette) {
       _tile_loadconfig(&before_);
     } else {
@@ -75,6 +81,7 @@ INLINE void multiply_tiles_of_group(const uint8_t* codes, const int8_t* digits, 
   if (TILES * DIGITS > 3) _tile_stored(3, sums + 3 * height * ROWS, 4 * ROWS);
   if (TILES * DIGITS > 4) _tile_stored(4, sums + 4 * height * ROWS, 4 * ROWS);
   if (TILES * DIGITS > 5) _tile_stored(5, sums + 5 * height * ROWS, 4 * ROWS);
+  settle();
 }
 
 // Add a group's part to `out` [TILES * height, ROWS].
@@ -103,6 +110,7 @@ void multiply_tiles(const Block& block, const Tiles& x, float* out) {
   const uint8_t* packed = block.packed;
   for (int64_t group = 0; group < columns / group_size; ++group, packed += group_size * ROWS * BITS / 8) {
     unpack_group<BITS>(packed, group_size, codes);
+    settle();
     const F32 scale = widen_bfloat16(block.scales + group * ROWS), zero = zero_point<BITS>(block, group, 0);
     const int8_t* digits = x.digits + group * height * group_size * DIGITS;
     const float* factors = x.factors + group * x.padded * 2;
