@@ -15,17 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from offline.messages import some
+from offline.model.skeleton import ROUTERS, skeleton
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
 
-# Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, called with inputs, ids and weights of experts; and
-# what their checkpoints call the router's weight where transformers calls it ``router.weight``.
-CALIBRATED = {
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"), "router.weight"),
-    **dict.fromkeys(("olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "minimax_m2"), "router.weight"),
-    **dict.fromkeys(("granitemoe", "granitemoeshared"), "router.layer.weight"),
-    "phimoe": "gate.weight",
-}
+# Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, called with inputs, ids and weights of experts.
+CALIBRATED = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "deepseek_v2", "deepseek_v3",
+    "glm4_moe", "minimax_m2", "granitemoe", "granitemoeshared", "phimoe",
+)  # fmt: skip
 
 
 def can_run(experts: Experts) -> bool:
@@ -102,8 +100,10 @@ class Decoder:
                 f"{source.path}: `quantizer=gptq` and `noise=propagated` can run {', '.join(CALIBRATED)}, "
                 f"got {experts.model_type}: use `quantizer=mse` and `noise=measured`"
             )
-        model = _skeleton(source)
+        model = skeleton(source)
         self._decoder = model.get_decoder()
+        # Its frequencies are computed, not loaded.
+        self._decoder.rotary_emb = type(self._decoder.rotary_emb)(config=self._decoder.config)
         names = {module: name for name, module in model.named_modules()}
         self._embedding = f"{names[self._decoder.get_input_embeddings()]}.weight"
         norm, head = self._decoder.norm, model.get_output_embeddings()
@@ -192,21 +192,6 @@ def _recorder(layer: Layer) -> Callable[..., Tensor]:
     return record
 
 
-def _skeleton(source: Checkpoint) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source.path}: transformers cannot build this model, to run it: {error}") from error
-    decoder = model.get_decoder()
-    # Its frequencies are computed, not loaded.
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
-    return model
-
-
 def _layer(module: nn.Module, prefix: str, experts: Experts) -> Layer:
     """prefix: the name of the layer, which model and source share, with a dot."""
     source_experts = next((name for name in experts.modules if name.startswith(prefix)), None)
@@ -215,7 +200,7 @@ def _layer(module: nn.Module, prefix: str, experts: Experts) -> Layer:
         return Layer(module, {key: prefix + key for key in keys}, None, None)
     name = next(name for name, _ in module.named_modules() if name.split(".")[-1] == "experts")
     block, source_block = name.removesuffix("experts"), source_experts.removeprefix(prefix).removesuffix("experts")
-    renamed = {f"{block}router.weight": block + CALIBRATED[experts.model_type]}
+    renamed = {f"{block}router.weight": block + ROUTERS.get(experts.model_type, "router.weight")}
     tensors = {}
     for key in keys:
         if not key.startswith(f"{name}."):

@@ -23,7 +23,7 @@ class Summary:
     size_after: of the weights' files; total_size: of all files; loaded_size: of all tensors; widths: number of matrices
     by width; mode, noise, alpha, gamma and gap: see ``Choice``; linear_layers: how many outside the experts are
     quantized, to linear_bits; room: the limit that the sizes keep to; seconds: that it took, or will take about if it
-    is a dry run.
+    is a dry run; found: what a user should know of the source's tensors, or nothing.
     """
 
     source: str
@@ -56,6 +56,7 @@ class Summary:
     room: str | None = None
     seconds: float = 0.0
     dry_run: bool = False
+    found: str = ""
 
     @property
     def serve(self) -> str:
@@ -89,6 +90,8 @@ class Summary:
             rest.append(("alpha", f"{least:.3f} to {greatest:.3f}, median {median:.3f}"))
         if self.gamma is not None and self.gap is not None:
             rest += [("gamma", f"{self.gamma:.4g}"), ("optimality gap", f"{self.gap:.2g} of the cost, proven")]
+        if self.found:
+            rest.append(("source holds", self.found))
         if self.dry_run:
             rest += [("seconds", f"about {self.seconds:.0f}"), ("would write", f"{self.output}: this was a dry run")]
         else:

@@ -59,3 +59,19 @@ class StoredTensor:
                     raise OSError(f"{self.file}: the file became shorter while it was read")
                 left -= len(part)
                 yield part
+
+    def chunks(self, max_bytes: int) -> Iterator[torch.Tensor]:
+        """The tensor's elements, flat, at most ``max_bytes`` at a time in the same memory. Raises OSError as ``load``.
+
+        max_bytes: a multiple of 8.
+        """
+        buffer = torch.empty(min(self.nbytes, max_bytes), dtype=torch.uint8)
+        left = self.nbytes
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            while left:
+                part = buffer[: min(left, max_bytes)]
+                if file.readinto(part.numpy().data) != len(part):
+                    raise OSError(f"{self.file}: the file became shorter while it was read")
+                left -= len(part)
+                yield part.view(self.spec.dtype)
