@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offline.source.architectures import Family, family_of
+from offline.source.architectures import Family, family_of, num_layers
 from offline.source.checkpoint import Checkpoint
 from offline.source.fused import FusedPart
 
@@ -23,6 +24,7 @@ ROUTERS = {
 _LEFTOVERS = {
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation",
     "_experts_implementation", "experts_implementation", "auto_map", "dtype", "torch_dtype", "quantization_config",
+    "return_dict",
 }  # fmt: skip
 
 
@@ -50,30 +52,43 @@ def skeleton(source: Checkpoint) -> Any:
     model_type = str(source.config.get("model_type"))
     sees = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    try:
+    with by_transformers(source, "build"), torch.device("meta"):
         config = CONFIG_MAPPING[model_type].from_dict(_without_leftovers(source.config))
-        with torch.device("meta"):
-            return auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
-    except ImportError:
-        raise
-    # A config of the wrong types makes transformers fail anywhere, in any way.
+        return auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+
+
+@contextmanager
+def by_transformers(source: Checkpoint, what: str) -> Iterator[None]:
+    """Raise ValueError for whatever transformers fails with, because a config of wrong types fails anywhere in it.
+
+    what: it does with the model.
+    """
+    try:
+        yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"{source.path}: config.json: expected a config of {model_type!r} that transformers can build the model "
-            f"from, got {reason:.200}: correct it or download it again"
+            f"{source.path}: config.json: expected a config with which transformers can {what} the model, "
+            f"got {reason:.200}: correct it or download it again"
         ) from error
 
 
 def needs(checkpoint: Checkpoint) -> Needs | None:
     """What a checkpoint must hold by its config; None if transformers does not know the type of model.
 
-    Raises ValueError as ``skeleton`` does.
+    Raises ValueError as ``skeleton`` does, and for more layers than there can be.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if checkpoint.config.get("model_type") not in CONFIG_MAPPING:
         return None
+    layers, _ = num_layers(checkpoint.config)
+    # Building them would take for ever.
+    if layers > len(checkpoint.tensors):
+        raise ValueError(
+            f"{checkpoint.path}: config.json: num_hidden_layers: expected at most one layer for each of "
+            f"{len(checkpoint.tensors)} tensors, got {layers}: correct it or download it again"
+        )
     model, family = skeleton(checkpoint), family_of(checkpoint)
     blocks = _blocks(model, family)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
@@ -112,6 +127,9 @@ def _without_leftovers(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in _LEFTOVERS
     }
+    # Where it is null, vLLM computes it, and some of transformers' models do so only where it is absent.
+    if "head_dim" in kept and kept["head_dim"] is None:
+        del kept["head_dim"]
     padding, vocab_size = config.get("pad_token_id"), config.get("vocab_size")
     # transformers makes a row of zeros of it, which a checkpoint replaces.
     if type(padding) is int and type(vocab_size) is int and not -vocab_size <= padding < vocab_size:

@@ -12,10 +12,10 @@ import torch
 
 from alphaq_vllm.checksums import check_sums
 from alphaq_vllm.format import AlphaQSpec, TensorSpec, matrix_tensors
-from offline.model.check import Found, check_tensors
+from offline.model.check import Found, check_tensors, first_damaged
 from offline.operations.compare import compare
 from offline.source.alphaq import check_alphaq
-from offline.source.architectures import family_of
+from offline.source.architectures import family_of, is_draft
 from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import ExpertMatrix, find_experts
 from offline.source.linear import stored_linear_layers
@@ -39,13 +39,12 @@ def validate(model: str | Path, source: str | Path | None = None) -> dict[str, A
     files = check_sums(checkpoint.path)
     widths = check_alphaq(checkpoint)
     found = _check_complete(checkpoint, widths)
-    for name in found.needed:
-        if (
-            name in checkpoint.tensors
-            and checkpoint.spec(name).dtype.is_floating_point
-            and not _is_finite(checkpoint.load(name))
-        ):
-            raise ValueError(f"{name}: expected finite values, got NaN or infinity: convert the source again")
+    # Those of quantized linear layers have other names.
+    if damaged := first_damaged(checkpoint, [name for name in found.needed if name in checkpoint.tensors]):
+        raise ValueError(
+            f"{damaged}: expected finite values, got NaN, infinity or what makes float32 overflow: "
+            "convert the source again"
+        )
     errors = compare(checkpoint, widths, open_checkpoint(str(source))) if source else {}
     return {
         "checkpoint": str(checkpoint.path),
@@ -80,15 +79,14 @@ def _check_complete(checkpoint: Checkpoint, widths: Mapping[ExpertMatrix, int]) 
 def _excluded(checkpoint: Checkpoint, spec: AlphaQSpec) -> tuple[ExpertMatrix, ...]:
     """The matrices of modules of experts that are stored as in the source, checked to be complete."""
     modules = tuple(f"{module}." for module in spec.num_bits)
-    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(modules)}
+    kept = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if not name.startswith(modules) and not is_draft(checkpoint, name)
+    }
     family = family_of(checkpoint)
     pattern = re.compile(rf"{family.block}\.(experts\.|{re.escape(family.fused.gate_up)})")
     if not any(map(pattern.match, kept)):
         return ()
     plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return find_experts(replace(checkpoint, config=plain, tensors=kept)).matrices
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # Formats of 8 bits have no such test of their own.
-    return bool((tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite().all())

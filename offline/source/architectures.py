@@ -120,6 +120,20 @@ def num_experts(config: Mapping[str, Any]) -> int:
     return next(iter(numbers.values()))
 
 
+def experts_per_token(config: Mapping[str, Any]) -> int:
+    """The number of routed experts that compute each token; if the config does not say it, a usual one.
+
+    Raises ValueError for what is not a number of experts.
+    """
+    number = text_config(config).get("num_experts_per_tok", 2)
+    if type(number) is not int or not 1 <= number <= num_experts(config):
+        raise ValueError(
+            f"config.json: num_experts_per_tok: expected a number of experts from 1 to {num_experts(config)}, "
+            f"got {number!r:.80}"
+        )
+    return number
+
+
 def num_layers(config: Mapping[str, Any]) -> tuple[int, int]:
     """The number of decoder layers, and of the layers for multi-token prediction that may follow them.
 
@@ -131,3 +145,12 @@ def num_layers(config: Mapping[str, Any]) -> tuple[int, int]:
         raise ValueError(f"config.json: num_hidden_layers: expected a number of layers from 1 up, got {number!r:.80}")
     following = [config[key] for key in _MTP_LAYERS_KEYS if type(config.get(key)) is int]
     return number, max([0, *following])
+
+
+def is_draft(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor belongs to a layer for multi-token prediction, which only drafts."""
+    layers = family_of(checkpoint).block.partition(r"\d+")[0].replace("\\", "")
+    number = name.removeprefix(layers).partition(".")[0]
+    decoder, following = num_layers(checkpoint.config)
+    follows = name.startswith(layers) and number.isdecimal() and decoder <= int(number) < decoder + following
+    return name.startswith("mtp.") or follows
