@@ -26,7 +26,6 @@ from offline.threads import one_thread
 # What is greater overflows float32 as soon as it is squared, as norms do.
 LIMIT = 2.0**63
 _READ_BYTES = 2**22
-_WAY_OUT = "download the source again or correct config.json"
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ def check_tensors(
     missing += [module for module in needed.modules if module not in gates]
     if missing:
         raise ValueError(
-            f"{checkpoint.path}: expected the tensors that config.json implies, got none of {some(missing)}: {_WAY_OUT}"
+            f"{checkpoint.path}: expected the tensors that config.json implies, got none of {some(missing)}: "
+            "download the source again or correct config.json"
         )
     for names, shape in needed.tensors.items():
         for name in names:
@@ -105,7 +105,7 @@ def check_tensors(
 
 def _check_spec(config: Mapping[str, Any], name: str, shape: tuple[int, ...], got: TensorSpec) -> None:
     if got.dtype not in (*SOURCE_DTYPES, torch.float64):
-        raise ValueError(f"{name}: expected bfloat16, float16 or float32, got {got.dtype}: {_WAY_OUT}")
+        raise ValueError(f"{name}: expected bfloat16, float16 or float32, got {got.dtype}: download the source again")
     _check_shape(config, name, shape, got.shape)
 
 
@@ -114,7 +114,10 @@ def _check_shape(config: Mapping[str, Any], name: str, shape: tuple[int, ...], g
         return
     sizes = [size for size, other in zip(shape, got, strict=False) if size != other] or list(shape)
     keys = [key for size in dict.fromkeys(sizes) for key in _keys(text_config(config), size)]
-    raise ValueError(f"{name}: expected shape {shape} by {some(keys) or 'config.json'}, got {got}: {_WAY_OUT}")
+    raise ValueError(
+        f"{name}: expected shape {shape} by {some(keys) or 'config.json'}, got {got}: "
+        "download the source again or correct config.json"
+    )
 
 
 def _keys(config: Mapping[str, Any], size: int) -> list[str]:

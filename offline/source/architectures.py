@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from offline.source.checkpoint import Checkpoint
 from offline.source.fused import FusedLayout, FusedPart
 
@@ -92,7 +94,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
     model_type = checkpoint.config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    if not any(".experts." in name for name in checkpoint.tensors):
+    if isinstance(model_type, str) and not any(".experts." in name for name in checkpoint.tensors):
         raise ValueError(
             f"{checkpoint.path}: model_type {model_type!r} is a dense model, without routed experts: "
             "expected a Mixture-of-Experts model"
@@ -104,6 +106,25 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model: nested in a model that also sees."""
     nested = config.get("text_config")
     return nested if isinstance(nested, Mapping) else config
+
+
+def with_plain_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config for a copy of the model, with dtypes as transformers spells them, and without those that are none.
+
+    It fails on others, and so does vLLM. Both take the dtype of the weights where there is none.
+
+    >>> with_plain_dtypes({"torch_dtype": "torch.bfloat16", "text_config": {"dtype": "mixed"}})
+    {'torch_dtype': 'bfloat16', 'text_config': {}}
+    """
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and value is not None:
+            name = str(value).lower().removeprefix("torch.")
+            if isinstance(getattr(torch, name, None), torch.dtype):
+                plain[key] = name
+        else:
+            plain[key] = with_plain_dtypes(value) if isinstance(value, Mapping) else value
+    return plain
 
 
 def num_experts(config: Mapping[str, Any]) -> int:
