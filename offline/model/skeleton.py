@@ -65,6 +65,8 @@ def by_transformers(source: Checkpoint, what: str) -> Iterator[None]:
     """
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(

@@ -146,11 +146,11 @@ def experts_per_token(config: Mapping[str, Any]) -> int:
 
     Raises ValueError for what is not a number of experts.
     """
-    number = text_config(config).get("num_experts_per_tok", 2)
-    if type(number) is not int or not 1 <= number <= num_experts(config):
+    experts = num_experts(config)
+    number = text_config(config).get("num_experts_per_tok", min(2, experts))
+    if type(number) is not int or not 1 <= number <= experts:
         raise ValueError(
-            f"config.json: num_experts_per_tok: expected a number of experts from 1 to {num_experts(config)}, "
-            f"got {number!r:.80}"
+            f"config.json: num_experts_per_tok: expected a number of experts from 1 to {experts}, got {number!r:.80}"
         )
     return number
 
