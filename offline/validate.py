@@ -34,6 +34,8 @@ def main(arguments: Sequence[str]) -> None:
         f"{result['checkpoint']}: ok: {result['files']} files, {result['tensors']} tensors, "
         f"{result['matrices']} expert matrices, {result['linear_layers']} linear layers"
     )
+    if result["found"]:
+        print(result["found"])
     for num_bits, error in result["errors"].items():
         print(f"{num_bits:3} bits: {error['matrices']} matrices, relative squared error {error['relative_mse']:.3g}")
     if args.source:

@@ -24,6 +24,7 @@ from alphaq_vllm.plugin._compat import RoutedExperts, logger, set_weight_attrs, 
 from alphaq_vllm.plugin.moe import SHARDS, AlphaQMoEMethod
 from offline.allocation.bit_map import check_bit_map
 from offline.allocation.widths import Budget
+from offline.model.check import check_source, check_values
 from offline.operations.cache import cached_statistics
 from offline.operations.choosing import choose_widths
 from offline.operations.options import ConvertOptions, options_from
@@ -67,6 +68,7 @@ def choose_online(model: str, revision: str | None, settings: Mapping[str, Any])
     source = open_checkpoint(model, None if Path(model).is_dir() else revision)
     _check_source(source)
     every_expert = find_experts(source)
+    found = check_source(source, every_expert)
     experts = options.selection().quantized(every_expert)
     # vLLM hands out the experts of other fused tensors one by one.
     if transposed := [matrix for matrix in experts.matrices if matrix.fused and matrix.fused.layout.transposed]:
@@ -75,6 +77,9 @@ def choose_online(model: str, revision: str | None, settings: Mapping[str, Any])
             f"transposed ones: run python -m offline.convert {model} OUT, and serve OUT"
         )
     check_group_size(group_size, experts.matrices)
+    check_values(source, found, every_expert)
+    if str(found):
+        logger.warning("AlphaQ: %s: %s", model, found)
     job = Job(model, source, experts, group_size, quantizer=quantizer)
     statistics, how = None, "bit map given"
     if isinstance(widths, Budget):

@@ -31,6 +31,7 @@ from offline.parallel import run_all
 from offline.progress import Progress
 from offline.quantizers.gptq import gptq, inverse_factor
 from offline.quantizers.quantize import quantize
+from offline.source.architectures import experts_per_token
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
 from offline.threads import compute_device, one_thread
@@ -131,7 +132,7 @@ class SequentialGptq:
     def estimate_seconds(self, widths: Mapping[str, int], group_size: int, workers: int) -> float:
         """Seconds that quantizing will take, from one expert here and now with its share of the tokens."""
         quantized = [matrix for matrix in self._experts.matrices if matrix.name in widths]
-        routed = self.tokens * self._source.config.get("num_experts_per_tok", 2) // self._experts.num_experts
+        routed = self.tokens * experts_per_token(self._source.config) // self._experts.num_experts
         bits = {matrix: widths[matrix.name] for matrix in quantized[:3]}
         inputs = torch.randn(max(1, routed), quantized[0].shape[1], device=compute_device())
         start = time.monotonic()

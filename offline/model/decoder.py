@@ -13,19 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter, tree_map_only
 
-from offline.messages import some
+from offline.model.skeleton import ROUTERS, by_transformers, skeleton
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
 
-# Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, called with inputs, ids and weights of experts; and
-# what their checkpoints call the router's weight where transformers calls it ``router.weight``.
-CALIBRATED = {
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"), "router.weight"),
-    **dict.fromkeys(("olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "minimax_m2"), "router.weight"),
-    **dict.fromkeys(("granitemoe", "granitemoeshared"), "router.layer.weight"),
-    "phimoe": "gate.weight",
-}
+# Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, called with inputs, ids and weights of experts.
+CALIBRATED = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "deepseek_v2", "deepseek_v3",
+    "glm4_moe", "minimax_m2", "granitemoe", "granitemoeshared", "phimoe",
+)  # fmt: skip
 
 
 def can_run(experts: Experts) -> bool:
@@ -90,10 +88,9 @@ class Layer:
 
 
 class Decoder:
-    """The decoder of a checkpoint, without weights.
+    """The decoder of a checkpoint that has all tensors of its model, without weights.
 
-    Raises ValueError for a family that cannot be run layer by layer, and unless the source has the tensors that
-    transformers expects.
+    Raises ValueError for a family that cannot be run layer by layer.
     """
 
     def __init__(self, source: Checkpoint, experts: Experts) -> None:
@@ -102,21 +99,48 @@ class Decoder:
                 f"{source.path}: `quantizer=gptq` and `noise=propagated` can run {', '.join(CALIBRATED)}, "
                 f"got {experts.model_type}: use `quantizer=mse` and `noise=measured`"
             )
-        model = _skeleton(source)
+        model = skeleton(source)
         self._decoder = model.get_decoder()
+        # Its frequencies are computed, not loaded.
+        self._decoder.rotary_emb = type(self._decoder.rotary_emb)(config=self._decoder.config)
         names = {module: name for name, module in model.named_modules()}
-        self._embedding = f"{names[self._decoder.get_input_embeddings()]}.weight"
+        embedding = f"{names[self._decoder.get_input_embeddings()]}.weight"
         norm, head = self._decoder.norm, model.get_output_embeddings()
         self._norm, self._norm_tensors = norm, {key: f"{names[norm]}.{key}" for key in norm.state_dict()}
-        self._head = f"{names[head]}.weight" if f"{names[head]}.weight" in source.tensors else self._embedding
+        # A model that ties the two may have either.
+        self._embedding = embedding if embedding in source.tensors else f"{names[head]}.weight"
+        self._head = f"{names[head]}.weight" if f"{names[head]}.weight" in source.tensors else embedding
         self._head_bias = f"{names[head]}.bias" if f"{names[head]}.bias" in source.tensors else None
         # What Granite divides its predictions by.
         self._logits_scaling = getattr(self._decoder.config, "logits_scaling", 1.0)
         self.vocab_size: int = self._decoder.config.vocab_size
         self.context: int = self._decoder.config.max_position_embeddings
         self.layers = [_layer(module, f"{names[module]}.", experts) for module in self._decoder.layers]
-        layer_tensors = [name for layer in self.layers for name in layer.tensors.values()]
-        _check(source, [self._embedding, self._head, *self._norm_tensors.values(), *layer_tensors])
+
+    @torch.no_grad()
+    def rehearse(self, source: Checkpoint) -> None:
+        """Take a token through the model without weights, to see that its config lets it run.
+
+        Raises ValueError for a config with which transformers fails, or computes no numbers.
+        """
+        if self.context < 1:
+            raise ValueError(
+                f"{source.path}: config.json: max_position_embeddings: expected a number of tokens from 1 up, "
+                f"got {self.context}: correct it or download it again"
+            )
+        with by_transformers(source, "run"):
+            hidden = torch.zeros(1, 1, self._decoder.config.hidden_size)
+            self._enter(hidden)
+            computed = [hidden / self._logits_scaling, *tree_iter([layer.arguments for layer in self.layers])]
+            hidden = hidden.to("meta")
+            for layer in self.layers:
+                layer.arguments = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), layer.arguments)
+                advance(layer, hidden, None if layer.experts is None else hidden[0])
+        if any(bool(part.isnan().any()) for part in computed if isinstance(part, Tensor)):
+            raise ValueError(
+                f"{source.path}: config.json: expected positions and factors that transformers can compute with, "
+                "got some that give NaN: correct it or download it again"
+            )
 
     @torch.no_grad()
     def embed(self, source: Checkpoint, windows: Tensor, device: torch.device) -> Tensor:
@@ -125,20 +149,27 @@ class Decoder:
         Learns what else the layers are called with, which depends on the length of the windows alone.
         """
         hidden = nn.functional.embedding(windows, source.load(self._embedding)).to(device, torch.float32)
+        self._enter(hidden)
+        return hidden
+
+    def _enter(self, hidden: Tensor) -> None:
+        """Replace rows of the embedding table, ``[windows, length, hidden_size]``, by the input of the first layer."""
         for layer in self.layers:
             layer.module.forward = _recorder(layer)  # type: ignore[method-assign]
         self._decoder.norm = nn.Identity()
-        self._decoder.rotary_emb.to(device)
+        self._decoder.rotary_emb.to(hidden.device)
         for window in hidden:
             # Some families scale what comes out of the table.
             window.copy_(self._decoder(inputs_embeds=window[None], use_cache=False).last_hidden_state[0])
         for layer in self.layers:
             del layer.module.forward
-        return hidden
 
     @torch.no_grad()
     def sample(self, source: Checkpoint, hidden: Tensor, generator: torch.Generator) -> Tensor:
-        """A token that the model predicts after every place, ``[windows, length]``, from the last layer's output."""
+        """A token that the model predicts after every place, ``[windows, length]``, from the last layer's output.
+
+        Raises ValueError for predictions that are not finite.
+        """
         device = hidden.device
         norm = {key: source.load(name).to(device, torch.float32) for key, name in self._norm_tensors.items()}
         self._norm.load_state_dict(norm, assign=True)
@@ -148,7 +179,13 @@ class Decoder:
         for places in hidden.flatten(0, 1).split(max(1, MAX_LOGITS // len(head))):
             logits = nn.functional.linear(self._norm(places), head, bias) / self._logits_scaling
             # On the CPU, whose generator gives the same numbers everywhere.
-            rows.append(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0])
+            chances = logits.softmax(-1).cpu()
+            if not bool(chances.isfinite().all()):
+                raise ValueError(
+                    f"{source.path}: expected a model that predicts tokens, got NaN from its last layer: compare its "
+                    "files and config.json with the original"
+                )
+            rows.append(torch.multinomial(chances, 1, generator=generator)[:, 0])
         return torch.cat(rows).view(hidden.shape[:2])
 
 
@@ -192,21 +229,6 @@ def _recorder(layer: Layer) -> Callable[..., Tensor]:
     return record
 
 
-def _skeleton(source: Checkpoint) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source.path}: transformers cannot build this model, to run it: {error}") from error
-    decoder = model.get_decoder()
-    # Its frequencies are computed, not loaded.
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
-    return model
-
-
 def _layer(module: nn.Module, prefix: str, experts: Experts) -> Layer:
     """prefix: the name of the layer, which model and source share, with a dot."""
     source_experts = next((name for name in experts.modules if name.startswith(prefix)), None)
@@ -215,7 +237,7 @@ def _layer(module: nn.Module, prefix: str, experts: Experts) -> Layer:
         return Layer(module, {key: prefix + key for key in keys}, None, None)
     name = next(name for name, _ in module.named_modules() if name.split(".")[-1] == "experts")
     block, source_block = name.removesuffix("experts"), source_experts.removeprefix(prefix).removesuffix("experts")
-    renamed = {f"{block}router.weight": block + CALIBRATED[experts.model_type]}
+    renamed = {f"{block}router.weight": block + ROUTERS.get(experts.model_type, "router.weight")}
     tensors = {}
     for key in keys:
         if not key.startswith(f"{name}."):
@@ -223,12 +245,3 @@ def _layer(module: nn.Module, prefix: str, experts: Experts) -> Layer:
             below = source_key.removeprefix(block)
             tensors[key] = prefix + (source_key if below == source_key else source_block + below)
     return Layer(module, tensors, module.get_submodule(name), source_experts)
-
-
-def _check(source: Checkpoint, names: Sequence[str]) -> None:
-    missing = [name for name in names if name not in source.tensors]
-    if missing:
-        raise ValueError(
-            f"{source.path}: expected the tensors that transformers names, to run the model, got none of "
-            f"{some(missing)}: use `quantizer=mse` and `noise=measured`"
-        )

@@ -10,6 +10,7 @@ import torch
 
 from offline.model.decoder import Decoder
 from offline.model.forward import forward
+from offline.source.architectures import experts_per_token
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
 
@@ -44,7 +45,7 @@ class Calibration:
 
 def default_tokens(source: Checkpoint, experts: Experts) -> int:
     """As many tokens as help to calibrate this model."""
-    routed = source.config.get("num_experts_per_tok", 2) / experts.num_experts
+    routed = experts_per_token(source.config) / experts.num_experts
     return min(MAX_TOKENS, math.ceil(TOKENS_PER_FEATURE * experts.matrices[0].shape[1] / routed))
 
 

@@ -15,6 +15,7 @@ from offline.allocation.bit_map import average_bits, check_bit_map
 from offline.allocation.sizes import Room
 from offline.allocation.widths import Budget, average_left
 from offline.layerwise.sequential import SequentialGptq
+from offline.model.check import check_source, check_values
 from offline.model.decoder import can_run
 from offline.model.text import Calibration
 from offline.operations.choosing import choose_widths
@@ -52,6 +53,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
     model, group_size = str(model), options.group_size
     source = open_checkpoint(model, options.revision)
     every_expert = find_experts(source)
+    found = check_source(source, every_expert)
     runs = can_run(every_expert)
     quantizer = options.quantizer or ("gptq" if runs else "mse")
     calibration = options.text(quantizer)
@@ -72,6 +74,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
     # The results of gptq lie beside the checkpoint until that is complete.
     needed_bytes = _least_bytes(job, widths, room) * (2 if gptq else 1)
     check_output(out, source.path.resolve(), needed_bytes, options.resume)
+    check_values(source, found, every_expert)
     settings = {
         "widths": asdict(widths) if isinstance(widths, Budget) else widths,
         "group_size": group_size,
@@ -97,7 +100,9 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
             plan.write(output)
         seconds = time.monotonic() - start
     limit = str(room) if room else None
-    return replace(plan.summary, output=str(out), room=limit, seconds=seconds, dry_run=options.dry_run)
+    return replace(
+        plan.summary, output=str(out), room=limit, seconds=seconds, dry_run=options.dry_run, found=str(found)
+    )
 
 
 def _check_widths(

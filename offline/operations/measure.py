@@ -8,6 +8,7 @@ from pathlib import Path
 
 from offline.allocation.widths import Choice
 from offline.journal import Journal
+from offline.model.check import check_source, check_values
 from offline.model.decoder import can_run
 from offline.model.text import MAX_TOKENS
 from offline.operations.options import MeasureOptions, with_options
@@ -41,6 +42,7 @@ def measure(model: str | Path, output: str | Path | None, options: MeasureOption
     """
     source = open_checkpoint(str(model), options.revision)
     experts = find_experts(source)
+    held = check_source(source, experts)
     check_group_size(options.group_size, experts.matrices)
     budget = options.budget("propagated" if can_run(experts) else "measured")
     output = Path(output) if output else None
@@ -54,6 +56,7 @@ def measure(model: str | Path, output: str | Path | None, options: MeasureOption
         # Fails before the work rather than after it.
         output.touch()
         output.unlink()
+    check_values(source, held, experts)
     workers = choose_workers(options.workers, experts.numel)
     job = Job(str(model), source, experts, options.group_size, workers=workers, quantizer=options.quantizer)
     statistics = take_statistics(job, budget.measured_widths, gains=budget.needs_gains)

@@ -30,7 +30,7 @@ from offline.operations.card import CARD, render_card
 from offline.operations.summary import Summary, count_widths
 from offline.quantizers.quantize import quantize
 from offline.quantizers.symmetric import quantize_symmetric
-from offline.source.architectures import without_code
+from offline.source.architectures import with_plain_dtypes, without_code
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight
 from offline.source.hub import snapshot_of
@@ -127,7 +127,7 @@ def plan(job: Job, choice: Choice, extra: Mapping[str, str]) -> Plan:
     shards = plan_shards(pieces(job, choice.bits), job.max_shard_bytes)
     spec = to_spec(choice.bits, job.experts, job.group_size)
     spec = replace(spec, linear={layer.name: linear_format for layer, linear_format in job.linear.items()})
-    config = {**without_code(job.source.config), "quantization_config": spec.to_dict()}
+    config = {**without_code(with_plain_dtypes(job.source.config)), "quantization_config": spec.to_dict()}
     summary = _summary(job, choice, shards)
     planned = Plan(
         job, choice.bits, shards, config, {CARD: render_card(summary, job.name, job.source.path), **extra}, summary

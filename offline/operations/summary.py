@@ -26,7 +26,7 @@ class Summary:
     by width; mode, noise, alpha, gamma and gap: see ``Choice``; linear_layers: how many outside the experts are
     quantized, to linear_bits; code: the source's files of Python that are taken along; left: what lies beside its
     weights and stays behind; room: the limit that the sizes keep to; seconds: that it took, or will take about if it
-    is a dry run.
+    is a dry run; found: what a user should know of the source's tensors, or nothing.
     """
 
     source: str
@@ -61,6 +61,7 @@ class Summary:
     room: str | None = None
     seconds: float = 0.0
     dry_run: bool = False
+    found: str = ""
 
     @property
     def serve(self) -> str:
@@ -95,6 +96,8 @@ class Summary:
         if self.gamma is not None and self.gap is not None:
             rest += [("gamma", f"{self.gamma:.4g}"), ("optimality gap", f"{self.gap:.2g} of the cost, proven")]
         rest += beside(self.code, self.left)
+        if self.found:
+            rest.append(("source holds", self.found))
         if self.dry_run:
             rest += [("seconds", f"about {self.seconds:.0f}"), ("would write", f"{self.output}: this was a dry run")]
         else:

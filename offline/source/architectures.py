@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from offline.source.checkpoint import Checkpoint
 from offline.source.fused import FusedLayout, FusedPart
 
@@ -92,7 +94,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
     model_type = checkpoint.config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    if not any(".experts." in name for name in checkpoint.tensors):
+    if isinstance(model_type, str) and not any(".experts." in name for name in checkpoint.tensors):
         raise ValueError(
             f"{checkpoint.path}: model_type {model_type!r} is a dense model, without routed experts: "
             "expected a Mixture-of-Experts model"
@@ -119,6 +121,25 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else config
 
 
+def with_plain_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config for a copy of the model, with dtypes as transformers spells them, and without those that are none.
+
+    It fails on others, and so does vLLM. Both take the dtype of the weights where there is none.
+
+    >>> with_plain_dtypes({"torch_dtype": "torch.bfloat16", "text_config": {"dtype": "mixed"}})
+    {'torch_dtype': 'bfloat16', 'text_config': {}}
+    """
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and value is not None:
+            name = str(value).lower().removeprefix("torch.")
+            if isinstance(getattr(torch, name, None), torch.dtype):
+                plain[key] = name
+        else:
+            plain[key] = with_plain_dtypes(value) if isinstance(value, Mapping) else value
+    return plain
+
+
 def num_experts(config: Mapping[str, Any]) -> int:
     """The number of routed experts in each module. Raises ValueError unless the config says one."""
     config = text_config(config)
@@ -133,6 +154,20 @@ def num_experts(config: Mapping[str, Any]) -> int:
     return next(iter(numbers.values()))
 
 
+def experts_per_token(config: Mapping[str, Any]) -> int:
+    """The number of routed experts that compute each token; if the config does not say it, a usual one.
+
+    Raises ValueError for what is not a number of experts.
+    """
+    experts = num_experts(config)
+    number = text_config(config).get("num_experts_per_tok", min(2, experts))
+    if type(number) is not int or not 1 <= number <= experts:
+        raise ValueError(
+            f"config.json: num_experts_per_tok: expected a number of experts from 1 to {experts}, got {number!r:.80}"
+        )
+    return number
+
+
 def num_layers(config: Mapping[str, Any]) -> tuple[int, int]:
     """The number of decoder layers, and of the layers for multi-token prediction that may follow them.
 
@@ -144,3 +179,12 @@ def num_layers(config: Mapping[str, Any]) -> tuple[int, int]:
         raise ValueError(f"config.json: num_hidden_layers: expected a number of layers from 1 up, got {number!r:.80}")
     following = [config[key] for key in _MTP_LAYERS_KEYS if type(config.get(key)) is int]
     return number, max([0, *following])
+
+
+def is_draft(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor belongs to a layer for multi-token prediction, which only drafts."""
+    layers = family_of(checkpoint).block.partition(r"\d+")[0].replace("\\", "")
+    number = name.removeprefix(layers).partition(".")[0]
+    decoder, following = num_layers(checkpoint.config)
+    follows = name.startswith(layers) and number.isdecimal() and decoder <= int(number) < decoder + following
+    return name.startswith("mtp.") or follows

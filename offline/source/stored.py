@@ -48,14 +48,18 @@ class StoredTensor:
         """The same in float32."""
         return self.load(index).float()
 
-    def parts(self, max_bytes: int) -> Iterator[bytes]:
-        """The tensor's bytes, at most ``max_bytes`` at a time. Raises OSError as ``load`` does."""
+    def chunks(self, max_bytes: int) -> Iterator[torch.Tensor]:
+        """The tensor's elements, flat, some at a time, each time in the same memory. Raises OSError as ``load`` does.
+
+        max_bytes: of a chunk; a multiple of 8.
+        """
+        buffer = torch.empty(min(self.nbytes, max_bytes), dtype=torch.uint8)
         left = self.nbytes
         with self.file.open("rb") as file:
             file.seek(self.offset)
             while left:
-                part = file.read(min(left, max_bytes))
-                if not part:
+                part = buffer[: min(left, max_bytes)]
+                if file.readinto(part.numpy().data) != len(part):
                     raise OSError(f"{self.file}: the file became shorter while it was read")
                 left -= len(part)
-                yield part
+                yield part.view(self.spec.dtype)

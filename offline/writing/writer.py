@@ -220,7 +220,8 @@ def _write_piece(task: _Task) -> None:
 def _contents(tensor: torch.Tensor | StoredTensor) -> Iterator[bytes | memoryview]:
     """The bytes of a tensor, a stored one's a part at a time."""
     if isinstance(tensor, StoredTensor):
-        yield from tensor.parts(COPY_BYTES)
+        for chunk in tensor.chunks(COPY_BYTES):
+            yield chunk.view(torch.uint8).numpy().data
     else:
         yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from alphaq_vllm import convert
@@ -328,16 +329,17 @@ def test_command_reports_a_file_size_limit_and_leaves_no_checkpoint(tiny_model, 
 
 
 def test_command_reports_that_memory_ran_out_and_resumes(tmp_path):
-    prefix, size = "model.layers.0.mlp.experts.0", 4096
-    names = [f"{prefix}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
     source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
-    save_file({name: torch.ones(size, size, dtype=torch.bfloat16) for name in names}, source / "model.safetensors")
-    config = {"model_type": "olmoe", "num_experts": 1, "hidden_size": size, "num_hidden_layers": 1}
-    (source / "config.json").write_text(json.dumps(config))
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=4096, intermediate_size=4096, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=32, num_local_experts=1, num_experts_per_tok=1,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).bfloat16().save_pretrained(source)
     arguments = [str(source), str(out), "--mode", "uniform", "--bits", "2", "--quantizer", "mse", "--workers", "1"]
-    # A matrix takes 67 MB in float32.
-    script = "import resource; from offline.cli import run; from offline.convert import main; "
+    # A matrix takes 67 MB in float32. What transformers imports for the check of the source does not count.
+    script = "import resource, sys; from offline.cli import run; from offline.convert import main; "
+    script += "from offline.model.skeleton import needs; from offline.source.checkpoint import open_checkpoint; "
+    script += "needs(open_checkpoint(sys.argv[1])); "
     script += "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 50 * 2**20; "
     script += "resource.setrlimit(resource.RLIMIT_AS, (used, used)); run(main)"
     result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)

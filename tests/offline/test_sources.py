@@ -126,12 +126,11 @@ def test_convert_takes_degenerate_experts(model, tmp_path, name):
 
 def test_convert_takes_experts_smaller_than_a_block_of_farms(tmp_path):
     torch.manual_seed(0)
-    shapes = {"gate_proj": (32, 64), "up_proj": (32, 64), "down_proj": (64, 32)}
-    prefix = "model.layers.0.mlp.experts"
-    tensors = {f"{prefix}.{e}.{p}.weight": torch.randn(shape) for e in range(2) for p, shape in shapes.items()}
-    save_file(tensors, tmp_path / SINGLE)
-    config = {"model_type": "olmoe", "num_experts": 2, "hidden_size": 64, "num_hidden_layers": 1}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = transformers.OlmoeConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=2, num_experts_per_tok=1, pad_token_id=0,
+    )  # fmt: skip
+    transformers.OlmoeForCausalLM(config).save_pretrained(tmp_path)
     summary = convert(tmp_path, tmp_path.with_name("alphaq"), bits=3, noise="measured", group_size=32, quantizer="mse")
     assert summary.matrices == 6 and summary.bits == 3
 

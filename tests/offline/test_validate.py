@@ -253,3 +253,50 @@ def test_greatest_mse_allows_the_quantizer_and_not_two_bits_less(num_bits, heavy
 def test_greatest_mse_of_a_constant_matrix_allows_rounding(value):
     weight = torch.full((4, 128), value)
     assert quantize(weight, 2, 128).mse <= greatest_mse(weight, 2, 128) <= 2e-5 * value**2
+
+
+def test_validate_finds_an_incomplete_model_without_its_source(checkpoint):
+    edit_tensors(checkpoint, lambda tensors: tensors.pop("model.layers.1.self_attn.o_proj.weight"))
+    with pytest.raises(
+        ValueError, match=r"config\.json implies, got none of model\.layers\.1\.self_attn\.o_proj\.weig"
+    ):
+        validate(str(checkpoint))
+
+
+def test_validate_finds_shapes_that_contradict_the_config(checkpoint):
+    edit_tensors(checkpoint, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64)}))
+    with pytest.raises(
+        ValueError, match=r"model\.norm\.weight: expected shape \(128,\) by .*hidden_size=128.*got \(64,\)"
+    ):
+        validate(str(checkpoint))
+
+
+def test_validate_names_what_is_too_many(alphaq, checkpoint):
+    edit_tensors(checkpoint, lambda tensors: tensors.update({"model.more.weight": torch.ones(2)}))
+    status, out, _ = alphaq("validate", checkpoint)
+    assert status == 0
+    assert "1 tensor that the model does not need, kept as they are: model.more.weight" in out
+
+
+def test_validate_finds_excluded_experts_that_are_missing(tiny_model, tmp_path):
+    out = tmp_path / "out"
+    convert(tiny_model("qwen2_moe"), out, bits=3, noise="measured", exclude=("*.layers.1.*",), quantizer="mse")
+    edit_tensors(out, lambda tensors: tensors.pop(f"{EXPERT}.weight"))
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp: expected 4 experts .* got none of experts\.2\.up_proj\.weig"
+    ):
+        validate(str(out))
+    edit_tensors(out, lambda tensors: [tensors.pop(name) for name in list(tensors) if "layers.1.mlp.experts" in name])
+    with pytest.raises(ValueError, match=r"config\.json implies, got none of model\.layers\.1\.mlp\.experts: download"):
+        validate(str(out))
+
+
+def test_validate_accepts_experts_of_layers_that_only_draft(tiny_model, tmp_path):
+    source = shutil.copytree(tiny_model("qwen2_moe"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.2.mlp.experts.0.up_proj.weight"] = torch.ones(128, 128)
+    save_file(tensors, source / "model.safetensors")
+    config = json.loads((source / "config.json").read_bytes())
+    (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    convert(source, tmp_path / "out", bits=3, noise="measured", quantizer="mse")
+    assert validate(str(tmp_path / "out"), str(source))["found"] == ""

@@ -292,6 +292,45 @@ def test_quantized_sources_are_refused(model, quantization, message):
         chosen(model)
 
 
+def edit_tensors(model, edit):
+    tensors = load_file(model / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, model / "model.safetensors")
+
+
+DAMAGED = {
+    "case 1": (lambda tensors: tensors["model.norm.weight"].fill_(torch.nan), "expected finite weights, got 128 NaN"),
+    "case 2": (lambda tensors: tensors.pop("model.norm.weight"), "config.json implies, got none of model.norm.weight"),
+    "case 4": (
+        lambda tensors: tensors.update({"model.norm.weight": torch.ones(64)}),
+        r"model.norm.weight: expected shape \(128,\) by hidden_size=128",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("settings", [{}, {"mode": "uniform", "bits": 3}])
+def test_cases_1_2_and_4_are_refused_before_anything_is_measured(model, cache, name, settings):
+    edit, message = DAMAGED[name]
+    edit_tensors(model, edit)
+    with pytest.raises(ValueError, match=message):
+        chosen(model, **settings)
+    assert not cache.exists()
+
+
+def test_case_3_leftovers_in_a_config_change_nothing(model):
+    edit_config(model, pad_token_id=10**6, attn_implementation="xformers", torch_dtype="torch.bfloat16")
+    assert chosen(model).num_bits == chosen().num_bits
+
+
+def test_what_is_too_many_is_named_in_the_log(model, monkeypatch):
+    lines = []
+    monkeypatch.setattr(online.logger, "warning", lambda message, *parts: lines.append(message % parts))
+    edit_tensors(model, lambda tensors: tensors.update({"model.more.weight": torch.ones(2)}))
+    chosen(model)
+    assert "1 tensor that the model does not need, kept as they are: model.more.weight" in lines[0]
+
+
 def test_vllm_refuses_another_method_with_a_way_out(model):
     edit_config(model, quantization_config=FP8)
     with pytest.raises(ValueError, match=r"got a checkpoint with quant_method 'fp8': run python -m offline\.convert"):

@@ -74,9 +74,10 @@ def test_loading_quantizes_to_what_conversion_writes(model_type, tmp_path):
     source = tmp_path / "model"
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
     convert(source, tmp_path / "out", bits=3, noise="measured", quantizer="mse")
-    expected = dict(load(tmp_path / "out")[0].named_parameters())
     overrides = {"quantization_config": {"quant_method": "alphaq", "bits": 3}}
+    # First, because vLLM changes transformers' PhiMoE in a process that has loaded it, and the check needs it as it is.
     loaded = dict(load(source, hf_overrides=overrides)[0].named_parameters())
+    expected = dict(load(tmp_path / "out")[0].named_parameters())
     assert all(name.endswith((".w13_weight", ".w2_weight")) for name in loaded.keys() ^ expected.keys())
     assert sum(name.endswith("_packed") for name in expected) >= 2
     for name, parameter in expected.items():

@@ -28,7 +28,7 @@ _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
 # By machine, the best first: the features that a processor must have, which are the compiler's options as well.
 INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
-        "amx": (*_AVX512, "avx512vnni", "amx-tile", "amx-int8"),
+        "amx": (*_AVX512, "avx512vnni", "avx512bf16", "amx-tile", "amx-int8", "amx-bf16"),
         "avx512_vnni": (*_AVX512, "avx512vnni"),
         "avx512": _AVX512,
         "avx_vnni": (*_AVX2, "avxvnni"),
@@ -38,8 +38,8 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # As Linux names features where it does so differently.
 KERNEL_NAMES = {
-    "avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "amx-tile": "amx_tile", "amx-int8": "amx_int8",
-    "dotprod": "asimddp",
+    "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16", "avxvnni": "avx_vnni", "amx-tile": "amx_tile",
+    "amx-int8": "amx_int8", "amx-bf16": "amx_bf16", "dotprod": "asimddp",
 }  # fmt: skip
 PORTABLE = "portable"
 NO_COMPILER = "no C++ compiler: install g++, or name one in CXX"

@@ -202,12 +202,6 @@ def edit_config(path, **changes):
     (path / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def remove_tensor(path, name):
-    tensors = load_file(path / "model.safetensors")
-    del tensors[name]
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-
-
 REFUSED = {
     "no tokenizer": (
         lambda path, text: [file.unlink() for file in path.glob("tokenizer*")],
@@ -225,10 +219,6 @@ REFUSED = {
     "short context": (
         lambda path, text: edit_config(path, max_position_embeddings=32),
         "`calibration_length`: expected at most the 32 tokens of max_position_embeddings",
-    ),
-    "norm missing": (
-        lambda path, text: remove_tensor(path, "model.layers.1.input_layernorm.weight"),
-        r"expected the tensors that transformers names, to run the model, got none of model\.layers\.1\.input_layern",
     ),
 }
 

@@ -80,14 +80,14 @@ def test_write_checkpoint_copies_a_stored_tensor_in_parts(tmp_path, monkeypatch)
     content = bytes(range(250))
     (tmp_path / "source").write_bytes(b"before" + content + b"after")
     stored = StoredTensor(tmp_path / "source", 6, TensorSpec((250,), torch.uint8))
-    monkeypatch.setattr(writer, "COPY_BYTES", 100)
+    monkeypatch.setattr(writer, "COPY_BYTES", 96)
     with open_output(tmp_path / "out", {}) as output:
         write_checkpoint(output, plan_shards([Piece({"t": stored.spec}, lambda: {"t": stored})], 1000), {}, [])
     assert load_file(next((tmp_path / "out").glob("*.safetensors")))["t"].numpy().tobytes() == content
-    assert [len(part) for part in stored.parts(100)] == [100, 100, 50]
+    assert [len(chunk) for chunk in stored.chunks(96)] == [96, 96, 58]
     (tmp_path / "source").write_bytes(b"before")
     with pytest.raises(OSError, match="source: the file became shorter"):
-        list(stored.parts(100))
+        list(stored.chunks(96))
 
 
 @dataclass

@@ -78,60 +78,6 @@ void quantize_row(Dtype dtype, const void* x, const Digits& to, int64_t i) {
   if (dtype == FLOAT16) quantize_row<DIGITS, FLOAT16>(x, to, i);
 }
 
-#if defined(__AMX_INT8__)
-constexpr bool HAS_TILES = true;
-#else
-constexpr bool HAS_TILES = false;
-#endif
-
-// Tokens that a tile of the matrix unit holds, and how few of an expert's tokens are not worth one.
-constexpr int64_t TILE = 16;
-constexpr int64_t FEWEST_IN_TILES = 3;
-
-// Digits of some tokens as the matrix unit takes them: in tiles of `height` tokens, the last one filled up with
-// anything.
-struct Tiles {
-  // [tile, step of columns, digit, token of the tile, column of the step]
-  int8_t* digits;
-  // [group, token, 2], as in Digits.
-  float* factors;
-  int64_t columns;
-  int64_t group_size;
-  int64_t height;
-  // Tokens with those that fill up the last tile.
-  int64_t padded;
-
-  Tiles(const Digits& x, int64_t count)
-      : digits(nullptr), factors(nullptr), columns(x.columns), group_size(x.group_size) {
-    const int64_t tiles = (count + TILE - 1) / TILE;
-    height = (count + tiles - 1) / tiles;
-    padded = height * tiles;
-  }
-
-  int64_t step() const { return group_size < 64 ? group_size : 64; }
-
-  // Fill tile `tile` from the rows of x that `rows` names.
-  void gather(const Digits& x, const int32_t* rows, int64_t count, int64_t tile) const {
-    const int64_t units = step() / UNIT, steps = columns / step();
-    const int64_t first = tile * height, last = first + height < count ? first + height : count;
-    for (int64_t i = first; i < last; ++i) {
-      const int8_t* from = x.row(rows[i]);
-      int8_t* to = digits + first * columns * x.count + (i - first) * step();
-      for (int64_t s = 0; s < steps; ++s) {
-        for (int d = 0; d < x.count; ++d, to += height * step()) {
-          for (int64_t u = 0; u < units; ++u) {
-            std::memcpy(to + u * UNIT, from + ((s * units + u) * x.count + d) * UNIT, UNIT);
-          }
-        }
-      }
-      const float* of_row = x.row_factors(rows[i]);
-      for (int64_t group = 0; group < x.groups(); ++group) {
-        std::memcpy(factors + (group * padded + i) * 2, of_row + group * 2, 2 * sizeof *factors);
-      }
-    }
-  }
-};
-
 // e^x to about one unit in the last place; 0 and infinity beyond float32's range, NaN for NaN.
 INLINE F32 exp(F32 x) {
   x = x < -104.0f ? spread<F32>(-104.0f) : x;

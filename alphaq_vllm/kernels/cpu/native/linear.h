@@ -16,7 +16,7 @@ struct Linear {
   int64_t group_size;
 
   Block block(int64_t index) const {
-    return {packed + index * ROWS * K * num_bits / 8, scales + index * ROWS * (K / group_size), nullptr};
+    return {(int)num_bits, packed + index * ROWS * K * num_bits / 8, scales + index * ROWS * (K / group_size), nullptr};
   }
 };
 
@@ -33,27 +33,30 @@ struct LinearCall {
 // out [rows, N] = x [rows, K] times the transpose of the matrix.
 inline void multiply_rows(const Linear& weights, const LinearCall& call, const void* x, int64_t num_rows, void* out) {
   const Routes rows(num_rows);
+  const int64_t digits = rows.digits(call.dtype, call.digits);
   Workspace& space = workspace();
-  space.reserve(digit_bytes(num_rows, weights.K, weights.group_size, call.digits) +
-                Operands::bytes(rows, weights.K, weights.group_size, call.digits));
-  const Digits digits = take_digits(space, num_rows, weights.K, weights.group_size, call.digits);
-  quantize_rows(call.threads, call.dtype, x, num_rows, digits);
-  const Operands operands(call.threads, rows, digits, rows.index, space);
-  const Multiply multiply = multiply_of(weights.num_bits, call.digits);
+  space.reserve(Operands::bytes(rows, num_rows, weights.K, weights.group_size, digits));
+  const Source source{call.dtype, x, num_rows, weights.K, weights.group_size};
+  const Operands operands(call.threads, rows, source, rows.index, digits, space);
   const int64_t blocks = weights.N / ROWS, per_unit = blocks_per_unit(blocks, call.threads.count, blocks);
   const int64_t units = (blocks + per_unit - 1) / per_unit;
   parallel(call.threads, units * rows.pieces.size(), [&](int64_t unit) {
     const Routes::Piece& piece = rows.pieces[unit / units];
     const Operand operand = operands[unit / units];
     const Ready ready(operand);
-    const int64_t first = unit % units * per_unit;
-    for (int64_t block = first; block < std::min(first + per_unit, blocks); ++block) {
-      alignas(64) float products[ROUTES_AT_ONCE * ROWS];
-      multiply(weights.block(block), operand, products);
-      for (int64_t i = 0; i < piece.count; ++i) {
-        for (int row = 0; row < ROWS; row += LANES) {
-          const int64_t at = (piece.first + i) * weights.N + block * ROWS + row;
-          store_as(call.dtype, out, at, load<F32>(products + i * ROWS + row));
+    const int64_t first = unit % units * per_unit, last = std::min(first + per_unit, blocks);
+    for (int64_t block = first; block < last; block += 2) {
+      const int64_t count = std::min<int64_t>(last - block, 2);
+      alignas(64) float products[2][ROUTES_AT_ONCE * ROWS];
+      float* const to[] = {products[0], products[1]};
+      const Block pair[] = {weights.block(block), weights.block(block + count - 1)};
+      multiply(pair, count, operand, to);
+      for (int64_t b = 0; b < count; ++b) {
+        for (int64_t i = 0; i < piece.count; ++i) {
+          for (int row = 0; row < ROWS; row += LANES) {
+            const int64_t at = (piece.first + i) * weights.N + (block + b) * ROWS + row;
+            store_as(call.dtype, out, at, load<F32>(products[b] + i * ROWS + row));
+          }
         }
       }
     }

@@ -21,13 +21,11 @@ struct Experts {
   int64_t K;
   int64_t group_size;
 
-  int bits(int64_t expert, int64_t projection) const { return num_bits[expert * projections + projection]; }
-
   Block block(int64_t expert, int64_t projection, int64_t index) const {
     const int64_t matrix = expert * projections + projection, groups = K / group_size;
     const int64_t first_group = (matrix * N + index * ROWS) * groups;
-    return {packed + 4 * offsets[matrix] + index * ROWS * K * num_bits[matrix] / 8, scales + first_group,
-            zero_points + first_group};
+    return {num_bits[matrix], packed + 4 * offsets[matrix] + index * ROWS * K * num_bits[matrix] / 8,
+            scales + first_group, zero_points + first_group};
   }
 
   // The biases of a block's rows, zeros if there are none.
@@ -55,9 +53,9 @@ struct Call {
   Threads threads;
 };
 
-// hidden [routes, N of w13] = gated products of x with gate and up.
+// hidden [routes, N of w13] of a dtype = gated products of x with gate and up.
 inline void multiply_gate_up(const Experts& w13, const Call& call, const Routes& routes, const Operands& x,
-                             float* hidden) {
+                             Dtype hidden_dtype, void* hidden) {
   const int64_t blocks = w13.N / ROWS;
   const int64_t per_unit = blocks_per_unit(blocks * routes.pieces.size(), call.threads.count, 4);
   const int64_t units = (blocks + per_unit - 1) / per_unit;
@@ -66,42 +64,41 @@ inline void multiply_gate_up(const Experts& w13, const Call& call, const Routes&
     const Operand operand = x[unit / units];
     const Ready ready(operand);
     const int64_t first = unit % units * per_unit;
-    Multiply multiply[2];
-    for (int p = 0; p < 2; ++p) multiply[p] = multiply_of(w13.bits(piece.expert, p), call.digits);
     for (int64_t block = first; block < std::min(first + per_unit, blocks); ++block) {
+      const Block gate_up[] = {w13.block(piece.expert, 0, block), w13.block(piece.expert, 1, block)};
       alignas(64) float products[2][ROUTES_AT_ONCE * ROWS], biases[2][ROWS];
-      for (int p = 0; p < 2; ++p) {
-        multiply[p](w13.block(piece.expert, p, block), operand, products[p]);
-        w13.load_bias(piece.expert, p, block, biases[p]);
-      }
+      float* const to[] = {products[0], products[1]};
+      multiply(gate_up, 2, operand, to);
+      for (int p = 0; p < 2; ++p) w13.load_bias(piece.expert, p, block, biases[p]);
       for (int64_t i = 0; i < piece.count; ++i) {
         const float weight = call.weight_on_input ? routes.weight[piece.first + i] : 1;
-        float* to = hidden + (piece.first + i) * w13.N + block * ROWS;
+        const int64_t at = (piece.first + i) * w13.N + block * ROWS;
         for (int row = 0; row < ROWS; row += LANES) {
           const F32 gate = load<F32>(products[0] + i * ROWS + row) * weight + load<F32>(biases[0] + row);
           const F32 up = load<F32>(products[1] + i * ROWS + row) * weight + load<F32>(biases[1] + row);
-          store(to + row, call.gate.apply(gate, up));
+          store_as(hidden_dtype, hidden, at + row, call.gate.apply(gate, up));
         }
       }
     }
   });
 }
 
-// Add to `sums` [tokens, N of w2] what blocks first to last have for one piece's tokens.
+// Add to `sums` [tokens, N of w2] what one or two blocks have for one piece's tokens.
 inline void add_down(const Experts& w2, const Call& call, const Routes& routes, const Routes::Piece& piece,
-                     const Operand& hidden, int64_t first, int64_t last, float* sums) {
-  const Multiply multiply = multiply_of(w2.bits(piece.expert, 0), call.digits);
-  for (int64_t block = first; block < last; ++block) {
-    alignas(64) float products[ROUTES_AT_ONCE * ROWS], bias[ROWS];
-    multiply(w2.block(piece.expert, 0, block), hidden, products);
-    w2.load_bias(piece.expert, 0, block, bias);
+                     const Operand& hidden, int64_t first, int64_t count, float* sums) {
+  alignas(64) float products[2][ROUTES_AT_ONCE * ROWS], bias[ROWS];
+  float* const to[] = {products[0], products[1]};
+  const Block blocks[] = {w2.block(piece.expert, 0, first), w2.block(piece.expert, 0, first + count - 1)};
+  multiply(blocks, count, hidden, to);
+  for (int64_t block = 0; block < count; ++block) {
+    w2.load_bias(piece.expert, 0, first + block, bias);
     for (int64_t i = 0; i < piece.count; ++i) {
       const int64_t route = piece.first + i;
       const float weight = call.weight_on_input ? 1 : routes.weight[route];
-      float* to = sums + routes.token[route] * w2.N + block * ROWS;
+      float* at = sums + routes.token[route] * w2.N + (first + block) * ROWS;
       for (int row = 0; row < ROWS; row += LANES) {
-        const F32 product = load<F32>(products + i * ROWS + row) + load<F32>(bias + row);
-        store(to + row, load<F32>(to + row) + product * weight);
+        const F32 product = load<F32>(products[block] + i * ROWS + row) + load<F32>(bias + row);
+        store(at + row, load<F32>(at + row) + product * weight);
       }
     }
   }
@@ -122,7 +119,9 @@ inline void multiply_down(const Experts& w2, const Call& call, const Routes& rou
     for (size_t piece = 0; piece < routes.pieces.size(); ++piece) {
       const Operand operand = hidden[piece];
       const Ready ready(operand);
-      add_down(w2, call, routes, routes.pieces[piece], operand, first, last, sums);
+      for (int64_t block = first; block < last; block += 2) {
+        add_down(w2, call, routes, routes.pieces[piece], operand, block, std::min<int64_t>(last - block, 2), sums);
+      }
     }
     for (int64_t token = 0; token < num_tokens; ++token) {
       for (int64_t i = token * w2.N + first * ROWS; i < token * w2.N + last * ROWS; i += LANES) {
@@ -132,34 +131,39 @@ inline void multiply_down(const Experts& w2, const Call& call, const Routes& rou
   });
 }
 
+// What a token takes of the workspace, about.
+inline int64_t bytes_per_token(const Experts& w13, const Call& call) {
+  const int64_t top_k = call.top_k, floats = sizeof(float), digits = call.digits + 1;
+  if (!HAS_TILES) return w13.K * (digits + floats) + w13.N * top_k * (floats + digits);
+  const bool halves = call.dtype == BFLOAT16 && call.num_tokens * top_k >= FEWEST_IN_HALVES * call.num_experts;
+  if (halves) return w13.K * (top_k * 2 + floats) + w13.N * top_k * (2 + 2);
+  return w13.K * (digits * (1 + top_k) + floats) + w13.N * top_k * (floats + 2 * digits);
+}
+
 inline Result fused_moe(const Experts& w13, const Experts& w2, const Call& call) {
   for (int64_t i = 0; i < call.num_tokens * call.top_k; ++i) {
     if (call.expert_ids[i] >= call.num_experts) return UNKNOWN_EXPERT;
   }
-  const int64_t copies = HAS_TILES ? call.top_k : 0, per_value = call.digits + 1;
-  const int64_t per_token = w13.K * (per_value * (1 + copies) + sizeof(float)) +
-                            w13.N * (call.top_k * (sizeof(float) + per_value) + copies * per_value);
+  const int64_t per_token = bytes_per_token(w13, call);
   const int64_t most = std::max<int64_t>(1, WORKSPACE / per_token);
   for (int64_t first = 0; first < call.num_tokens; first += most) {
     const int64_t count = std::min(most, call.num_tokens - first);
     const Routes routes(call.expert_ids + first * call.top_k, call.topk_weights + first * call.top_k, count, call.top_k,
                         call.num_experts);
-    const int64_t num_routes = routes.token.size();
+    const int64_t num_routes = routes.token.size(), digits = routes.digits(call.dtype, call.digits);
     Workspace& space = workspace();
-    space.reserve(digit_bytes(count, w13.K, w13.group_size, call.digits) +
-                  digit_bytes(num_routes, w2.K, w2.group_size, call.digits) +
-                  Operands::bytes(routes, w13.K, w13.group_size, call.digits) +
-                  Operands::bytes(routes, w2.K, w2.group_size, call.digits) +
-                  (num_routes * w13.N + count * w2.N) * sizeof(float) + 128);
-    const Digits x = take_digits(space, count, w13.K, w13.group_size, call.digits);
-    const Digits h = take_digits(space, num_routes, w2.K, w2.group_size, call.digits);
-    float* hidden = space.take<float>(num_routes * w13.N);
+    space.reserve(Operands::bytes(routes, count, w13.K, w13.group_size, digits) +
+                  Operands::bytes(routes, num_routes, w2.K, w2.group_size, digits) +
+                  num_routes * w13.N * (digits == HALVES ? 2 : 4) + count * w2.N * sizeof(float) + 128);
+    const Source x{call.dtype, row_of(call.dtype, call.x, first, w13.K), count, w13.K, w13.group_size};
+    const Dtype hidden_dtype = digits == HALVES ? BFLOAT16 : FLOAT32;
+    void* hidden = space.take<uint8_t>(num_routes * w13.N * (digits == HALVES ? 2 : 4));
+    multiply_gate_up(w13, call, routes, Operands(call.threads, routes, x, routes.token, digits, space), hidden_dtype,
+                     hidden);
+    const Source h{hidden_dtype, hidden, num_routes, w2.K, w2.group_size};
     float* sums = space.take<float>(count * w2.N);
-    quantize_rows(call.threads, call.dtype, row_of(call.dtype, call.x, first, w13.K), count, x);
-    multiply_gate_up(w13, call, routes, Operands(call.threads, routes, x, routes.token, space), hidden);
-    quantize_rows(call.threads, FLOAT32, hidden, num_routes, h);
-    const Operands h_operands(call.threads, routes, h, routes.index, space);
-    multiply_down(w2, call, routes, h_operands, count, sums, row_of(call.dtype, call.out, first, w2.N));
+    multiply_down(w2, call, routes, Operands(call.threads, routes, h, routes.index, digits, space), count, sums,
+                  row_of(call.dtype, call.out, first, w2.N));
   }
   return DONE;
 }

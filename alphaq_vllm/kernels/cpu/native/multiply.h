@@ -14,6 +14,7 @@ constexpr int LARGEST_GROUP = 128;
 
 // ROWS rows of a matrix. zero_points: null if all are 2^(bits - 1).
 struct Block {
+  int bits;
   const uint8_t* packed;
   const uint16_t* scales;
   const uint16_t* zero_points;
@@ -52,9 +53,8 @@ INLINE void add_group(Code code, int64_t group_size, const int8_t* const (&digit
   for (int t = 0; t < TOKENS; ++t) add_group_sum<DIGITS>(sums + t * DIGITS, factors[t], scale, zero, out[t]);
 }
 
-template <int BITS>
 INLINE F32 zero_point(const Block& block, int64_t group, int part) {
-  if (!block.zero_points) return spread<F32>((float)(1 << (BITS - 1)));
+  if (!block.zero_points) return spread<F32>((float)(1 << (block.bits - 1)));
   return widen_float16(block.zero_points + group * ROWS + part * LANES);
 }
 
@@ -76,7 +76,7 @@ void multiply_few(const Block& block, const Digits& x, const int32_t* rows, floa
         return unpack<BITS>(from, q);
       };
       const F32 scale = widen_bfloat16(block.scales + group * ROWS + part * LANES);
-      const F32 zero = zero_point<BITS>(block, group, part);
+      const F32 zero = zero_point(block, group, part);
       add_group<BITS, DIGITS, TOKENS>(code, group_size, digits, factors, scale, zero, sums[part]);
     }
     for (int t = 0; t < TOKENS; ++t) digits[t] += DIGITS * group_size, factors[t] += 2;
@@ -101,7 +101,7 @@ INLINE void multiply_tile(const uint8_t* tile, const Block& block, int64_t group
     auto code = [&](int64_t unit, int q)
                     INLINE_LAMBDA { return load<U16>(tile + (unit * VECTORS + q) * VECTOR + part * WIDTH); };
     const F32 scale = widen_bfloat16(block.scales + group * ROWS + part * LANES);
-    const F32 zero = zero_point<BITS>(block, group, part);
+    const F32 zero = zero_point(block, group, part);
     F32 sums[TOKENS];
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t) sums[t] = load<F32>(out + t * ROWS + part * LANES);
@@ -113,7 +113,7 @@ INLINE void multiply_tile(const uint8_t* tile, const Block& block, int64_t group
 
 // Take the codes of a group out of their words: code vectors in order.
 template <int BITS>
-INLINE void unpack_group(const uint8_t* packed, int64_t group_size, uint8_t* codes) {
+void unpack_group(const uint8_t* packed, int64_t group_size, uint8_t* codes) {
   for (int64_t unit = 0; unit < group_size / UNIT; ++unit, packed += BITS * VECTOR, codes += VECTORS * VECTOR) {
     for (int part = 0; part < PARTS; ++part) {
 #pragma GCC unroll 8
@@ -123,6 +123,13 @@ INLINE void unpack_group(const uint8_t* packed, int64_t group_size, uint8_t* cod
       }
     }
   }
+}
+
+INLINE void unpack_group(const Block& block, int64_t group, int64_t group_size, uint8_t* codes) {
+  using Unpack = void (*)(const uint8_t*, int64_t, uint8_t*);
+  constexpr Unpack functions[] = {unpack_group<1>, unpack_group<2>, unpack_group<3>, unpack_group<4>,
+                                  unpack_group<5>, unpack_group<6>, unpack_group<7>, unpack_group<8>};
+  functions[block.bits - 1](block.packed + group * group_size * ROWS * block.bits / 8, group_size, codes);
 }
 
 // Many tokens: the codes of a group are taken out of their words once, into the first cache.

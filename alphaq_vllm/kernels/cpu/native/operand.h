@@ -1,4 +1,4 @@
-// What a block is multiplied with, by the way that is fastest for so many tokens.
+// What blocks are multiplied with, by the way that is fastest for so many tokens.
 #pragma once
 
 #include <optional>
@@ -8,7 +8,7 @@
 
 namespace alphaq {
 
-// Rows `rows` of x, and where it pays the same in tiles.
+// Rows `rows` of x as digits, and where it pays the same in tiles; tiles alone if they are of halves.
 struct Operand {
   const Digits& x;
   const int32_t* rows;
@@ -16,30 +16,44 @@ struct Operand {
   const Tiles* tiles;
 };
 
-// out [count, ROWS] = the operand times the transpose of the block. With tiles: [padded, ROWS], within TileShapes.
+// out [count, ROWS] = the operand times the transpose of the block.
 template <int BITS, int DIGITS>
 void multiply_block(const Block& block, const Operand& x, float* out) {
-#if defined(__AMX_INT8__)
-  if (x.tiles) return multiply_tiles<BITS, DIGITS>(block, *x.tiles, out);
-#endif
   // Up to two tokens, to take a code out of its word where it is multiplied costs less than a tile.
   if (x.count == 1) return multiply_few<BITS, DIGITS, 1>(block, x.x, x.rows, out);
   if (x.count == 2) return multiply_few<BITS, DIGITS, 2>(block, x.x, x.rows, out);
   multiply_many<BITS, DIGITS>(block, x.x, x.rows, x.count, out);
 }
 
-using Multiply = void (*)(const Block&, const Operand&, float*);
-
 template <int DIGITS>
-Multiply multiply_of(int bits) {
+INLINE void multiply_block(const Block& block, const Operand& x, float* out) {
+  using Multiply = void (*)(const Block&, const Operand&, float*);
   constexpr Multiply functions[] = {multiply_block<1, DIGITS>, multiply_block<2, DIGITS>, multiply_block<3, DIGITS>,
                                     multiply_block<4, DIGITS>, multiply_block<5, DIGITS>, multiply_block<6, DIGITS>,
                                     multiply_block<7, DIGITS>, multiply_block<8, DIGITS>};
-  return functions[bits - 1];
+  functions[block.bits - 1](block, x, out);
 }
 
-INLINE Multiply multiply_of(int bits, int digits) {
-  return digits == 1 ? multiply_of<1>(bits) : digits == 2 ? multiply_of<2>(bits) : multiply_of<3>(bits);
+template <int BLOCKS>
+INLINE void multiply_blocks(const Block* blocks, const Operand& x, float* const* out) {
+#if defined(__AMX_INT8__)
+  if (x.tiles) {
+    if (x.tiles->digits == HALVES) return multiply_halves<BLOCKS>(blocks, *x.tiles, out);
+    if (x.tiles->digits == 1) return multiply_tiles<1, BLOCKS>(blocks, *x.tiles, out);
+    if (x.tiles->digits == 2) return multiply_tiles<2, BLOCKS>(blocks, *x.tiles, out);
+    return multiply_tiles<3, BLOCKS>(blocks, *x.tiles, out);
+  }
+#endif
+  for (int b = 0; b < BLOCKS; ++b) {
+    if (x.x.count == 1) multiply_block<1>(blocks[b], x, out[b]);
+    if (x.x.count == 2) multiply_block<2>(blocks[b], x, out[b]);
+    if (x.x.count == 3) multiply_block<3>(blocks[b], x, out[b]);
+  }
+}
+
+// out [count][tokens, ROWS] = the operand times the transposes of one or two blocks. Of a thread that is Ready for it.
+INLINE void multiply(const Block* blocks, int64_t count, const Operand& x, float* const* out) {
+  count == 2 ? multiply_blocks<2>(blocks, x, out) : multiply_blocks<1>(blocks, x, out);
 }
 
 // Readies a thread for products with an operand while it lives.

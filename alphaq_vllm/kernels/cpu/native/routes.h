@@ -9,7 +9,7 @@
 namespace alphaq {
 
 // Routes of an expert that are multiplied with a block at once: their activations stay in the second cache.
-constexpr int64_t ROUTES_AT_ONCE = 128;
+constexpr int64_t ROUTES_AT_ONCE = 256;
 
 // The routes of some tokens, expert by expert.
 struct Routes {
@@ -24,6 +24,8 @@ struct Routes {
   };
   // Routes of one expert, ROUTES_AT_ONCE at most, ascending.
   std::vector<Piece> pieces;
+  // With routes.
+  int64_t experts = 0;
 
   // All rows, of the one matrix that there is.
   explicit Routes(int64_t rows) : index(rows) {
@@ -53,21 +55,41 @@ struct Routes {
     }
   }
 
+  // Digits for activations of a dtype, or HALVES if these are many enough.
+  int64_t digits(Dtype dtype, int64_t chosen) const {
+    const bool many = (int64_t)index.size() >= FEWEST_IN_HALVES * experts;
+    return HAS_TILES && dtype == BFLOAT16 && chosen == 2 && many ? HALVES : chosen;
+  }
+
  private:
   void add_pieces(int32_t expert, int32_t first, int32_t count) {
+    experts += count > 0;
     for (int32_t done = 0; done < count; done += ROUTES_AT_ONCE) {
       pieces.push_back({expert, first + done, std::min<int32_t>(count - done, ROUTES_AT_ONCE)});
     }
   }
 };
 
+// Rows of x, [rows, columns] of dtype.
+struct Source {
+  Dtype dtype;
+  const void* x;
+  int64_t rows;
+  int64_t columns;
+  int64_t group_size;
+};
+
 // What the experts are multiplied with, piece by piece.
 class Operands {
  public:
-  // rows: of x, for each route.
-  Operands(const Threads& threads, const Routes& routes, const Digits& x, const std::vector<int32_t>& rows,
-           Workspace& space)
-      : routes_(routes), x_(x), rows_(rows) {
+  // rows: of x, for each route. digits: or HALVES, for x of bfloat16.
+  Operands(const Threads& threads, const Routes& routes, const Source& x, const std::vector<int32_t>& rows,
+           int64_t digits, Workspace& space)
+      : routes_(routes), rows_(rows), x_{} {
+    if (digits != HALVES) {
+      x_ = take_digits(space, x.rows, x.columns, x.group_size, digits);
+      quantize_rows(threads, x.dtype, x.x, x.rows, x_);
+    }
     if (!HAS_TILES) return;
     struct Tile {
       int64_t piece;
@@ -75,42 +97,47 @@ class Operands {
     };
     std::vector<Tile> all;
     for (const Routes::Piece& piece : routes.pieces) {
-      Tiles tiles(x, piece.count);
-      if (piece.count >= FEWEST_IN_TILES) {
-        tiles.digits = space.take<int8_t>(tiles.padded * x.columns * x.count);
-        tiles.factors = space.take<float>(tiles.padded * x.groups() * 2);
-        for (int64_t i = 0; i < tiles.padded / tiles.height; ++i) all.push_back({(int64_t)tiles_.size(), i});
+      Tiles tiles(piece.count, x.columns, x.group_size, digits);
+      if (in_tiles(piece, digits)) {
+        tiles.take(space);
+        for (int64_t i = 0; i < Tiles::number(piece.count); ++i) all.push_back({(int64_t)tiles_.size(), i});
       }
       tiles_.push_back(tiles);
     }
     parallel(threads, all.size(), [&](int64_t i) {
       const Routes::Piece& piece = routes.pieces[all[i].piece];
-      tiles_[all[i].piece].gather(x, &rows[piece.first], piece.count, all[i].index);
+      const Tiles& tiles = tiles_[all[i].piece];
+      if (digits == HALVES) {
+        tiles.gather((const uint16_t*)x.x, &rows[piece.first], piece.count, all[i].index);
+      } else {
+        tiles.gather(x_, &rows[piece.first], piece.count, all[i].index);
+      }
     });
   }
 
   Operand operator[](int64_t piece) const {
     const Routes::Piece& routes = routes_.pieces[piece];
-    const Tiles* tiles = HAS_TILES && tiles_[piece].digits ? &tiles_[piece] : nullptr;
+    const Tiles* tiles = HAS_TILES && tiles_[piece].bytes ? &tiles_[piece] : nullptr;
     return {x_, &rows_[routes.first], routes.count, tiles};
   }
 
   // What the constructor takes from the workspace.
-  static int64_t bytes(const Routes& routes, int64_t columns, int64_t group_size, int64_t digits) {
-    int64_t total = 0;
+  static int64_t bytes(const Routes& routes, int64_t rows, int64_t columns, int64_t group_size, int64_t digits) {
+    int64_t total = digits == HALVES ? 0 : digit_bytes(rows, columns, group_size, digits);
     for (const Routes::Piece& piece : routes.pieces) {
-      if (HAS_TILES && piece.count >= FEWEST_IN_TILES) {
-        const Tiles tiles({nullptr, nullptr, columns, group_size, (int)digits}, piece.count);
-        total += digit_bytes(tiles.padded, columns, group_size, digits);
-      }
+      if (in_tiles(piece, digits)) total += Tiles(piece.count, columns, group_size, digits).taken();
     }
     return total;
   }
 
  private:
+  static bool in_tiles(const Routes::Piece& piece, int64_t digits) {
+    return HAS_TILES && (digits == HALVES || piece.count >= FEWEST_IN_TILES);
+  }
+
   const Routes& routes_;
-  const Digits& x_;
   const std::vector<int32_t>& rows_;
+  Digits x_;
   std::vector<Tiles> tiles_;
 };
 

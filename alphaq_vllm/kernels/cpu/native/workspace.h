@@ -12,7 +12,7 @@
 namespace alphaq {
 
 // Bytes of activations that are kept at a time: tokens are computed in so many pieces as this takes.
-constexpr int64_t WORKSPACE = 64 << 20;
+constexpr int64_t WORKSPACE = 128 << 20;
 
 // Memory of one thread, kept from call to call.
 class Workspace {
@@ -42,9 +42,10 @@ class Workspace {
   int64_t size_ = 0, used_ = 0;
 };
 
-inline Workspace& workspace() {
-  static thread_local Workspace workspace;
-  return workspace;
+// This thread's: 0 for a whole call, 1 for the product of a block.
+inline Workspace& workspace(int which = 0) {
+  static thread_local Workspace workspaces[2];
+  return workspaces[which];
 }
 
 // What take_digits takes, and what Tiles take for so many padded tokens.
