@@ -6,7 +6,6 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -30,8 +29,10 @@ def build_driver(directory: Path, command: Sequence[str], emulator: Sequence[str
     def run(problem, threads: int = 1) -> torch.Tensor:
         (directory / "in").write_bytes(_serialized(problem, threads))
         subprocess.run([*emulator, program, directory / "in", directory / "out"], check=True, timeout=300)
-        out = torch.from_numpy(np.fromfile(directory / "out", dtype=np.float32))
-        return out.view(problem.expected.shape).to(problem.x.dtype)
+        out = bytearray((directory / "out").read_bytes())
+        if not out:
+            return problem.x.new_empty(problem.expected.shape)
+        return torch.frombuffer(out, dtype=problem.x.dtype).view(problem.expected.shape)
 
     return run
 
@@ -42,8 +43,9 @@ def _serialized(problem, threads: int) -> bytes:
     activation = SUPPORTED_ACTIVATIONS.index(gate.activation)
     on_input = int(routing.apply_router_weight_on_input)
     numbers = [*ids.shape, weights.w13.num_experts, on_input, native.DIGITS[problem.x.dtype], activation, threads]
+    numbers.append(native.DTYPES[problem.x.dtype])
     limit = float("inf") if gate.limit is None else gate.limit
-    parts = [torch.tensor(numbers), torch.tensor([limit, gate.alpha, gate.beta]), problem.x.float()]
+    parts = [torch.tensor(numbers), torch.tensor([limit, gate.alpha, gate.beta]), problem.x]
     parts += [routing.topk_weights, ids]
     for experts, bias in ((weights.w13, weights.w13_bias), (weights.w2, weights.w2_bias)):
         parts += _stem(experts, bias)

@@ -54,13 +54,14 @@ struct Stem {
     failed |= alphaq_reorder_groups(scales.data(), num_bits.size() * N, groups, &threads);
     failed |= alphaq_reorder_groups(zero_points.data(), num_bits.size() * N, groups, &threads);
     if (failed) std::abort();
+    const void* biases = bias.empty() ? nullptr : bias.data();
     return {packed.data(),
             scales.data(),
             zero_points.data(),
             num_bits.data(),
             offsets.data(),
-            bias.empty() ? nullptr : bias.data(),
-            numbers[0],
+            biases,
+            (Dtype)numbers[0],
             numbers[1],
             N,
             K,
@@ -72,24 +73,35 @@ struct Stem {
 
 int main(int, char** arguments) {
   in = std::fopen(arguments[1], "rb");
-  // num_tokens, top_k, num_experts, weight_on_input, digits, activation, number of threads
+  // num_tokens, top_k, num_experts, weight_on_input, digits, activation, number of threads, dtype of x and out
   const std::vector<int64_t> numbers = read<int64_t>();
-  const std::vector<float> gate = read<float>(), x = read<float>(), topk_weights = read<float>();
+  const std::vector<float> gate = read<float>();
+  const std::vector<uint8_t> x = read<uint8_t>();
+  const std::vector<float> topk_weights = read<float>();
   const std::vector<int32_t> expert_ids = read<int32_t>();
   Stem w13, w2;
 #if defined(__AMX_INT8__)
   if (syscall(SYS_arch_prctl, 0x1023, 18)) std::abort();
 #endif
   const Threads threads{run, (int32_t)numbers[6]};
-  std::vector<float> out(numbers[0] * w2.numbers[2]);
-  const Call call{
-      x.data(),   topk_weights.data(), expert_ids.data(), out.data(), numbers[0],
-      numbers[1], numbers[2],          numbers[3],        numbers[4], {(int)numbers[5], gate[0], gate[1], gate[2]},
-      threads};
+  const Dtype dtype = (Dtype)numbers[7];
+  std::vector<uint8_t> out(numbers[0] * w2.numbers[2] * (dtype == FLOAT32 ? 4 : 2));
+  const Call call{x.data(),
+                  topk_weights.data(),
+                  expert_ids.data(),
+                  out.data(),
+                  dtype,
+                  numbers[0],
+                  numbers[1],
+                  numbers[2],
+                  numbers[3],
+                  numbers[4],
+                  {(int)numbers[5], gate[0], gate[1], gate[2]},
+                  threads};
   const Experts w13_experts = w13.experts(threads), w2_experts = w2.experts(threads);
   const int result = alphaq_fused_moe(&w13_experts, &w2_experts, &call);
   std::FILE* to = std::fopen(arguments[2], "wb");
-  if (!out.empty()) std::fwrite(out.data(), sizeof(float), out.size(), to);
+  if (!out.empty()) std::fwrite(out.data(), 1, out.size(), to);
   std::fclose(to);
   return result;
 }
