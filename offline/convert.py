@@ -25,7 +25,7 @@ _DESCRIPTION = """Convert a Mixture-of-Experts checkpoint so that every expert m
 The widths are chosen without calibration data, from the spectra of the weights and the errors that quantization causes
 on text that the model writes itself, so that their average keeps to a budget. With --noise measured --quantizer mse
 nothing runs the model: faster, and worse. Everything but the routed experts is copied unchanged, unless --linear-bits
-quantizes attention, shared experts and dense layers too, for the kernels that vLLM has."""
+quantizes attention, shared experts and dense layers too."""
 
 _EXAMPLES = """\
   python -m offline.convert Qwen/Qwen1.5-MoE-A2.7B qwen-alphaq --bits 3.5
@@ -73,8 +73,7 @@ def build_parser() -> Parser:
         "--linear-bits",
         type=int,
         choices=(16, *reversed(LINEAR_BITS)),
-        help="of attention, shared experts and dense layers (default 16: left alone); on CPUs vLLM serves 16, and with "
-        "AVX-512 also 4",
+        help="of attention, shared experts and dense layers (default 16: left alone)",
     )
     parser.add_argument("--tp-size", type=int, metavar="N", help="refuse what N ranks could not share (default 1)")
     parser.add_argument(
