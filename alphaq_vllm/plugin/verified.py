@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from alphaq_vllm.cache import cache_directory
@@ -63,14 +63,10 @@ class VerifiedSums:
         try:
             path = self._path()
             path.parent.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                try:
-                    json.dump({"directory": self.real, "files": kept}, file)
-                    file.close()
-                    os.replace(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            with TemporaryDirectory(dir=path.parent) as folder:
+                whole = Path(folder, path.name)
+                whole.write_text(json.dumps({"directory": self.real, "files": kept}))
+                whole.replace(path)
         except (OSError, ValueError) as error:
             return str(error)
         return None

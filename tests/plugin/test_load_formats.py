@@ -1,4 +1,4 @@
-"""``--load-format``: what reads a checkpoint's tensors works, made-up weights too, and the rest is refused by its name."""
+"""``--load-format``: what reads a checkpoint's tensors works, made-up weights too, and the rest is refused by name."""
 
 import shutil
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_what_vllm_saved_as_sharded_state_is_refused_by_name(checkpoint, without
     """As vLLM's example saves it: weights as a rank holds them, beside the files of the checkpoint."""
     ShardedStateLoader.save_model(load(checkpoint), str(without_weights))
     assert [*without_weights.glob("model-rank-0-part-0.safetensors")]
-    with pytest.raises(ValueError, match="--load-format sharded_state: .*: serve the checkpoint that convert wrote"):
+    with pytest.raises(ValueError, match=r"--load-format sharded_state: .*: serve the checkpoint that convert wrote"):
         load(without_weights, verify=True, load_format="sharded_state")
 
 

@@ -255,11 +255,11 @@ def test_a_damaged_memory_counts_as_none(checkpoint, start, cache, log, name):
 
 
 def test_no_part_of_a_memory_is_left_when_the_disk_is_full(checkpoint, start, cache, monkeypatch, log):
-    def full(content, file):
-        file.write("{")
+    def full(path, text):
+        path.write_bytes(b"{")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(verified.json, "dump", full)
+    monkeypatch.setattr(Path, "write_text", full)
     assert start(checkpoint) == ALL
     assert [*cache.rglob("*.*")] == []
     assert "at the next start, for it cannot keep their sums: [Errno 28] No space left on device" in log[-1]
