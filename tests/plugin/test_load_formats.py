@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from vllm.config import LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader import default_loader, get_model, runai_streamer_loader
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 
 from alphaq_vllm import convert
@@ -62,6 +62,25 @@ def finite_outputs(model):
 
 @pytest.mark.parametrize("load_format", ["hf", "safetensors"])
 def test_formats_that_read_safetensors_load_the_same(checkpoint, loaded, load_format):
+    assert same(state(load(checkpoint, verify=True, load_format=load_format)), loaded)
+
+
+@pytest.mark.parametrize(
+    ("load_format", "module", "iterator"),
+    [
+        ("fastsafetensors", default_loader, "fastsafetensors_weights_iterator"),
+        ("instanttensor", default_loader, "instanttensor_weights_iterator"),
+        ("runai_streamer", runai_streamer_loader, "runai_safetensors_weights_iterator"),
+    ],
+)
+def test_other_readers_go_through_the_same_loading(checkpoint, loaded, monkeypatch, load_format, module, iterator):
+    """Without their packages, of which some need a GPU: what they read is read by another here."""
+
+    def read(paths, *arguments, **options):
+        return (pair for path in paths for pair in load_file(path).items())
+
+    monkeypatch.setattr(module, iterator, read)
+    monkeypatch.setattr(runai_streamer_loader, "list_safetensors", lambda path: [*Path(path).glob("*.safetensors")])
     assert same(state(load(checkpoint, verify=True, load_format=load_format)), loaded)
 
 
