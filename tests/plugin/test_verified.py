@@ -193,6 +193,15 @@ def test_what_was_found_right_beside_a_damaged_file_is_not_read_again(checkpoint
     assert start(checkpoint) == ["model-2.safetensors"]
 
 
+def test_a_file_that_was_refused_is_read_again(checkpoint, start, monkeypatch):
+    """A machine can err while it reads."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums.hashlib, "sha256", checksums.hashlib.sha1)
+        with pytest.raises(ValueError, match="copy it again"):
+            start(checkpoint)
+    assert start(checkpoint) == ALL
+
+
 def test_full_takes_back_what_once_believed(checkpoint, start, cache, monkeypatch):
     """A disk loses bits without a change of times."""
     start(checkpoint)
