@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,6 +38,16 @@ def format_sums(sums: Mapping[str, str]) -> str:
     return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 sum of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        # hashlib.file_digest is newer than the oldest Python that is supported.
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 class Comparison(NamedTuple):
     """Files that have a sum: all of them, those that are not there, and those with other contents.
 
@@ -57,9 +67,10 @@ class Comparison(NamedTuple):
         return Comparison(names, missing, different, {name: self.found[name] for name in names if name in self.found})
 
 
-def compare_sums(directory: Path) -> Comparison:
+def compare_sums(directory: Path, sum_of: Callable[[Path], str] = sha256) -> Comparison:
     """Compare all files with the sums that the conversion left. Other files may have been added.
 
+    sum_of: how to come by the sum of a file; called in several threads.
     Raises FileNotFoundError or ValueError for a missing or malformed file of sums, and for files of the checkpoint that
     have no sum.
     """
@@ -75,7 +86,7 @@ def compare_sums(directory: Path) -> Comparison:
     present = [name for name in sums if (directory / name).is_file()]
     # Python lets other threads run while it computes a sum.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(present, pool.map(sha256, [directory / name for name in present]), strict=True))
+        found = dict(zip(present, pool.map(sum_of, [directory / name for name in present]), strict=True))
     different = [name for name, digest in found.items() if digest != sums[name]]
     return Comparison(list(sums), [name for name in sums if name not in found], different, found)
 
@@ -101,16 +112,6 @@ def refuse(directory: Path, comparison: Comparison) -> None:
             f"{directory}: expected the contents that {SUMS} states, got others in {_few(comparison.different)}: "
             "copy it again"
         )
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 sum of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        # hashlib.file_digest is newer than the oldest Python that is supported.
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _parse(path: Path) -> dict[str, str]:

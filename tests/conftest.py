@@ -2,6 +2,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -12,8 +13,13 @@ MODEL = Path(__file__).parent / "models" / "docs-moe"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def pytest_configure():
-    """Give processes that run tests side by side, and the servers that these start, a share of the cores each."""
+def pytest_configure(config):
+    """Keep out of the user's cache, and give processes that run tests side by side, and the servers that these start, a
+    share of the cores each.
+    """
+    folder = TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    os.environ["ALPHAQ_CACHE"] = folder.name
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:
         threads = max(1, len(os.sched_getaffinity(0)) // workers)

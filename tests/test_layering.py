@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FORMAT = {"alphaq_vllm.format", "alphaq_vllm.packing", "alphaq_vllm.linear_packing", "alphaq_vllm.checksums"}
+FORMAT = {
+    "alphaq_vllm.format", "alphaq_vllm.packing", "alphaq_vllm.linear_packing", "alphaq_vllm.checksums",
+    "alphaq_vllm.cache",
+}  # fmt: skip
 # Modules of ``offline`` itself that any room may use.
 COMMON = {"offline", "offline.messages", "offline.strict_json", "offline.progress", "offline.threads"}
 WORK = COMMON | {"offline.parallel", "offline.journal"}

@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import vllm
 
@@ -19,7 +19,7 @@ OLDEST, NEWEST = (0, 26), (0, 33)
 RANGE = f"vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
 
 try:
-    from vllm.config import get_current_vllm_config
+    from vllm.config import LoadConfig, ModelConfig, get_current_vllm_config
     from vllm.logger import init_logger
     from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodBase, RoutedExperts
     from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
@@ -80,6 +80,7 @@ __all__ = [
     "register_weight_loader_v2_supported_method",
     "set_weight_attrs",
     "weight_loader",
+    "weights_asked_for",
 ]
 
 # vLLM shows messages of loggers below its own only.
@@ -165,6 +166,27 @@ def local_expert_ids(manager: ExpertMapManager, num_experts: int) -> list[int]:
         return list(range(num_experts))
     expert_map = manager.expert_map.tolist()
     return sorted((e for e in range(num_experts) if expert_map[e] >= 0), key=expert_map.__getitem__)
+
+
+class AskedWeights(NamedTuple):
+    """The value of ``--load-format``, and where the weights lie if not beside the config, else nothing."""
+
+    load_format: str = "auto"
+    elsewhere: str = ""
+
+
+def weights_asked_for() -> AskedWeights:
+    """How vLLM was asked to load the model whose quantization config it is making.
+
+    vLLM does not tell the config, so this looks at the variables of vLLM's function that calls it.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        load, model = frame.f_locals.get("load_config"), frame.f_locals.get("model_config")
+        if isinstance(load, LoadConfig) and isinstance(model, ModelConfig):
+            return AskedWeights(str(load.load_format), getattr(model, "model_weights", ""))
+        frame = frame.f_back
+    return AskedWeights()
 
 
 def weight_loader(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:

@@ -29,7 +29,8 @@ class AlphaQConfig(QuantizationConfig):
     """The checkpoint's ``quantization_config``, checked, with module names as vLLM has them.
 
     spec: None for a model in full precision, of which ``maybe_update_config`` chooses the widths; settings: for that.
-    quantizer: of the experts while they are loaded, None where they are stored quantized.
+    quantizer: of the experts while they are loaded, None where they are stored quantized. dummy: whether vLLM makes up
+    weights instead of loading them.
     """
 
     def __init__(self, spec: AlphaQSpec | None = None, settings: Mapping[str, Any] | None = None) -> None:
@@ -42,6 +43,7 @@ class AlphaQConfig(QuantizationConfig):
         super().__init__()
         self.settings = settings or {}
         self.quantizer: str | None = None
+        self.dummy = False
         self.decided = spec is not None
         self.report = LoadReport()
         self._adopt(spec or AlphaQSpec(128, {}))
@@ -85,12 +87,19 @@ class AlphaQConfig(QuantizationConfig):
         """Check the files of a checkpoint, or choose the widths of a model in full precision.
 
         vLLM calls it before it starts its workers.
-        Raises ValueError or OSError as ``check_sums`` and ``choose_online`` do.
+        Raises ValueError or OSError as ``check_load_format``, ``check_files`` and ``choose_online`` do.
         """
+        from alphaq_vllm.plugin._compat import weights_asked_for
+        from alphaq_vllm.plugin.support import DUMMY, check_load_format
+
+        load_format, elsewhere = weights_asked_for()
+        check_load_format(load_format)
+        self.dummy = load_format == DUMMY
         if self.decided:
             from alphaq_vllm.plugin.files import check_files
 
-            check_files(Path(model_name))
+            if not self.dummy and not elsewhere:
+                check_files(Path(model_name))
             return
         check_offline()
         from alphaq_vllm.plugin.online import choose_online
@@ -139,7 +148,7 @@ class AlphaQConfig(QuantizationConfig):
             if method is None:
                 return UnquantizedLinearMethod()
         if method:
-            method.report = self.report
+            method.report, method.dummy = self.report, self.dummy
             self.report.expect(method.prefix)
         return method
 

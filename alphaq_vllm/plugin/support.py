@@ -15,6 +15,10 @@ GPT_OSS_ACTIVATION = "swigluoai"
 # What brings tokens to the ranks of their experts as rows with ids. Other backends batch them by expert, quantize them,
 # or have experts of their own.
 ALL2ALL_BACKENDS = ("allgather_reducescatter", "deepep_high_throughput", "deepep_v2")
+# vLLM fills parameters with small random numbers, to profile.
+DUMMY = "dummy"
+# These read back what a server held in memory. There, weights lie as the kernels of its device read them.
+MEMORY_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
 # In bytes, what DeepEP copies at once.
 DEEPEP_UNIT = 512
 
@@ -35,6 +39,16 @@ def check_linear_kernel(prefix: str, num_bits: int) -> None:
         raise ValueError(
             f"{prefix}: vLLM has no kernel for 4-bit linear layers on this processor, which takes AVX-512: install a "
             "C++ compiler for AlphaQ's own, or convert with --linear-bits 16"
+        )
+
+
+def check_load_format(load_format: str) -> None:
+    """Raise ValueError for a format that does not load the tensors of a checkpoint."""
+    if load_format in MEMORY_FORMATS:
+        raise ValueError(
+            f"--load-format {load_format}: expected a format that reads the tensors of a checkpoint, such as auto, got "
+            "one that reads back what vLLM held in memory, where AlphaQ's weights lie in another order: serve the "
+            "checkpoint that convert wrote, without --load-format"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -15,28 +14,12 @@ from typing import Any
 from filelock import FileLock
 
 import offline
+from alphaq_vllm.cache import cache_directory
 from offline import VERSION
 from offline.allocation.widths import Budget
 from offline.operations.plan import Job
 from offline.sensitivity.stats import Statistics, read_statistics
 from offline.source.fingerprint import fingerprint
-
-
-def cache_directory() -> Path:
-    """Where statistics are kept: ``ALPHAQ_CACHE``, by default ``alphaq`` in the user's cache directory.
-
-    Raises ValueError if there is no such place, for want of a home directory.
-    """
-    if chosen := os.environ.get("ALPHAQ_CACHE"):
-        return Path(chosen).expanduser()
-    if user := os.environ.get("XDG_CACHE_HOME"):
-        return Path(user, "alphaq")
-    try:
-        return Path.home() / ".cache" / "alphaq"
-    except RuntimeError:
-        raise ValueError(
-            "ALPHAQ_CACHE: expected a directory for statistics, got none, and the user has no home directory: set it"
-        ) from None
 
 
 def cached_statistics(job: Job, budget: Budget) -> tuple[Statistics, str]:

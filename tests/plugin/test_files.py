@@ -48,7 +48,7 @@ def test_a_flipped_bit_in_what_is_loaded_is_refused(converted, copy):
         for place in (0 if name != SUMS else -2, (copy / name).stat().st_size // 2, -1):
             flip(copy / name, place)
             check_files.cache_clear()
-            with pytest.raises(ValueError, match=f"{SUMS}.* or set ALPHAQ_VERIFY=0 if it was changed on purpose"):
+            with pytest.raises(ValueError, match=f"{SUMS}.* or set ALPHAQ_VERIFY=off if it was changed on purpose"):
                 serve(copy)
             shutil.copy(converted / name, copy / name)
 
