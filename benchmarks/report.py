@@ -311,6 +311,40 @@ def kernels(rows: list[Row], directory: Path) -> list[str]:
     return ["## Kernels", "", *plot_kernels(timed, directory), *table(header, lines), ""]
 
 
+def cpu_kernels(rows: list[Row]) -> list[str]:
+    """Milliseconds of one layer's routed experts on CPUs, and what part of them reading the weights takes."""
+
+    def setting(row: Row) -> tuple:
+        return row["model"], row["cpu"], row["instruction_set"], row["threads"]
+
+    page = []
+    for (model, cpu, instruction_set, threads), group in groupby(sorted(rows, key=setting), setting):
+        latest = {(row["kernel"], row["bits"] or 0, row["tokens"]): row for row in group if "ms" in row}
+        if not latest:
+            continue
+        tokens = sorted({n for _, _, n in latest})
+        last = next(reversed(latest.values()))
+        lines = [
+            [f"{kernel}, {bits} bits" if bits else kernel] + [_of_limit(latest.get((kernel, bits, n))) for n in tokens]
+            for kernel, bits in sorted({(kernel, bits) for kernel, bits, _ in latest})
+        ]
+        page += [
+            f"## Experts of a layer on a CPU: {model}, {instruction_set}, {threads} threads",
+            "",
+            f"Milliseconds by number of tokens, and in brackets how much of them reading the experts in use takes at "
+            f"{last['bytes_per_second'] / 1e9:.1f} GB/s. {cpu}, torch {last['torch']}, {last['date'][:10]}, commit "
+            f"{last['commit']}.",
+            "",
+            *table(["kernel", *map(str, tokens)], lines),
+            "",
+        ]
+    return page
+
+
+def _of_limit(row: Row | None) -> str:
+    return f"{row['ms']:.3g} ({row['limit_ms'] / row['ms']:.0%})" if row else ""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -331,6 +365,7 @@ def main() -> None:
         *serving(read(directory / "serving.jsonl"), directory),
         *zero_shot(read(directory / "zero_shot.jsonl")),
         *kernels(read(directory / "kernels.jsonl"), directory),
+        *cpu_kernels(read(directory / "cpu_kernels.jsonl")),
     ]
     (directory / "README.md").write_text("\n".join(page))
 
