@@ -89,12 +89,20 @@ def serving(machine, kind, clients):
     return row
 
 
-def test_throughput():
-    ((head, rows),) = by_column(README, "format", "1", "8", "32")
-    assert len(rows) == 5
-    for machine, kind, *cells in rows:
-        figures = [f"{serving(machine, kind, clients)['output_throughput']:.0f}" for clients in head[2:]]
-        assert cells == figures, (machine, kind)
+SHAPES = {"Qwen1.5-MoE-A2.7B": "qwen1.5", "Mixtral-8x7B": "mixtral"}
+KERNELS = {"AlphaQ, 3.5 bits": ("alphaq", 3.5), "vLLM, bf16": ("vllm-bf16", None), "vLLM, 4 bits": ("vllm-int4", None)}
+
+
+def test_kernels_on_a_cpu():
+    ((head, rows),) = by_column(README, "one layer, ms", "1", "4096")
+    assert len(rows) == 6
+    latest = {
+        (row["model"], row["kernel"], row["bits"], row.get("tokens")): row for row in results("cpu_kernels.jsonl")
+    }
+    for what, kernel, *cells in rows:
+        found = [latest[(SHAPES[what], *KERNELS[kernel], int(tokens))] for tokens in head[2:]]
+        assert cells == [f"{row['ms']:.3g}" for row in found], (what, kernel)
+        assert {(row["instruction_set"], row["threads"]) for row in found} == {("amx", 2)}
 
 
 def test_serving():

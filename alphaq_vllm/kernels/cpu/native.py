@@ -39,28 +39,38 @@ _pointer, _int64 = ctypes.c_void_p, ctypes.c_int64
 
 @cache
 def best_instruction_set() -> str:
-    """The instruction set to compute with: the best that this processor has, or the one that the user chose.
+    """The instruction set to compute with, or ``none`` for torch.
+
+    It is the user's choice, or the best that this processor has and for which the kernel can be built. The log says why
+    it is not the best of the processor.
 
     Raises ValueError for a choice that this processor does not have.
     """
     has = build.supported()
-    chosen = os.environ.get(INSTRUCTION_SET) or has[0]
-    if chosen not in (*has, "none"):
+    chosen = os.environ.get(INSTRUCTION_SET)
+    if chosen and chosen not in (*has, "none"):
         raise ValueError(f"{INSTRUCTION_SET}: expected one of {', '.join((*has, 'none'))} here, got {chosen}")
-    return chosen
+    first_error: Exception | None = None
+    for name in (chosen,) if chosen else has:
+        if name == "none":
+            return name
+        try:
+            load(name)
+        except (OSError, subprocess.SubprocessError) as error:
+            first_error = first_error or error
+            continue
+        if first_error:
+            logger.warning("AlphaQ's CPU kernel uses %s, not %s: %s", name, has[0], first_error)
+        return name
+    logger.warning("AlphaQ computes experts with torch, many times slower than its CPU kernel: %s", first_error)
+    return "none"
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The kernel for this processor, or None, which the log explains, if there is none."""
+    """The kernel for this processor, or None if there is none."""
     name = best_instruction_set()
-    if name == "none":
-        return None
-    try:
-        return load(name)
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("AlphaQ computes experts with torch, many times slower than its CPU kernel: %s", error)
-        return None
+    return None if name == "none" else load(name)
 
 
 @cache

@@ -75,6 +75,21 @@ def test_without_a_compiler_torch_computes_and_the_log_says_so_once(cache, env, 
     assert not list(cache.glob("*.so"))
 
 
+def test_a_compiler_that_does_not_know_the_best_instruction_set_builds_the_next(cache, tmp_path):
+    best, second = build.supported()[:2]
+    compiler = tmp_path / "g++"
+    unknown = "|".join(
+        f"*{option}*" for option in set(build.instruction_sets()[best]) - {*build.instruction_sets()[second]}
+    )
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in {unknown}) echo unknown option >&2; exit 1;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    result = prepare(CXX=str(compiler))
+    assert result.stdout.split() == ["cpu", "cpu"]
+    assert re.fullmatch(
+        rf"WARNING AlphaQ's CPU kernel uses {second}, not {best}: .*: unknown option", result.stderr.strip()
+    )
+
+
 def test_the_instruction_set_can_be_chosen(cache):
     assert prepare(ALPHAQ_CPU_KERNEL="none").stdout.split() == ["checkpoint", "checkpoint"]
     assert not cache.exists()
