@@ -19,6 +19,7 @@ from itertools import islice
 from multiprocessing import context, forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -152,17 +153,29 @@ def _work(connection: Connection, shared_bytes: bytes, function_bytes: bytes) ->
     torch.set_num_threads(1)
     shared = pickle.loads(shared_bytes)
     function = _loads(function_bytes, shared)
-    while True:
-        try:
-            item = _loads(connection.recv_bytes(), shared)
-        except EOFError:
-            return
+    items: SimpleQueue[bytes | None] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, items), daemon=True).start()
+    while (content := items.get()) is not None:
+        item = _loads(content, shared)
         try:
             outcome = function(item), None
         except Exception as error:
             outcome = None, ExceptionWithTraceback(error, error.__traceback__)
         # Not connection.send, which leaves tensors to be fetched from a process that may be gone by then.
         connection.send_bytes(pickle.dumps(outcome))
+
+
+def _receive(connection: Connection, items: SimpleQueue[bytes | None]) -> None:
+    """Take items as they come, and None for the end.
+
+    What does not fit the connection's buffer is only sent while somebody receives. Without this, a process that sends a
+    large result and one that sends it a large item would wait for each other for ever.
+    """
+    try:
+        while True:
+            items.put(connection.recv_bytes())
+    except (EOFError, OSError):
+        items.put(None)
 
 
 def _end_with_parent() -> None:

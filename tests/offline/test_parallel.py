@@ -18,6 +18,12 @@ def test_run_all_yields_every_item_with_its_result(workers):
     assert sorted(results) == [(i, -i) for i in range(20)]
 
 
+@pytest.mark.timeout(120)
+def test_items_and_results_may_be_larger_than_any_buffer():
+    items = [bytes(2**25) for _ in range(6)]
+    assert sum(result == item for item, result in run_all(bytes.upper, items, 2)) == len(items)
+
+
 def test_run_all_accepts_no_items():
     assert list(run_all(operator.neg, [], 2)) == []
 
