@@ -16,13 +16,13 @@ class Progress:
     """Reports how much of ``total`` bytes is done, the rate and the time left, within a with statement.
 
     On a terminal that is one line that changes; elsewhere it is a line every five seconds, and one at the end.
-    done: bytes that were done before, which do not count for the rate.
+    done: bytes that were done before, which do not count for the rate. brief: say nothing if it ends sooner.
     """
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
+    def __init__(self, what: str, total: int, done: int = 0, brief: bool = False) -> None:
         self._what, self._total, self._before, self._done = what, total, done, done
         self._start = self._last = time.monotonic()
-        self._on_terminal, self._in_line = sys.stderr.isatty(), False
+        self._on_terminal, self._in_line, self._brief = sys.stderr.isatty(), False, brief
 
     def __enter__(self) -> Progress:
         return self
@@ -38,9 +38,9 @@ class Progress:
         self._done += amount
         now = time.monotonic()
         interval = _SECONDS_BETWEEN_UPDATES if self._on_terminal else _SECONDS_BETWEEN_LINES
-        if now - self._last < interval and self._done < self._total:
+        if now - self._last < interval and (self._done < self._total or self._brief):
             return
-        self._last = now
+        self._last, self._brief = now, False
         rate = max(self._done - self._before, 1) / max(now - self._start, 1e-9)
         line = (
             f"{self._what}: {self._done / self._total:4.0%} of {format_bytes(self._total)}, "

@@ -163,7 +163,7 @@ def first_damaged(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
     A part of a tensor is in memory at a time.
     """
     tensors = {name: checkpoint.tensors[name] for name in names if checkpoint.spec(name).dtype.is_floating_point}
-    with Progress("check", sum(tensor.nbytes for tensor in tensors.values())) as progress:
+    with Progress("check", sum(tensor.nbytes for tensor in tensors.values()), brief=True) as progress:
         for name, tensor in tensors.items():
             parts = tensor.chunks(_READ_BYTES) if isinstance(tensor, StoredTensor) else (tensor.load(),)
             if not all(map(_is_sound, parts)):
