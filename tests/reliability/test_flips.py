@@ -87,7 +87,8 @@ def assert_vllm_finds_flips(checkpoint, damaged, step):
             # Warned of: what people edit, or its sum.
             comparison = compare_sums(copy)
             assert comparison.missing or comparison.different, f"{name}, byte {place}: not noticed"
-            assert not any(comparison.without(EDITABLE)[1:]), f"{name}, byte {place}: not refused"
+            weighty = comparison.without(EDITABLE)
+            assert not (weighty.missing or weighty.different), f"{name}, byte {place}: not refused"
         shutil.copy(checkpoint / name, copy / name)
 
 
