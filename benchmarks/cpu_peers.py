@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-GROUP_SIZE = 128
+from benchmarks.peers import GROUP_SIZE, sizes
+
 Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -53,7 +54,7 @@ def vllm_int4(shape: Any) -> Layer:
     if not torch.cpu._is_amx_tile_supported():
         raise OSError("it takes AMX")
     packed, scales = [], []
-    for N, K in _sizes(shape):
+    for N, K in sizes(shape):
         packed.append(torch.randint(-(2**31), 2**31, (shape.num_experts, K // 8, N), dtype=torch.int32))
         scales.append(torch.rand(shape.num_experts, K // GROUP_SIZE, N).bfloat16() / 8 / K**0.5)
     w13, w2, s13, s2, z13, z2 = prepare_int4_moe_layer_for_cpu(*packed, *scales)
@@ -68,15 +69,10 @@ def vllm_int4(shape: Any) -> Layer:
     return layer
 
 
-def _sizes(shape: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (2 * shape.intermediate_size, shape.hidden_size), (shape.hidden_size, shape.intermediate_size)
-
-
 def _dense(shape: Any) -> list[torch.Tensor]:
     """Uniform, which takes a quarter of the time that normal takes."""
     return [
-        torch.empty(shape.num_experts, N, K, dtype=torch.bfloat16).uniform_(-1, 1).div_(K**0.5)
-        for N, K in _sizes(shape)
+        torch.empty(shape.num_experts, N, K, dtype=torch.bfloat16).uniform_(-1, 1).div_(K**0.5) for N, K in sizes(shape)
     ]
 
 

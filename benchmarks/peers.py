@@ -50,7 +50,7 @@ def vllm_wna16(shape: Any):
 
     def make_layer():
         packed, scales = [], []
-        for N, K in _sizes(shape):
+        for N, K in sizes(shape):
             packed.append(torch.randint(0, 256, (shape.num_experts, N, K // 2), dtype=torch.uint8, device="cuda"))
             scales.append(
                 torch.rand(shape.num_experts, N, K // GROUP_SIZE, device="cuda", dtype=torch.bfloat16) / 8 / K**0.5
@@ -70,7 +70,7 @@ def vllm_marlin(shape: Any):
 
     def make_layer():
         packed, scales = [], []
-        for N, K in _sizes(shape):
+        for N, K in sizes(shape):
             words = (shape.num_experts, K // 16, N * 2)
             packed.append(torch.randint(-(2**31), 2**31, words, dtype=torch.int32, device="cuda"))
             scales.append(
@@ -119,7 +119,7 @@ def _humming(shape: Any, experts_of_width: dict[int, int]):
             expert_map = torch.full((shape.num_experts,), -1, dtype=torch.int32, device="cuda")
             expert_map[first : first + num_experts] = torch.arange(num_experts, dtype=torch.int32, device="cuda")
             first += num_experts
-            weights = [make_weights(bits, num_experts, N, K) for N, K in _sizes(shape)]
+            weights = [make_weights(bits, num_experts, N, K) for N, K in sizes(shape)]
             groups.append((num_experts, expert_map if num_experts < shape.num_experts else None, weights))
         locks = torch.zeros(2048, dtype=torch.int32, device="cuda")
 
@@ -157,14 +157,13 @@ def _humming(shape: Any, experts_of_width: dict[int, int]):
     return make_layer
 
 
-def _sizes(shape: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+def sizes(shape: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """``[N, K]`` of gate and up together, and of down."""
     return (2 * shape.intermediate_size, shape.hidden_size), (shape.hidden_size, shape.intermediate_size)
 
 
 def _dense(shape: Any) -> list[torch.Tensor]:
-    return [
-        torch.randn(shape.num_experts, N, K, device="cuda", dtype=torch.bfloat16) / K**0.5 for N, K in _sizes(shape)
-    ]
+    return [torch.randn(shape.num_experts, N, K, device="cuda", dtype=torch.bfloat16) / K**0.5 for N, K in sizes(shape)]
 
 
 PEERS = {

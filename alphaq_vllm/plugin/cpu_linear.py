@@ -17,6 +17,11 @@ from alphaq_vllm.kernels.linear import PackedLinear, linear
 from alphaq_vllm.plugin._compat import GroupQuantScaleParameter, PackedvLLMParameter, current_platform
 
 
+def kernel_name() -> str:
+    """What computes experts and linear layers on a CPU, for the log."""
+    return f"the native CPU kernel ({native.best_instruction_set()})"
+
+
 class NativeLinear:
     """A counterpart of vLLM's CompressedTensorsWNA16, with parameters of the same names and shapes."""
 
@@ -27,11 +32,6 @@ class NativeLinear:
     def takes(rows: int) -> bool:
         """Whether layers of so many rows can be computed here: on a CPU that the kernel could be built for."""
         return current_platform.is_cpu() and rows % native.ROWS == 0 and native.library() is not None
-
-    @property
-    def name(self) -> str:
-        """What computes, for the log."""
-        return f"the native CPU kernel ({native.best_instruction_set()})"
 
     def create_weights(
         self,

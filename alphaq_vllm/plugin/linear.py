@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from alphaq_vllm.format import PACKED, PACKED_DTYPE, SCALE, SCALE_DTYPE, LinearFormat
+from alphaq_vllm.plugin import cpu_linear
 from alphaq_vllm.plugin._compat import (
     CompressedTensorsWNA16,
     LinearMethodBase,
@@ -163,7 +164,7 @@ class AlphaQLinearMethod(LinearMethodBase):
 
     def _kernel_name(self) -> str:
         if isinstance(self.scheme, NativeLinear):
-            return self.scheme.name
+            return cpu_linear.kernel_name()
         # vLLM 0.33 has none in its batch-invariant mode.
         return type(self.scheme.kernel).__name__ if self.scheme.kernel else "batch-invariant matmul"
 

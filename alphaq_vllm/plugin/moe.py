@@ -15,8 +15,8 @@ import torch
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, matrix_tensors
 from alphaq_vllm.kernels import Gate, MoEWeights, PackedExperts, Routing, expert_offsets, fused_moe, prepare_
-from alphaq_vllm.kernels.cpu import native
 from alphaq_vllm.kernels.experts import Order
+from alphaq_vllm.plugin import cpu_linear
 from alphaq_vllm.plugin._compat import (
     FusedMoEConfig,
     FusedMoEMethodBase,
@@ -294,5 +294,5 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
 def _kernel_name(order: Order) -> str:
     """What computes experts of an order, for the log."""
     if order == "cpu":
-        return f"the native CPU kernel ({native.best_instruction_set()})"
+        return cpu_linear.kernel_name()
     return "Triton kernels" if order == "gpu" else "torch on the CPU"
