@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from alphaq_vllm.cache import cache_directory
 from tests.reliability.bad_inputs import numbers_by_test
 
 MODEL = Path(__file__).parent / "models" / "docs-moe"
@@ -14,11 +15,14 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def pytest_configure(config):
-    """Keep out of the user's cache, and give processes that run tests side by side, and the servers that these start, a
-    share of the cores each.
+    """Keep out of the user's cache, but for compiled kernels, and give processes that run tests side by side, and the
+    servers that these start, a share of the cores each.
     """
     folder = TemporaryDirectory()
     config.add_cleanup(folder.cleanup)
+    kernels = cache_directory() / "kernels"
+    kernels.mkdir(mode=0o700, parents=True, exist_ok=True)
+    Path(folder.name, "kernels").symlink_to(kernels)
     os.environ["ALPHAQ_CACHE"] = folder.name
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:

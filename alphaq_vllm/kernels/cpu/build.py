@@ -21,6 +21,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from alphaq_vllm.cache import cache_directory
+
 SOURCES = Path(__file__).with_name("native")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi")
 _AVX2 = ("avx2", "fma", "f16c")
@@ -129,15 +131,15 @@ def compile_to(path: Path, instruction_set: str, compiler: list[str]) -> None:
 def _private_directory() -> Path:
     """A directory that nobody else can write to: what lies there is loaded into this process.
 
-    ``alphaq/kernels`` in the user's cache directory, or else a new one that is this process's alone.
+    ``kernels`` in the directory of ``alphaq_vllm.cache``, or else a new one that is this process's alone.
     """
     try:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphaq" / "kernels"
+        directory = cache_directory() / "kernels"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.stat()
         if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(directory, os.W_OK):
             return directory
-    except (OSError, RuntimeError):
+    except (OSError, ValueError):
         # No home directory, or one that cannot be written to.
         pass
     return Path(tempfile.mkdtemp(prefix="alphaq-"))

@@ -153,6 +153,8 @@ def fused_moe(
 ) -> torch.Tensor:
     """Compute a layer's routed experts: products of codes and activations in integers, all else in float32.
 
+    With AMX, bfloat16 activations and many tokens to an expert, products are of weights rounded to bfloat16.
+
     Args:
         x: ``[num_tokens, hidden_size]`` bfloat16, float16 or float32.
         weights: the experts that this rank holds, in the order of ``repack_``.

@@ -29,8 +29,8 @@ for _ in range(2):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty directory for libraries."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "alphaq" / "kernels"
+    monkeypatch.setenv("ALPHAQ_CACHE", str(tmp_path))
+    return tmp_path / "kernels"
 
 
 def prepare(**env: str) -> subprocess.CompletedProcess[str]:

@@ -37,7 +37,7 @@ EXPORT int alphaq_fused_moe(const Experts* w13, const Experts* w2, const Call* c
   return result_of([&] { return fused_moe(*w13, *w2, *call); });
 }
 
-// Compute a linear layer, as linear of op.py says.
+// Compute a linear layer, as linear of linear.py says.
 EXPORT int alphaq_linear(const Linear* weights, const LinearCall* call) {
   return result_of([&] { return linear(*weights, *call); });
 }
