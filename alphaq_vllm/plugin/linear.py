@@ -23,6 +23,7 @@ from alphaq_vllm.plugin._compat import (
 from alphaq_vllm.plugin.cpu_linear import NativeLinear
 from alphaq_vllm.plugin.report import LoadReport
 from alphaq_vllm.plugin.support import check_linear_kernel
+from alphaq_vllm.ranks import SHARE, in_smaller_groups, shared_group_size
 
 DTYPES = {PACKED: PACKED_DTYPE, SCALE: SCALE_DTYPE}
 QKV: dict[Any, Any] = {"q": 0, "k": 1, "v": 2}
@@ -38,6 +39,7 @@ class AlphaQLinearMethod(LinearMethodBase):
     def __init__(self, prefix: str, linear_format: LinearFormat, parts: Sequence[str]) -> None:
         self.prefix = prefix
         self.num_bits, self.group_size = linear_format.num_bits, linear_format.group_size
+        self.seen_group_size = self.group_size
         self.parts = parts
         self.output_sizes: list[int] = []
         self.loaded: set[tuple[int, str]] = set()
@@ -57,15 +59,16 @@ class AlphaQLinearMethod(LinearMethodBase):
     ) -> None:
         """Choose a kernel and allocate this rank's part as it wants it.
 
-        Raises ValueError if tensor parallelism breaks a group, or there is no kernel for this width, dtype and device.
+        Raises ValueError if this rank's columns are no groups of any size, or there is no kernel for this width, dtype
+        and device.
         """
         self.output_sizes = output_partition_sizes
-        self._check_groups(input_size, input_size_per_partition)
+        self.seen_group_size = self._check_groups(input_size, input_size_per_partition)
         if NativeLinear.takes(sum(output_partition_sizes)):
-            self.scheme = NativeLinear(self.num_bits, self.group_size)
+            self.scheme = NativeLinear(self.num_bits, self.seen_group_size)
         else:
             self._check_supported(params_dtype)
-            self.scheme = CompressedTensorsWNA16("group", self.num_bits, self.group_size, layer_name=self.prefix)
+            self.scheme = CompressedTensorsWNA16("group", self.num_bits, self.seen_group_size, layer_name=self.prefix)
         columns = {PACKED: input_size * self.num_bits // 32, SCALE: input_size // self.group_size}
         try:
             self.scheme.create_weights(
@@ -80,7 +83,7 @@ class AlphaQLinearMethod(LinearMethodBase):
         except ValueError as error:
             raise ValueError(
                 f"{self.prefix}: vLLM has no kernel for a linear layer of {self.num_bits} bits with {output_size} rows "
-                f"in groups of {self.group_size} on this device: convert with another --linear-bits (16 leaves linear "
+                f"in groups of {self.seen_group_size} on this device: convert with another --linear-bits (16 leaves linear "
                 f"layers alone) or change --tensor-parallel-size. {error}"
             ) from error
         if isinstance(self.scheme, CompressedTensorsWNA16):
@@ -90,13 +93,20 @@ class AlphaQLinearMethod(LinearMethodBase):
             loader = weight_loader(self._load, suffix, columns[suffix], extra_weight_attrs["weight_loader"])
             getattr(layer, suffix).weight_loader = loader
 
-    def _check_groups(self, input_size: int, input_size_per_partition: int) -> None:
-        if input_size_per_partition % self.group_size:
+    def _check_groups(self, input_size: int, input_size_per_partition: int) -> int:
+        """The size of this rank's groups."""
+        if input_size % self.group_size:
+            raise ValueError(
+                f"{self.prefix}: in_features={input_size} is not divisible by group_size={self.group_size}: config.json "
+                "does not belong to these weights, convert again"
+            )
+        seen = shared_group_size(input_size_per_partition, self.group_size)
+        if seen is None:
             raise ValueError(
                 f"{self.prefix}: in_features={input_size} is {input_size_per_partition} per rank, which is not "
-                f"divisible by group_size={self.group_size}: lower --tensor-parallel-size or convert with a smaller "
-                "--group-size"
+                f"divisible by {SHARE}: lower --tensor-parallel-size or convert with --linear-bits 16"
             )
+        return seen
 
     def _check_supported(self, dtype: torch.dtype) -> None:
         if dtype not in (torch.bfloat16, torch.float16):
@@ -124,6 +134,8 @@ class AlphaQLinearMethod(LinearMethodBase):
                 f"{self.group_size}, got {loaded_weight.dtype} of shape {shape}: "
                 "config.json does not belong to these weights, convert again"
             )
+        if suffix == SCALE:
+            loaded_weight = in_smaller_groups(loaded_weight, self.group_size, self.seen_group_size)
         weight_loader(param, loaded_weight, *shard)
         self.loaded |= {(i, suffix) for i in ids}
 

@@ -28,6 +28,7 @@ from alphaq_vllm.plugin._compat import (
 from alphaq_vllm.plugin.modular import exchanges_tokens, modular_kernel
 from alphaq_vllm.plugin.report import LoadReport
 from alphaq_vllm.plugin.support import check_experts
+from alphaq_vllm.ranks import in_smaller_groups, shared_group_size
 
 SUFFIXES = (PACKED, SCALE, ZERO)
 # Where a shard lies: the stem of its parameters, its place among the stem's projections, the dimension of the
@@ -38,6 +39,7 @@ SHARDS = {"w1": ("w13", 0, 0), "w3": ("w13", 1, 0), "w2": ("w2", 0, 1)}
 class AlphaQMoEMethod(FusedMoEMethodBase):
     """One layer of routed experts.
 
+    group_size: as stored; a rank whose share of down's columns cuts groups sees smaller ones: see ``alphaq_vllm.ranks``.
     num_bits: widths of all experts of the model's layer by shard id (w1 gate, w3 up, w2 down), also of those that
     other ranks hold. widths: all that occur in the model, ascending; not this layer's alone, so that every layer runs
     the same compiled kernels. projection_names: the checkpoint's names by shard id, for messages.
@@ -66,6 +68,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         self.tp_rank = moe.moe_parallel_config.tp_rank
         self.global_ids: list[int] = []
         self.shapes: dict[str, tuple[int, int]] = {}
+        self.group_sizes: dict[str, int] = {}
         self.local_bits: dict[str, list[list[int]]] = {}
         self.offsets: dict[str, list[list[int]]] = {}
         self.loaded: set[str] = set()
@@ -91,10 +94,11 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         self.global_ids = local_expert_ids(layer.expert_map_manager, self.moe.num_experts)
         shards = {"w13": ("w1", "w3"), "w2": ("w2",)}
         for stem, (out_features, in_features) in self.shapes.items():
+            group_size = self.group_sizes[stem] = shared_group_size(in_features, self.group_size) or self.group_size
             bits = [[self.num_bits[shard][expert] for shard in shards[stem]] for expert in self.global_ids]
             self.local_bits[stem] = bits
             self.offsets[stem], total = expert_offsets(bits, out_features, in_features)
-            groups = matrix_tensors(out_features, in_features, 1, self.group_size)
+            groups = matrix_tensors(out_features, in_features, 1, group_size)
             per_matrix = (len(bits), len(bits[0]))
             tensors = {
                 PACKED: torch.empty(total, dtype=torch.int32),
@@ -135,18 +139,38 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
                 f"{loaded_weight.dtype} of shape {tuple(loaded_weight.shape)}: "
                 "the bit map in config.json does not belong to these weights, convert again"
             )
-        destination = self._place(param.data, suffix, shard_id, expert_id, local_id)
-        size = destination.shape[dim]
-        destination.copy_(loaded_weight.narrow(dim, self.tp_rank * size, size))
+        self._copy_share(param.data, suffix, shard_id, expert_id, local_id, loaded_weight)
         self.loaded.add(name)
         return True if return_success else None
+
+    def _copy_share(
+        self,
+        data: torch.Tensor,
+        suffix: str,
+        shard_id: str,
+        expert_id: int,
+        local_id: int,
+        stored: torch.Tensor,
+        first: int = 0,
+    ) -> None:
+        """Copy this rank's share of one tensor of an expert into ``data``, that of the parameter for ``suffix``.
+
+        first: the row or column of the whole matrix, whichever ranks share, at which ``stored`` begins.
+        """
+        stem, _, dim = SHARDS[shard_id]
+        if suffix != PACKED:
+            stored = in_smaller_groups(stored, self.group_size, self.group_sizes[stem])
+        destination = self._place(data, suffix, shard_id, expert_id, local_id)
+        size, share = destination.shape[dim], self.shapes[stem][dim]
+        destination.copy_(stored.narrow(dim, (self.tp_rank * share - first) * size // share, size))
 
     def _place(self, data: torch.Tensor, suffix: str, shard_id: str, expert_id: int, local_id: int) -> torch.Tensor:
         """Where this rank's slice of one tensor of an expert lies in ``data``, that of the parameter for ``suffix``."""
         stem, projection, _ = SHARDS[shard_id]
         if suffix != PACKED:
             return data[local_id, projection]
-        shape = matrix_tensors(*self.shapes[stem], self.num_bits[shard_id][expert_id], self.group_size)[suffix].shape
+        out_features, in_features = self.shapes[stem]
+        shape = (out_features, in_features * self.num_bits[shard_id][expert_id] // 32)
         offset = self.offsets[stem][local_id][projection]
         return data[offset : offset + shape[0] * shape[1]].view(shape)
 
@@ -285,7 +309,8 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
     def _experts(self, layer: RoutedExperts, stem: str, order: Order) -> PackedExperts:
         packed, scales, zero_points = (getattr(layer, f"{stem}_{suffix}") for suffix in SUFFIXES)
         num_bits, offsets = getattr(layer, f"{stem}_num_bits"), getattr(layer, f"{stem}_offsets")
-        return PackedExperts(packed, scales, zero_points, num_bits, offsets, self.group_size, self.widths, order)
+        group_size = self.group_sizes[stem]
+        return PackedExperts(packed, scales, zero_points, num_bits, offsets, group_size, self.widths, order)
 
     def _tensor_name(self, expert_id: int, shard_id: str, suffix: str) -> str:
         return f"{self.prefix}.{expert_id}.{self.projection_names[shard_id]}.{suffix}"

@@ -8,6 +8,7 @@ quantized weights there is never more than one matrix in memory.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -181,8 +182,11 @@ class OnlineMoEMethod(AlphaQMoEMethod):
                 f"{name}: expected floating point of shape {tuple(full)}, got {loaded_weight.dtype} of shape "
                 f"{tuple(loaded_weight.shape)}: this model cannot be quantized while loading, convert it first"
             )
-        size = self.shapes[stem][dim]
-        weight = loaded_weight.narrow(dim, self.tp_rank * size, size)
+        start, end = (rank * self.shapes[stem][dim] for rank in (self.tp_rank, self.tp_rank + 1))
+        # Whole groups of columns, of which the first and the last may be other ranks' too.
+        unit = self.group_size if dim == 1 else 1
+        first, end = start // unit * unit, math.ceil(end / unit) * unit
+        weight = loaded_weight.narrow(dim, first, end - first)
         num_bits = self.num_bits[shard_id][expert_id]
         device = getattr(layer, f"{stem}_{PACKED}").device
         try:
@@ -191,7 +195,7 @@ class OnlineMoEMethod(AlphaQMoEMethod):
             raise ValueError(f"{name}: {error}") from error
         for suffix, tensor in tensors.items():
             data = getattr(layer, f"{stem}_{suffix}").data
-            self._place(data, suffix, shard_id, expert_id, local_id).copy_(tensor)
+            self._copy_share(data, suffix, shard_id, expert_id, local_id, tensor, first)
         self.loaded.add(name)
         return True if return_success else None
 

@@ -9,6 +9,7 @@ import torch
 from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS
 from alphaq_vllm.plugin._compat import FusedMoEConfig, current_platform, get_current_vllm_config
 from alphaq_vllm.plugin.modular import exchanges_tokens
+from alphaq_vllm.ranks import SHARE, fitting_ranks
 
 # gpt-oss's: experts with biases, whose rows of gate and up alternate in a checkpoint.
 GPT_OSS_ACTIVATION = "swigluoai"
@@ -66,13 +67,17 @@ def check_experts(moe: FusedMoEConfig, prefix: str, group_size: int, num_experts
 
 def _check_groups(moe: FusedMoEConfig, prefix: str, group_size: int) -> None:
     size, tp_size = moe.intermediate_size, moe.moe_parallel_config.tp_size
-    if (size // tp_size) % group_size:
-        groups = size // group_size
+    for side, columns in (("hidden_size", moe.hidden_dim), ("intermediate_size", size)):
+        if columns % group_size:
+            raise ValueError(
+                f"{prefix}: {side}={columns} is not divisible by group_size={group_size}: config.json does not belong "
+                "to these weights, convert again"
+            )
+    if size % (SHARE * tp_size):
         raise ValueError(
             f"{prefix}: intermediate_size={size} over --tensor-parallel-size {tp_size} is {size / tp_size:g} "
-            f"per rank, which is not divisible by group_size={group_size}: use a tensor parallel size out of "
-            f"{[n for n in range(1, groups + 1) if groups % n == 0]}, add --enable-expert-parallel, or convert "
-            "with a smaller --group-size"
+            f"per rank, which is not divisible by {SHARE}: use a tensor parallel size out of {fitting_ranks(size)}, or "
+            "add --enable-expert-parallel"
         )
 
 

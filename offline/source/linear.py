@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from alphaq_vllm.format import PACKED, SUPPORTED_GROUP_SIZES, LinearFormat, TensorSpec, linear_tensors
+from alphaq_vllm.format import PACKED, LinearFormat, TensorSpec, linear_tensors
+from alphaq_vllm.ranks import SHARE, fitting_ranks, shared_group_size
 from offline.messages import some
 from offline.source.architectures import num_layers
 from offline.source.checkpoint import Checkpoint
@@ -67,7 +68,7 @@ def choose_formats(
 ) -> dict[LinearLayer, LinearFormat]:
     """Each layer at ``num_bits`` with the greatest supported group size up to ``group_size`` that divides its columns.
 
-    tp_size: ranks of tensor parallelism, each of which has whole groups.
+    tp_size: ranks of tensor parallelism, which can share columns whatever the groups.
     Raises ValueError, naming the layer, if there is none, and if layers that vLLM fuses would differ.
     """
     formats = {layer: LinearFormat(num_bits, _group_size(layer, group_size, tp_size)) for layer in layers}
@@ -122,12 +123,15 @@ def _shape(source: Checkpoint, name: str) -> tuple[int, int]:
 
 def _group_size(layer: LinearLayer, greatest: int, tp_size: int) -> int:
     in_features = layer.shape[1]
-    ranks = tp_size if layer.name.endswith(_ROW_PARALLEL) else 1
-    fitting = [g for g in SUPPORTED_GROUP_SIZES if g <= greatest and in_features % (g * ranks) == 0]
-    if not fitting:
+    group_size = shared_group_size(in_features, greatest)
+    if group_size is None:
         raise ValueError(
-            f"{layer.name}: in_features={in_features}"
-            + (f" on `tp_size={ranks}` ranks" if ranks > 1 else "")
-            + f" is not divisible by any supported group size up to {greatest}: use `linear_bits=16`"
+            f"{layer.name}: in_features={in_features} is not divisible by any supported group size up to {greatest}: "
+            "use `linear_bits=16`"
         )
-    return max(fitting)
+    if layer.name.endswith(_ROW_PARALLEL) and in_features % (SHARE * tp_size):
+        raise ValueError(
+            f"{layer.name}: in_features={in_features} over `tp_size={tp_size}` ranks is {in_features / tp_size:g} each, "
+            f"which is not divisible by {SHARE}: choose one of {fitting_ranks(in_features)}, or use `linear_bits=16`"
+        )
+    return group_size

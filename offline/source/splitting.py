@@ -1,52 +1,39 @@
-"""Whether groups of columns fit a model, also when ranks of tensor parallelism share it."""
+"""Whether groups of columns fit a model, and whether ranks of tensor parallelism can share it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from alphaq_vllm.format import SHARD_IDS, SUPPORTED_GROUP_SIZES
+from alphaq_vllm.ranks import SHARE, fitting_ranks
 from offline.source.families import ExpertMatrix
 
 
 def check_group_size(group_size: int, matrices: Sequence[ExpertMatrix], tp_size: int = 1) -> None:
     """Raise ValueError unless ``group_size`` is supported and divides the rows of every matrix.
 
-    tp_size: ranks of tensor parallelism that share the columns of every down projection, in whole groups, and the rows
-    of every other matrix.
+    tp_size: ranks of tensor parallelism that share the columns of every down projection, whatever its groups, and the
+    rows of every other matrix.
     """
     if group_size not in SUPPORTED_GROUP_SIZES:
         raise ValueError(f"`group_size`: expected one of {SUPPORTED_GROUP_SIZES}, got {group_size}")
     if tp_size < 1:
         raise ValueError(f"`tp_size`: expected a number of ranks from 1 up, got {tp_size}")
     for matrix in matrices:
-        side = "in_features" if not _is_split(matrix) or tp_size == 1 else "intermediate_size_per_partition"
-        columns = _columns_per_rank(matrix, tp_size)
-        if columns is None:
-            raise ValueError(
-                f"{matrix.name}: intermediate_size={matrix.shape[1]} is not divisible by `tp_size={tp_size}`: "
-                "choose a divisor of it"
-            )
+        columns = matrix.shape[1]
         if columns % group_size:
             raise ValueError(
-                f"{matrix.name}: {side}={columns} is not divisible by group_size={group_size}: "
-                + _way_out(matrices, tp_size)
+                f"{matrix.name}: in_features={columns} is not divisible by group_size={group_size}: "
+                + _way_out(matrices)
+            )
+        if SHARD_IDS[matrix.projection] == "w2" and columns % (SHARE * tp_size):
+            raise ValueError(
+                f"{matrix.name}: intermediate_size={columns} over `tp_size={tp_size}` ranks is {columns / tp_size:g} "
+                f"each, which is not divisible by {SHARE}: choose one of {fitting_ranks(columns)}, or serve with "
+                "expert parallelism, which needs no `tp_size`"
             )
 
 
-def _is_split(matrix: ExpertMatrix) -> bool:
-    return SHARD_IDS[matrix.projection] == "w2"
-
-
-def _columns_per_rank(matrix: ExpertMatrix, tp_size: int) -> int | None:
-    """Columns that one rank holds; None if they cannot be shared equally."""
-    if not _is_split(matrix):
-        return matrix.shape[1]
-    return matrix.shape[1] // tp_size if matrix.shape[1] % tp_size == 0 else None
-
-
-def _way_out(matrices: Sequence[ExpertMatrix], tp_size: int) -> str:
-    columns = {_columns_per_rank(matrix, tp_size) or 1 for matrix in matrices}
-    fitting = [group_size for group_size in SUPPORTED_GROUP_SIZES if all(n % group_size == 0 for n in columns)]
-    if fitting:
-        return f"convert with `group_size={max(fitting)}`" + (" or lower `tp_size`" if tp_size > 1 else "")
-    return "no supported group size divides it" + (": lower `tp_size`" if tp_size > 1 else "")
+def _way_out(matrices: Sequence[ExpertMatrix]) -> str:
+    fitting = [size for size in SUPPORTED_GROUP_SIZES if all(matrix.shape[1] % size == 0 for matrix in matrices)]
+    return f"convert with `group_size={max(fitting)}`" if fitting else "no supported group size divides it"

@@ -345,12 +345,8 @@ BAD = {
     "part of a module": (("--exclude", "*.experts.0.*"), "--exclude: expected whole modules of experts"),
     "everything": (("--exclude", "*"), "--exclude: expected to leave some experts"),
     "overrides that take all": (("--override", "*.layers.0.*=8"), "--override: expected to leave the other matrices"),
-    "tp size that cannot split": (("--tp-size", "3"), "intermediate_size=128 is not divisible by --tp-size 3"),
-    "tp size that cuts groups": (
-        ("--tp-size", "2"),
-        "size_per_partition=64 .* group_size=128: convert with --group-size 64",
-    ),
-    "tp size that cuts all groups": (("--tp-size", "8"), "no supported group size divides it: lower --tp-size"),
+    "tp size that cannot split": (("--tp-size", "3"), "intermediate_size=128 over --tp-size 3 ranks is 42.6667 each"),
+    "tp size that cuts all groups": (("--tp-size", "8"), r"is 16 each, .* divisible by 32: choose one of \[1, 2, 4\]"),
     "tp size zero": (("--tp-size", "0"), "--tp-size: expected a number of ranks from 1 up, got 0"),
     "statistics that are not there": (("--stats", "none.csv"), r"make it with python -m offline\.measure"),
 }
@@ -373,5 +369,6 @@ def test_convert_refuses_before_anything_is_done(alphaq, tiny_model, tmp_path, c
 
 
 def test_tp_size_that_splits_is_accepted(alphaq, tiny_model, tmp_path):
-    options = ("--tp-size", "2", "--group-size", "64", "--mode", "uniform", "--dry-run")
+    # Four ranks share one group of 128 columns.
+    options = ("--tp-size", "4", "--linear-bits", "8", "--mode", "uniform", "--dry-run")
     assert alphaq("convert", tiny_model("qwen2_moe"), tmp_path / "out", *options)[0] == 0

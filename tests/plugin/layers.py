@@ -27,11 +27,11 @@ def widths(num_experts):
     }
 
 
-def make_config(num_experts):
-    return AlphaQConfig(AlphaQSpec(GROUP_SIZE, {MODULE: widths(num_experts)}))
+def make_config(num_experts, group_size=GROUP_SIZE):
+    return AlphaQConfig(AlphaQSpec(group_size, {MODULE: widths(num_experts)}))
 
 
-def build(num_experts, parallel=None, placement="linear", **options):
+def build(num_experts, parallel=None, placement="linear", group_size=GROUP_SIZE, **options):
     """The layer on one rank; parallel: what differs from ``ONE_RANK``; options: of vLLM's ``FusedMoEConfig``."""
     parallel = FusedMoEParallelConfig(**{**ONE_RANK, **(parallel or {})})
     with set_current_vllm_config(VllmConfig()):
@@ -61,10 +61,10 @@ def build(num_experts, parallel=None, placement="linear", **options):
             "in_dtype": torch.bfloat16,
         }
         moe = FusedMoEConfig(**{**arguments, **options})
-        return RoutedExperts(MODULE, torch.float32, moe, make_config(num_experts), manager)
+        return RoutedExperts(MODULE, torch.float32, moe, make_config(num_experts, group_size), manager)
 
 
-def stored_tensors(num_experts):
+def stored_tensors(num_experts, group_size=GROUP_SIZE):
     """The checkpoint's tensors of the layer, by name below the module."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -72,7 +72,7 @@ def stored_tensors(num_experts):
         shape = (HIDDEN, INTERMEDIATE) if projection == "down_proj" else (INTERMEDIATE, HIDDEN)
         for e, num_bits in enumerate(bits):
             weight = torch.randn(shape, generator=generator) / 8
-            tensors |= quantize(weight, num_bits, GROUP_SIZE, "rtn").tensors(f"{e}.{projection}")
+            tensors |= quantize(weight, num_bits, group_size, "rtn").tensors(f"{e}.{projection}")
     return tensors
 
 

@@ -11,6 +11,8 @@ from vllm.distributed import (
     ensure_model_parallel_initialized,
     init_distributed_environment,
 )
+from vllm.model_executor import parameter
+from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -197,8 +199,38 @@ def test_float32_is_refused(vllms_kernel):
         build("down", config_of(names("down")), torch.float32)
 
 
-def test_group_that_tensor_parallelism_breaks_is_refused():
-    with pytest.raises(ValueError, match=r"in_features=192 is 192 per rank, .* group_size=128"):
+def as_rank(monkeypatch, rank, size):
+    """Layers that vLLM builds from here on are those of one of several ranks."""
+    for module in (linear, parameter):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+
+
+@on_cpu
+def test_ranks_whose_shares_cut_groups_compute_the_layer_together(monkeypatch):
+    """192 columns in groups of 64 are shared by 2 ranks as 3 groups of 32 each."""
+    quantized = quantize_symmetric(torch.randn(256, 192) / 16, 4, 64)
+    x, total = torch.randn(7, 192), torch.zeros(7, 256)
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        layer = build("down", config_of(names("down")), torch.float32)
+        load(layer, "weight_packed", quantized.packed, None)
+        load(layer, "weight_scale", quantized.scale, None)
+        assert layer.weight_scale.shape == (256, 3)
+        layer.quant_method.process_weights_after_loading(layer)
+        total += layer.quant_method.apply(layer, x[:, 96 * rank : 96 * rank + 96].contiguous())
+    expected = x @ dequantize(quantized.packed, quantized.scale, 4).T
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_share_without_whole_groups_of_any_size_is_refused(monkeypatch):
+    as_rank(monkeypatch, 0, 4)
+    with pytest.raises(ValueError, match=r"mlp\.down_proj: in_features=192 is 48 per rank, .* not divisible by 32"):
+        build("down", config_of(names("down")))
+
+
+def test_columns_that_are_no_groups_are_refused():
+    with pytest.raises(ValueError, match=r"in_features=192 is not divisible by group_size=128: config.json does not"):
         build("down", config_of(names("down"), LinearFormat(4, 128)))
 
 

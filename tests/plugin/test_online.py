@@ -118,11 +118,19 @@ def load(layer, checkpoint, change=None):
         pytest.param({"ep": (2, 1)}, id="expert-parallel-1"),
     ],
 )
-@pytest.mark.parametrize("quantizer", ["mse", "hqq"])
-def test_a_layer_holds_the_bytes_of_the_converted_checkpoint(tmp_path, rank, quantizer):
-    convert(MODEL, tmp_path / "out", bits=3, noise="measured", group_size=64, quantizer=quantizer)
+@pytest.mark.parametrize(
+    ("quantizer", "group_size"),
+    [
+        pytest.param("mse", 64, id="mse"),
+        pytest.param("hqq", 64, id="hqq"),
+        # Two ranks share the one group of 128 columns.
+        pytest.param("mse", 128, id="cut-groups"),
+    ],
+)
+def test_a_layer_holds_the_bytes_of_the_converted_checkpoint(tmp_path, rank, quantizer, group_size):
+    convert(MODEL, tmp_path / "out", bits=3, noise="measured", group_size=group_size, quantizer=quantizer)
     stored = AlphaQConfig.from_config(json.loads((tmp_path / "out/config.json").read_bytes())["quantization_config"])
-    config = chosen(bits=3, group_size=64, quantizer=quantizer)
+    config = chosen(bits=3, group_size=group_size, quantizer=quantizer)
     assert config.num_bits == stored.num_bits
     assert len({bits for widths in config.num_bits[MODULE].values() for bits in widths}) > 1
     expected, layer = build(stored, **rank), build(config, **rank)

@@ -10,6 +10,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
 
 from alphaq_vllm.format import matrix_tensors
+from alphaq_vllm.plugin.moe import SUFFIXES
 from tests.plugin.layers import HIDDEN, TOP_K, build, load, run, stored_tensors
 from tests.reliability.loading import empty_model, one_rank
 
@@ -67,6 +68,25 @@ def test_tensor_parallel_ranks_compute_the_layer_together(size, tensors, routed)
     stored = sum(t.nbytes for t in tensors.values())
     assert sum(parameter.nbytes for layer in ranks for parameter in layer.parameters()) == stored
     expected = run(load(build(NUM_EXPERTS), tensors), *routed)
+    torch.testing.assert_close(sum(run(layer, *routed) for layer in ranks), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "seen"), [(2, 32), (3, 64)])
+def test_tensor_parallel_ranks_whose_shares_cut_groups_see_smaller_ones(size, seen, routed):
+    """192 columns in groups of 64 are shared by 2 ranks as 3 groups of 32 each, by 3 as they are."""
+    tensors = stored_tensors(NUM_EXPERTS, 64)
+    one = load(build(NUM_EXPERTS, group_size=64), tensors)
+    ranks = [load(build(NUM_EXPERTS, {"tp_size": size, "tp_rank": r}, group_size=64), tensors) for r in range(size)]
+    for layer in ranks:
+        weights = layer.quant_method.weights
+        assert (weights.w13.group_size, weights.w2.group_size) == (64, seen)
+        # Rows are shared freely, and whole groups take no byte more.
+        assert sum(layer.get_parameter(f"w13_{suffix}").nbytes for suffix in SUFFIXES) * size == sum(
+            one.get_parameter(f"w13_{suffix}").nbytes for suffix in SUFFIXES
+        )
+        scales = one.w2_weight_scale.numel() * 64 // seen
+        assert layer.w2_weight_scale.numel() * size == layer.w2_weight_zero_point.numel() * size == scales
+    expected = run(one, *routed)
     torch.testing.assert_close(sum(run(layer, *routed) for layer in ranks), expected, rtol=1e-4, atol=1e-4)
 
 

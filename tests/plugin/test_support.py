@@ -53,8 +53,14 @@ DATA_PARALLEL = {"dp_size": 2, "use_ep": True, "ep_size": 2}
         pytest.param(
             {"tp_size": 4},
             {},
-            r"intermediate_size=192 over --tensor-parallel-size 4 is 48 per rank, .* out of \[1, 2, 3, 6\]",
+            r"intermediate_size=192 over --tensor-parallel-size 4 is 48 per rank, .* by 32: .* out of \[1, 2, 3, 6\]",
             id="tensor-parallel",
+        ),
+        pytest.param(
+            {}, {"group_size": 128}, r"intermediate_size=192 is not divisible by group_size=128", id="other-group-size"
+        ),
+        pytest.param(
+            {}, {"hidden_dim": 80}, r"hidden_size=80 is not divisible by group_size=32", id="other-hidden-size"
         ),
         pytest.param({}, {"has_bias": True}, "expected experts without bias", id="bias"),
         pytest.param({}, {"activation": MoEActivation.SWIGLUSTEP}, "an activation out of", id="activation"),

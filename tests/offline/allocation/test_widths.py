@@ -138,13 +138,12 @@ def test_check_group_size_names_one_that_fits():
 
 
 def test_check_group_size_shares_the_columns_of_down_among_ranks():
-    check_group_size(64, MATRICES, tp_size=4)
-    with pytest.raises(ValueError, match=r"0.down_proj: intermediate_size_per_partition=64 .* with `group_size=64` or"):
-        check_group_size(128, MATRICES, tp_size=4)
-    with pytest.raises(ValueError, match="no supported group size divides it: lower `tp_size`"):
-        check_group_size(64, MATRICES, tp_size=16)
-    with pytest.raises(ValueError, match="intermediate_size=256 is not divisible by `tp_size=3`: choose a divisor"):
-        check_group_size(64, MATRICES, tp_size=3)
+    # Two groups of 128 among 8 ranks.
+    check_group_size(128, MATRICES, tp_size=8)
+    refused = r"0.down_proj: intermediate_size=256 over `tp_size={}` ranks is {} each, .* choose one of \[1, 2, 4, 8\]"
+    for ranks, share in ((16, 16), (3, 85.3333)):
+        with pytest.raises(ValueError, match=refused.format(ranks, share)):
+            check_group_size(64, MATRICES, tp_size=ranks)
 
 
 def test_to_spec_lists_widths_by_expert():

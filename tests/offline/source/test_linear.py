@@ -75,16 +75,20 @@ def test_choose_formats_takes_the_greatest_group_size_that_divides():
     assert list(choose_formats(layers, 8, 32).values()) == [LinearFormat(8, 32)] * 3
 
 
-def test_choose_formats_splits_the_columns_that_tensor_parallelism_splits():
+def test_choose_formats_leaves_groups_whole_that_ranks_can_share():
     layers = [LinearLayer(f"m.layers.0.self_attn.{name}", (256, 256)) for name in ("q_proj", "o_proj")]
-    assert [f.group_size for f in choose_formats(layers, 4, 128, tp_size=4).values()] == [128, 64]
+    assert [f.group_size for f in choose_formats(layers, 4, 128, tp_size=8).values()] == [128, 128]
 
 
 @pytest.mark.parametrize(
     ("layers", "tp_size", "message"),
     [
         ([LinearLayer("m.o_proj", (64, 80))], 1, r"m\.o_proj: in_features=80 is not divisible by any"),
-        ([LinearLayer("m.o_proj", (64, 64))], 4, r"m\.o_proj: in_features=64 on `tp_size=4` ranks is not divisible"),
+        (
+            [LinearLayer("m.o_proj", (64, 64))],
+            4,
+            r"m\.o_proj: in_features=64 over `tp_size=4` ranks is 16 each, .* of \[1, 2\]",
+        ),
         (
             [LinearLayer("m.q_proj", (64, 64)), LinearLayer("m.k_proj", (64, 128))],
             1,
