@@ -83,8 +83,8 @@ class AlphaQLinearMethod(LinearMethodBase):
         except ValueError as error:
             raise ValueError(
                 f"{self.prefix}: vLLM has no kernel for a linear layer of {self.num_bits} bits with {output_size} rows "
-                f"in groups of {self.seen_group_size} on this device: convert with another --linear-bits (16 leaves linear "
-                f"layers alone) or change --tensor-parallel-size. {error}"
+                f"in groups of {self.seen_group_size} on this device: convert with another --linear-bits (16 leaves "
+                f"linear layers alone) or change --tensor-parallel-size. {error}"
             ) from error
         if isinstance(self.scheme, CompressedTensorsWNA16):
             # vLLM's name for the shape before packing, which the format does not repeat.
@@ -97,8 +97,8 @@ class AlphaQLinearMethod(LinearMethodBase):
         """The size of this rank's groups."""
         if input_size % self.group_size:
             raise ValueError(
-                f"{self.prefix}: in_features={input_size} is not divisible by group_size={self.group_size}: config.json "
-                "does not belong to these weights, convert again"
+                f"{self.prefix}: in_features={input_size} is not divisible by group_size={self.group_size}: "
+                "config.json does not belong to these weights, convert again"
             )
         seen = shared_group_size(input_size_per_partition, self.group_size)
         if seen is None:

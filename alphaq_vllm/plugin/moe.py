@@ -39,7 +39,7 @@ SHARDS = {"w1": ("w13", 0, 0), "w3": ("w13", 1, 0), "w2": ("w2", 0, 1)}
 class AlphaQMoEMethod(FusedMoEMethodBase):
     """One layer of routed experts.
 
-    group_size: as stored; a rank whose share of down's columns cuts groups sees smaller ones: see ``alphaq_vllm.ranks``.
+    group_size: as stored; a rank whose share of down's columns cuts groups sees smaller ones (``alphaq_vllm.ranks``).
     num_bits: widths of all experts of the model's layer by shard id (w1 gate, w3 up, w2 down), also of those that
     other ranks hold. widths: all that occur in the model, ascending; not this layer's alone, so that every layer runs
     the same compiled kernels. projection_names: the checkpoint's names by shard id, for messages.

@@ -131,7 +131,8 @@ def _group_size(layer: LinearLayer, greatest: int, tp_size: int) -> int:
         )
     if layer.name.endswith(_ROW_PARALLEL) and in_features % (SHARE * tp_size):
         raise ValueError(
-            f"{layer.name}: in_features={in_features} over `tp_size={tp_size}` ranks is {in_features / tp_size:g} each, "
-            f"which is not divisible by {SHARE}: choose one of {fitting_ranks(in_features)}, or use `linear_bits=16`"
+            f"{layer.name}: in_features={in_features} over `tp_size={tp_size}` ranks is {in_features / tp_size:g} "
+            f"each, which is not divisible by {SHARE}: choose one of {fitting_ranks(in_features)}, or use "
+            "`linear_bits=16`"
         )
     return group_size
