@@ -1,7 +1,7 @@
 """How ranks of tensor parallelism share the columns of a matrix, whatever its groups.
 
 A rank's share may begin or end within a stored group. The rank then sees smaller groups, of which several have the
-scale and zero point of one stored group. So ranks on both sides of the cut have them, and the checkpoint stays as it is.
+scale and zero point of one stored group. So ranks on both sides of the cut have them, and the checkpoint is left alone.
 """
 
 from __future__ import annotations
