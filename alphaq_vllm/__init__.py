@@ -4,8 +4,8 @@
 
     print(convert("Qwen/Qwen1.5-MoE-A2.7B", "OUT", bits=3.5))
 
-``convert``, ``measure``, ``allocate``, ``inspect``, ``validate``, ``dequantize`` and ``upload`` do what the commands of
-the same names do, with the same defaults. They are imported when they are first used.
+``plan``, ``convert``, ``measure``, ``allocate``, ``inspect``, ``validate``, ``dequantize`` and ``upload`` do what the
+commands of the same names do, with the same defaults. They are imported when they are first used.
 
 Importing this also lets ``from_pretrained`` of transformers load such checkpoints, whichever of the two is imported
 first, without importing transformers.
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from offline.operations.options import ConvertOptions as ConvertOptions
     from offline.operations.options import MeasureOptions as MeasureOptions
     from offline.operations.options import WidthOptions as WidthOptions
+    from offline.operations.prospect import plan as plan
     from offline.operations.upload import upload as upload
     from offline.operations.validate import validate as validate
 
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 # Where each public name is defined.
 _PUBLIC = {
     **{name: name for name in ("allocate", "convert", "dequantize", "inspect", "measure", "upload", "validate")},
+    "plan": "prospect",
     **dict.fromkeys(("ConvertOptions", "MeasureOptions", "WidthOptions"), "options"),
 }
 __all__ = [*_PUBLIC, "register"]

@@ -9,6 +9,7 @@ from offline.cli import run
 
 # What each command does and the module that has it. Only the one that is called is imported.
 _COMMANDS = {
+    "plan": ("what converting and serving a model will take, before it is downloaded", "offline.plan"),
     "measure": ("statistics of a model's expert matrices", "offline.measure"),
     "allocate": ("widths from statistics, under a budget", "offline.allocate"),
     "convert": ("a model into an AlphaQ checkpoint", "offline.convert"),

@@ -44,7 +44,7 @@ class Progress:
         rate = max(self._done - self._before, 1) / max(now - self._start, 1e-9)
         line = (
             f"{self._what}: {self._done / self._total:4.0%} of {format_bytes(self._total)}, "
-            f"{format_bytes(rate)}/s, {_format_seconds((self._total - self._done) / rate)} left"
+            f"{format_bytes(rate)}/s, {format_seconds((self._total - self._done) / rate)} left"
         )
         start, end = ("\r", _CLEAR_REST_OF_LINE) if self._on_terminal else ("", "\n")
         print(start + line, end=end, file=sys.stderr, flush=True)
@@ -76,10 +76,10 @@ def parse_bytes(size: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _format_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """A time in its two largest units.
 
-    >>> _format_seconds(42), _format_seconds(605), _format_seconds(7260)
+    >>> format_seconds(42), format_seconds(605), format_seconds(7260)
     ('42 s', '10 min 5 s', '2 h 1 min')
     """
     minutes, seconds = divmod(round(seconds), 60)

@@ -18,7 +18,8 @@ COMMON = {"offline", "offline.messages", "offline.strict_json", "offline.progres
 WORK = COMMON | {"offline.parallel", "offline.journal"}
 SOURCE, QUANTIZERS = "offline.source", "offline.quantizers"
 COMMANDS = {
-    f"offline.{name}" for name in ("convert", "measure", "allocate", "inspect", "validate", "dequantize", "upload")
+    f"offline.{name}"
+    for name in ("convert", "measure", "allocate", "inspect", "validate", "dequantize", "upload", "plan")
 }
 # What a room may import of this project, beside itself: modules, and rooms with all that is in them.
 MAY_IMPORT = {

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,12 +18,13 @@ TOKEN = "hf_stand_in"
 
 class Hub:
     """Repositories by name, each a list of commits, which are files' contents by path; tags: commits by repository and
-    tag; private: those that are; requests: paths that were asked for.
+    tag; private: those that are; requests: paths that were asked for; sent: bytes of files by path; ranges: whether a
+    part of a file can be asked for.
     """
 
     def __init__(self):
         self.repos, self.tags, self.private, self.blobs, self.requests = {}, {}, set(), {}, []
-        self.url = ""
+        self.sent, self.ranges, self.url = {}, True, ""
 
     def commit(self, repo, files):
         """Add files to a repository and return the commit's name."""
@@ -98,16 +100,24 @@ class _Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound")
         files, sha = self.hub.repos[repo][number], self.hub.sha(repo, number)
         if what[0] == "revision":
-            siblings = [{"rfilename": path} for path in files]
+            siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
             private = repo in self.hub.private
             return self.answer(200, {"id": repo, "sha": sha, "siblings": siblings, "private": private})
         if what[0] == "tree":
             entries = [(path, len(content), hashlib.sha1(content).hexdigest()) for path, content in files.items()]
             return self.answer(200, [{"type": "file", "path": p, "size": size, "oid": oid} for p, size, oid in entries])
-        content = files.get("/".join(what[2:]))
+        path = "/".join(what[2:])
+        content = files.get(path)
         if content is None:
             return self.refuse(404, "EntryNotFound")
-        return self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=sha)
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X_Repo_Commit": sha}
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "") if self.hub.ranges else None
+        if part:
+            headers["Content_Range"] = f"bytes {part[1]}-{part[2]}/{len(content)}"
+            content = content[int(part[1]) : int(part[2]) + 1]
+        if self.command == "GET":
+            self.hub.sent[path] = self.hub.sent.get(path, 0) + len(content)
+        return self.answer(206 if part else 200, content, **headers)
 
     do_HEAD = do_GET
 

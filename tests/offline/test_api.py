@@ -84,6 +84,7 @@ def test_commands_in_a_checkout_without_its_packages_say_what_to_do():
 
 
 def test_public_names():
-    assert {"convert", "measure", "allocate", "inspect", "validate", "dequantize", "upload"} <= set(dir(alphaq_vllm))
+    names = {"plan", "convert", "measure", "allocate", "inspect", "validate", "dequantize", "upload"}
+    assert names <= set(dir(alphaq_vllm))
     with pytest.raises(AttributeError, match="has no attribute 'konvert'"):
         _ = alphaq_vllm.konvert

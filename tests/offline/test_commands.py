@@ -13,7 +13,7 @@ from offline import measure
 from offline.allocation.bit_map import read_bit_map
 from offline.sensitivity.stats import read_statistics
 
-COMMANDS = ("measure", "allocate", "convert", "inspect", "validate", "dequantize", "upload")
+COMMANDS = ("plan", "measure", "allocate", "convert", "inspect", "validate", "dequantize", "upload")
 
 
 @pytest.fixture(scope="module")
