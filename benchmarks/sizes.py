@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alphaq_vllm.format import SUPPORTED_GROUP_SIZES, stored_bits_per_weight
+from alphaq_vllm.ranks import fitting_ranks
 
 BITS = (4.0, 3.5, 3.0, 2.5)
 # The most ranks that the table asks about, powers of two.
@@ -43,20 +44,21 @@ class Model:
     @property
     def group_size(self) -> int:
         """The greatest that divides the rows of all expert matrices."""
-        return max(size for size in SUPPORTED_GROUP_SIZES if self._fits(size, 1))
+        return max(size for size in SUPPORTED_GROUP_SIZES if self._fits(size))
 
     def nbytes(self, bits: float, group_size: int) -> int:
         """All tensors with experts of ``bits`` on average in groups of ``group_size``."""
         others = self.num_parameters - self.num_expert_weights
         return round(self.num_expert_weights * stored_bits_per_weight(bits, group_size) / 8) + 2 * others
 
-    def max_ranks(self, group_size: int) -> int:
-        """The most ranks, a power of two, that share heads and whole groups equally; 0 if groups do not fit at all."""
-        ranks = [2**i for i in range(MAX_RANKS.bit_length()) if self._fits(group_size, 2**i)]
-        return max([0, *(number for number in ranks if self.num_heads % number == 0)])
+    @property
+    def max_ranks(self) -> int:
+        """The most ranks, a power of two, that share heads and columns equally, whatever the groups."""
+        ranks = [number for number in fitting_ranks(self.intermediate_size) if self.num_heads % number == 0]
+        return max(2**i for i in range(MAX_RANKS.bit_length()) if 2**i in ranks)
 
-    def _fits(self, group_size: int, ranks: int) -> bool:
-        return self.hidden_size % group_size == 0 and self.intermediate_size % (group_size * ranks) == 0
+    def _fits(self, group_size: int) -> bool:
+        return self.hidden_size % group_size == 0 and self.intermediate_size % group_size == 0
 
 
 MODELS = (
@@ -82,13 +84,11 @@ def gigabytes(nbytes: int) -> str:
 
 def table() -> list[str]:
     """The lines of a Markdown table of all models."""
-    groups = sorted(SUPPORTED_GROUP_SIZES, reverse=True)
-    head = ["GB", "16 bits", *(f"{bits:g} bits" for bits in BITS), "ranks, groups of " + " / ".join(map(str, groups))]
+    head = ["GB", "16 bits", *(f"{bits:g} bits" for bits in BITS), "ranks"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
     for model in MODELS:
         sizes = [2 * model.num_parameters, *(model.nbytes(bits, model.group_size) for bits in BITS)]
-        ranks = " / ".join(str(model.max_ranks(size) or "no") for size in groups)
-        lines.append(f"| {' | '.join([model.name, *map(gigabytes, sizes), ranks])} |")
+        lines.append(f"| {' | '.join([model.name, *map(gigabytes, sizes), str(model.max_ranks)])} |")
     return lines
 
 

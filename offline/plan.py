@@ -70,7 +70,8 @@ def _serving(result: Mapping[str, Any]) -> list[str]:
     serving = result["serving"]
     if serving is None:
         return ["", "serving:    --gpus NxSIZE says how it lies on GPUs"]
-    lines = ["", f"on {serving['gpus']} GPUs of {format_bytes(serving['memory'])}, {result['bits']:g} bits, on each:"]
+    gpus = "1 GPU" if serving["gpus"] == 1 else f"{serving['gpus']} GPUs"
+    lines = ["", f"on {gpus} of {format_bytes(serving['memory'])} each, at {result['bits']:g} bits:"]
     for way in serving["ways"]:
         name = f"  {_WAYS[way['parallel']]:17}"
         if not way["possible"]:
@@ -93,12 +94,12 @@ def _work(result: Mapping[str, Any]) -> list[str]:
     """What converting takes."""
     size = next(row["size"] for row in result["budgets"] if row["bits"] == result["bits"])
     processes = "1 process" if result["workers"] == 1 else f"{result['workers']} processes"
-    more = "; the default also runs the model, which takes longer: with its weights, convert --dry-run estimates that"
+    more = "; the default takes longer: convert --dry-run, which needs the weights, estimates it"
     return [
         f"download:   {format_bytes(result['size'])}" if result["commit"] else "download:   nothing, it is here",
         f"disk:       {format_bytes(size * (2 if result['runs'] else 1))} for the result while it is written",
-        f"time:       quantizing alone by mse about {format_seconds(result['seconds'])} here, on {processes}"
-        + (more if result["runs"] else ", and measuring before it"),
+        f"time:       quantizing by mse about {format_seconds(result['seconds'])} here, on {processes}"
+        + (more if result["runs"] else ", after measuring"),
     ]
 
 

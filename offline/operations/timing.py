@@ -12,7 +12,7 @@ from offline.source.families import load_weight
 from offline.threads import compute_device, one_thread
 
 # A group's search takes the same time whatever is in it, so few rows tell.
-_ROWS = 64
+_ROWS, _RUNS = 64, 3
 
 
 def estimate_seconds(plan: Plan) -> float:
@@ -37,6 +37,10 @@ def seconds_without_weights(columns: int, numel: int, bits: float, group_size: i
 
 @one_thread()
 def _seconds_per_weight(rows: torch.Tensor, num_bits: int, group_size: int, quantizer: str) -> float:
-    start = time.monotonic()
-    quantize(rows, num_bits, group_size, quantizer)
-    return (time.monotonic() - start) / rows.numel()
+    seconds = []
+    # The first run also sets things up.
+    for _ in range(_RUNS):
+        start = time.monotonic()
+        quantize(rows, num_bits, group_size, quantizer)
+        seconds.append(time.monotonic() - start)
+    return min(seconds) / rows.numel()
