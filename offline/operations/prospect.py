@@ -64,8 +64,8 @@ def plan(
             job = _job(str(model), open_checkpoint(str(directory)), group_size, linear_bits)
         except ValueError as error:
             return {**result, "covered": False, "reason": _named(error, directory, str(model))}
-        except OSError as error:
-            raise type(error)(_named(error, directory, str(model))) from error
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{_named(error, directory, str(model))}") from error
         return {**result, "covered": True, **_describe(job, average, machine)}
 
 
