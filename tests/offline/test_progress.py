@@ -53,7 +53,7 @@ def test_progress_ends_its_line_before_an_error(clock, capsys, monkeypatch):
 
 def test_progress_tells_the_time_left_of_the_whole_job(clock, capsys):
     with course() as job:
-        job.expected = {"measure": 60.0, "text": 60.0, "gptq": 3600.0}
+        job.expected = {"measure": 60.0, "text": 130.0, "gptq": 3600.0}
         with Progress("measure", 10_000_000) as bar:
             clock[0] = 10.0
             bar.advance(5_000_000)
@@ -65,10 +65,10 @@ def test_progress_tells_the_time_left_of_the_whole_job(clock, capsys):
             bar.advance(1_000_000)
     assert job.spent == {"measure": 10.0, "text": 20.0, "other": 0.0}
     left = [line.split("; ")[1:] for line in capsys.readouterr().err.splitlines()]
-    # Half of measure was done in 10 s of its 60; each part of text takes 10 s of its 60.
+    # Half of measure was done in 10 s of its 60; each part of text takes 10 s of its 130.
     assert left == [
+        ["1 h 3 min of the whole job"],
         ["1 h 2 min of the whole job"],
         ["1 h 1 min of the whole job"],
-        ["1 h 0 min of the whole job"],
         [],
     ]
