@@ -1,10 +1,11 @@
 """How fast and in how much memory a checkpoint is converted.
 
-    python -m benchmarks.convert [--layers 2,8] [--experts 60] [--workers N] [--directory DIR]
+    python -m benchmarks.convert [--shape qwen1.5-moe-a2.7b] [--layers 1,2] [--workers N] [-- ARGUMENT ...]
     python -m benchmarks.convert --model MODEL --calibration FILE --out DIR [--peers .venv-peers/bin/python]
 
-The first generates checkpoints of Qwen1.5-MoE's layer shape with random heavy-tailed weights, converts each with
-``python -m offline.convert`` from the weights alone, and times the measuring of alpha against a loop of ``svdvals``.
+The first generates checkpoints of the true layer shapes of a known model (``benchmarks.generate``) and converts each
+with ``python -m offline.convert``, by default or with the arguments that are given. A line has the seconds of each
+phase, and what was expected of it before the work began; and the time of alpha beside that of a loop of ``svdvals``.
 The second makes checkpoints of MODEL in DIR with AlphaQ (by default and from the weights alone), and with GPTQ and AWQ
 by llm-compressor (``benchmarks.peer_checkpoint``), each by a user's command, start of Python included.
 One JSON line per checkpoint is printed and appended to ``benchmarks/results/convert.jsonl``.
@@ -19,81 +20,42 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from benchmarks.generate import MODELS, generate
 from benchmarks.machine import machine
 from offline.sensitivity.spectra import hill_alpha
 from offline.threads import available_cores, one_thread
 
 RESULTS = Path(__file__).parent / "results" / "convert.jsonl"
-HIDDEN, INTERMEDIATE, SHARED, VOCABULARY = 2048, 1408, 5632, 4096
-BLOCK_SIZE = 128
+# Of the matrices that alpha is timed on.
+HIDDEN, INTERMEDIATE, BLOCK_SIZE = 2048, 1408, 128
 SECONDS_BETWEEN_SAMPLES = 0.1
 # Of the column scales of the matrices that alpha is timed on: alphas of about 6.4 (Gaussian), 3.4, 2.8 and 2.2.
 SPREADS = (0.0, 0.4, 0.6, 0.8)
 
 
-def generate(path: Path, num_layers: int, num_experts: int) -> int:
-    """Write a checkpoint, one file per layer, and return its bytes."""
-    path.mkdir(parents=True)
-    config = {
-        "model_type": "qwen2_moe",
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "dtype": "bfloat16",
-        "hidden_size": HIDDEN,
-        "moe_intermediate_size": INTERMEDIATE,
-        "shared_expert_intermediate_size": SHARED,
-        "num_hidden_layers": num_layers,
-        "num_experts": num_experts,
-        "vocab_size": VOCABULARY,
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(0)
-    weight_map, size = {}, 0
-    for layer in range(num_layers):
-        name = f"model-{layer + 1:05}-of-{num_layers:05}.safetensors"
-        tensors = _layer(f"model.layers.{layer}", num_experts, generator)
-        if layer == 0:
-            tensors["model.embed_tokens.weight"] = _heavy_tailed(VOCABULARY, HIDDEN, generator)
-        save_file(tensors, path / name)
-        weight_map |= dict.fromkeys(tensors, name)
-        size += (path / name).stat().st_size
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return size
-
-
-def _layer(prefix: str, num_experts: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    shapes = {f"{prefix}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
-    shapes |= {f"{prefix}.mlp.gate.weight": (num_experts, HIDDEN)}
-    experts = {f"experts.{expert}": INTERMEDIATE for expert in range(num_experts)} | {"shared_expert": SHARED}
-    for name, size in experts.items():
-        shapes |= {f"{prefix}.mlp.{name}.{projection}_proj.weight": (size, HIDDEN) for projection in ("gate", "up")}
-        shapes |= {f"{prefix}.mlp.{name}.down_proj.weight": (HIDDEN, size)}
-    return {name: _heavy_tailed(*shape, generator) for name, shape in shapes.items()}
-
-
-def _heavy_tailed(rows: int, columns: int, generator: torch.Generator, spread: float | None = None) -> torch.Tensor:
-    """Gaussian weights whose columns differ in scale, each matrix to another degree, with alphas as after training."""
-    if spread is None:
-        spread = 0.25 + 0.35 * torch.rand((), generator=generator).item()
+def _heavy_tailed(rows: int, columns: int, generator: torch.Generator, spread: float) -> torch.Tensor:
+    """Gaussian weights whose columns differ in scale: with alphas as after training."""
     scale = (torch.randn(columns, generator=generator) * spread).exp() * 0.02
     return (torch.randn(rows, columns, generator=generator) * scale).bfloat16()
 
 
-def convert(source: Path, out: Path, workers: int) -> dict[str, float]:
-    """Convert from the weights alone; see ``watch``."""
-    command = [sys.executable, "-m", "offline.convert", str(source), str(out), "--workers", str(workers)]
-    return watch([*command, "--noise", "measured", "--quantizer", "mse"])
+def convert(source: Path, out: Path, workers: int, arguments: list[str]) -> dict[str, Any]:
+    """Convert with arguments of the command; see ``watch``, and ``Summary`` for phases and expected."""
+    command = [sys.executable, "-m", "offline.convert", str(source), str(out), "--workers", str(workers), "--json"]
+    output, figures = watch([*command, *arguments])
+    summary = json.loads(output)
+    return {"arguments": shlex.join(arguments), **figures, "phases": summary["phases"], "expected": summary["expected"]}
 
 
 def compare(model: Path, calibration: Path, samples: int, context: int, peers: str, out: Path) -> list[dict[str, Any]]:
@@ -109,7 +71,7 @@ def compare(model: Path, calibration: Path, samples: int, context: int, peers: s
     lines = []
     for tool, command in commands.items():
         written = out / tool
-        figures = watch([*command, str(written)])
+        _, figures = watch([*command, str(written)])
         made_by = written / "made_by.json"
         lines.append(
             {
@@ -129,24 +91,22 @@ def _tensor_bytes(checkpoint: Path) -> int:
     return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
 
 
-def watch(command: list[str]) -> dict[str, float]:
-    """Run a command, and return seconds, CPU seconds and peak bytes. Raises SystemExit if it fails."""
+def watch(command: list[str]) -> tuple[bytes, dict[str, float]]:
+    """Run a command, and return its output, and seconds, CPU seconds and peak bytes. Raises SystemExit if it fails."""
     start = time.monotonic()
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     peak = peak_unshared = 0
     ticks: dict[str, int] = {}
-    errors: list[bytes] = []
-    reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
-    reader.start()
-    while process.poll() is None:
-        shared, unshared = _sample(process.pid, ticks)
-        peak, peak_unshared = max(peak, shared), max(peak_unshared, unshared)
-        time.sleep(SECONDS_BETWEEN_SAMPLES)
-    reader.join()
+    with ThreadPoolExecutor(2) as readers:
+        output, errors = readers.submit(process.stdout.read), readers.submit(process.stderr.read)
+        while process.poll() is None:
+            shared, unshared = _sample(process.pid, ticks)
+            peak, peak_unshared = max(peak, shared), max(peak_unshared, unshared)
+            time.sleep(SECONDS_BETWEEN_SAMPLES)
     if process.returncode:
-        message = b"".join(errors).decode(errors="replace")[-2000:]
+        message = errors.result().decode(errors="replace")[-2000:]
         raise SystemExit(f"error: {' '.join(command)} ended with exit status {process.returncode}:\n{message}")
-    return {
+    return output.result(), {
         "seconds": time.monotonic() - start,
         "cpu_seconds": sum(ticks.values()) / os.sysconf("SC_CLK_TCK"),
         "peak_bytes": peak,
@@ -204,8 +164,9 @@ def _best_time(function: Any) -> float:
 def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="2,8", help="numbers of layers (default 2,8)")
-    parser.add_argument("--experts", type=int, default=60, help="experts in a layer (default 60)")
+    parser.add_argument("arguments", nargs="*", help="of the conversion, after --")
+    parser.add_argument("--shape", choices=MODELS, default="qwen1.5-moe-a2.7b", help="model (default %(default)s)")
+    parser.add_argument("--layers", default="1,2", help="numbers of layers (default 1,2)")
     parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: one per core)")
     parser.add_argument("--directory", type=Path, help="for the checkpoints, which are removed (default: temporary)")
     parser.add_argument("--model", type=Path, help="a checkpoint that all tools convert")
@@ -232,16 +193,15 @@ def main() -> None:
     for num_layers in map(int, args.layers.split(",")):
         with tempfile.TemporaryDirectory(dir=args.directory) as directory:
             source = Path(directory) / "source"
-            size = generate(source, num_layers, args.experts)
-            result = convert(source, Path(directory) / "out", args.workers)
+            generate(args.shape, source, num_layers)
+            figures = convert(source, Path(directory) / "out", args.workers, args.arguments)
+            size = _tensor_bytes(source)
         line = {
+            "shape": args.shape,
             "layers": num_layers,
-            "experts": args.experts,
             "workers": args.workers,
             "source_bytes": size,
-            **result,
-            "bytes_per_second_and_core": size / result["seconds"] / args.workers,
-            "bytes_per_cpu_second": size / result["cpu_seconds"],
+            **figures,
             "alpha_speedups": speedups,
             **machine(),
         }

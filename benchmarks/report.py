@@ -141,34 +141,45 @@ def _converters(rows: list[Row]) -> list[str]:
 
 
 def _converter(rows: list[Row]) -> list[str]:
+    """The last run of each shape and setting, and the phases of each."""
     if not rows:
         return []
+    latest = {(row["shape"], row["layers"], row["arguments"], row["workers"], row["cpu"]): row for row in rows}
+    phases = list(dict.fromkeys(phase for row in latest.values() for phase in row["phases"]))
     header = [
-        "layers x experts",
+        "layers of",
+        "arguments",
         "source",
         "seconds",
-        "MB/s and core",
+        "expected",
+        "CPU seconds",
+        *phases,
         "peak memory",
-        "cores",
-        "load",
-        "date",
-        "commit",
+        "workers",
     ]
     lines = [
         [
-            f"{row['layers']} x {row['experts']}",
+            f"{row['layers']} x {row['shape']}",
+            f"`{row['arguments']}`" if row["arguments"] else "",
             f"{row['source_bytes'] / 1e9:.2f} GB",
             f"{row['seconds']:.0f}",
-            f"{row['bytes_per_second_and_core'] / 1e6:.1f}",
-            f"{row['peak_bytes'] / 1e6:.0f} MB",
+            f"{sum(row['expected'].values()):.0f}",
+            f"{row['cpu_seconds']:.0f}",
+            *(f"{row['phases'].get(phase, 0):.0f}" for phase in phases),
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
             str(row["workers"]),
             f"{row['load']:.1f}",
+            row["cpu"],
             row["date"][:10],
             row["commit"],
         ]
-        for row in rows
+        for row in latest.values()
     ]
-    return ["## Conversion", "", "`python -m benchmarks.convert`, Qwen1.5-MoE's layers.", "", *table(header, lines), ""]
+    about = (
+        "`python -m benchmarks.convert`; seconds of the whole command and of its phases; expected before they began."
+    )
+    header += ["load", "CPU", "date", "commit"]
+    return ["## Conversion", "", about, "", *table(header, lines), ""]
 
 
 def serving(rows: list[Row], directory: Path) -> list[str]:

@@ -5,11 +5,43 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 
 _SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_UPDATES = 5.0, 0.2
 _CLEAR_REST_OF_LINE = "\x1b[K"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass
+class Course:
+    """The phases of a job by the names of their progress: seconds that each is expected to take, in order, and has."""
+
+    expected: dict[str, float] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+
+    def left(self, phase: str, spent: float, left: float) -> float:
+        """Seconds until the job is done, ``spent`` seconds after a part of a phase began that needs ``left`` more."""
+        phases = list(self.expected)
+        # A phase may come in several parts.
+        parts = self.expected[phase] - self.spent.get(phase, 0.0) - spent
+        return max(left, parts) + sum(self.expected[name] for name in phases[phases.index(phase) + 1 :])
+
+
+_course = Course()
+
+
+@contextmanager
+def course() -> Iterator[Course]:
+    """Have every progress within tell the time that is left of the whole job too, once it is known what to expect."""
+    global _course
+    before, _course = _course, Course()
+    try:
+        yield _course
+    finally:
+        _course = before
 
 
 class Progress:
@@ -23,6 +55,7 @@ class Progress:
         self._what, self._total, self._before, self._done = what, total, done, done
         self._start = self._last = time.monotonic()
         self._on_terminal, self._in_line, self._brief = sys.stderr.isatty(), False, brief
+        self._course = _course
 
     def __enter__(self) -> Progress:
         return self
@@ -32,6 +65,8 @@ class Progress:
     ) -> None:
         if self._in_line:
             print(file=sys.stderr, flush=True)
+        spent = self._course.spent
+        spent[self._what] = spent.get(self._what, 0.0) + time.monotonic() - self._start
 
     def advance(self, amount: int) -> None:
         """Count ``amount`` more bytes as done."""
@@ -42,10 +77,13 @@ class Progress:
             return
         self._last, self._brief = now, False
         rate = max(self._done - self._before, 1) / max(now - self._start, 1e-9)
+        left = (self._total - self._done) / rate
         line = (
             f"{self._what}: {self._done / self._total:4.0%} of {format_bytes(self._total)}, "
-            f"{format_bytes(rate)}/s, {format_seconds((self._total - self._done) / rate)} left"
+            f"{format_bytes(rate)}/s, {format_seconds(left)} left"
         )
+        if self._what in self._course.expected:
+            line += f"; {format_seconds(self._course.left(self._what, now - self._start, left))} of the whole job"
         start, end = ("\r", _CLEAR_REST_OF_LINE) if self._on_terminal else ("", "\n")
         print(start + line, end=end, file=sys.stderr, flush=True)
         self._in_line = self._on_terminal

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,6 @@ from offline.parallel import run_all
 from offline.progress import Progress
 from offline.quantizers.gptq import gptq, inverse_factor
 from offline.quantizers.quantize import quantize
-from offline.source.architectures import experts_per_token
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
 from offline.threads import compute_device, one_thread
@@ -66,7 +64,7 @@ class SequentialGptq:
 
     def __init__(self, source: Checkpoint, experts: Experts, calibration: Calibration) -> None:
         self._source, self._experts = source, experts
-        self._decoder = Decoder(source, experts)
+        self.decoder = Decoder(source, experts)
         self._length = calibration.length
         self._max_tokens = calibration.tokens or max(calibration.length, default_tokens(source, experts))
         self._text = read_windows(source, calibration, self._max_tokens) if calibration.files else None
@@ -81,7 +79,7 @@ class SequentialGptq:
         """Number of tokens of calibration text."""
         if self._text is not None:
             return self._text.numel()
-        length = min(self._length, self._decoder.context)
+        length = min(self._length, self.decoder.context)
         return self._max_tokens // length * length
 
     def writes(self, tokens: int, length: int) -> bool:
@@ -103,7 +101,7 @@ class SequentialGptq:
             return self._text
         path = directory / _TEXT
         if not path.exists():
-            text = write_text(self._decoder, self._source, self._experts, self._max_tokens, self._length, workers)
+            text = write_text(self.decoder, self._source, self._experts, self._max_tokens, self._length, workers)
             directory.mkdir(exist_ok=True)
             _write(path, {_WINDOWS: text})
         with safe_open(path, "pt") as file:
@@ -120,10 +118,10 @@ class SequentialGptq:
         directory.mkdir(exist_ok=True)
         device = compute_device()
         windows = self.text(directory, workers)
-        hidden = self._decoder.embed(self._source, windows, device)
+        hidden = self.decoder.embed(self._source, windows, device)
         starved = 0
         with Progress("gptq", self._nbytes(self._experts.matrices)) as progress:
-            for layer in self._decoder.layers:
+            for layer in self.decoder.layers:
                 with layer.loaded(self._source, device):
                     if layer.source_experts is None:
                         advance(layer, hidden, workers)
@@ -131,7 +129,7 @@ class SequentialGptq:
                     routes = route(layer, hidden, workers)
                 experts = by_expert(self._experts, layer.source_experts)
                 # Nothing comes after the last layer.
-                last = layer is self._decoder.layers[-1]
+                last = layer is self.decoder.layers[-1]
                 load: Callable[[ExpertMatrix], Tensor] = partial(load_weight, self._source)
                 outputs = None
                 if experts[0][0].name in widths:
@@ -149,18 +147,12 @@ class SequentialGptq:
                 progress.advance(self._nbytes(matrix for expert in experts for matrix in expert))
         return starved
 
-    @one_thread()
-    def estimate_seconds(self, widths: Mapping[str, int], group_size: int, workers: int) -> float:
-        """Seconds that quantizing will take, from one expert here and now with its share of the tokens."""
-        quantized = [matrix for matrix in self._experts.matrices if matrix.name in widths]
-        routed = self.tokens * experts_per_token(self._source.config) // self._experts.num_experts
-        bits = {matrix: widths[matrix.name] for matrix in quantized[:3]}
-        inputs = torch.randn(max(1, routed), quantized[0].shape[1], device=compute_device())
-        start = time.monotonic()
+    def quantize_expert(self, num_bits: int, group_size: int, inputs: Tensor, topk_weights: Tensor) -> None:
+        """Quantize the first expert for the time that it takes; inputs, topk_weights: of tokens as if routed to it."""
+        bits = dict.fromkeys(self._experts.matrices[:3], num_bits)
         _quantize(
-            _Task(0, self._source, bits, group_size, torch.nn.functional.silu, inputs, inputs[:, 0], outputs=True)
+            _Task(0, self._source, bits, group_size, torch.nn.functional.silu, inputs, topk_weights, outputs=True)
         )
-        return (time.monotonic() - start) * len(quantized) / 3 / workers
 
     def _nbytes(self, matrices: Iterable[ExpertMatrix]) -> int:
         return sum(matrix_nbytes(self._source, matrix) for matrix in matrices)

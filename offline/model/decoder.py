@@ -179,13 +179,7 @@ class Decoder:
         head = source.load(self._head).to(device)
         bias = source.load(self._head_bias).to(device) if self._head_bias else None
         places = self._norm(hidden).flatten(0, 1)
-        try:
-            tokens = draw(places, shares.flatten(0, 1).to(device), head, bias, self._logits_scaling, workers)
-        except FloatingPointError:
-            raise ValueError(
-                f"{source.path}: expected a model that predicts tokens, got NaN from its last layer: compare its "
-                "files and config.json with the original"
-            ) from None
+        tokens = draw(places, shares.flatten(0, 1).to(device), head, bias, self._logits_scaling, workers)
         return tokens.view(shares.shape).cpu()
 
 

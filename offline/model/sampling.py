@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from offline.progress import Progress
 from offline.threads import in_threads
 
 # Predictions held at a time; words that a thread predicts at a time, whole blocks; and words in a block.
@@ -26,34 +27,48 @@ def draw(
     places: ``[places, hidden_size]`` float32; shares: ``[places, draws]`` float64 in [0, 1), random: a token is the
     first with whose probability those of all before it add up to more; head: ``[words, hidden_size]``, any floating
     dtype; workers: threads to use, which changes no token.
-    Raises FloatingPointError for predictions that are not finite.
+    Raises ValueError for predictions that are not finite.
     """
-    padded = math.ceil(len(head) / BLOCK) * BLOCK
-    count = max(1, MAX_PREDICTIONS // padded)
+    count = max(1, MAX_PREDICTIONS // _padded(head))
     drawn = []
-    for some, wanted in zip(places.split(count), shares.split(count), strict=True):
-        # What a token counts beside those of its slice, and 0 for words that there are not.
-        odds = places.new_empty(len(some), padded)
-        odds[:, len(head) :] = 0
-
-        def predict(start: int, some: Tensor = some, odds: Tensor = odds) -> tuple[Tensor, Tensor]:
-            """The greatest logit of a slice, and the sums of its blocks."""
-            rows = slice(start, start + SLICE)
-            logits = nn.functional.linear(some, head[rows].float(), None if bias is None else bias[rows].float())
-            logits /= scaling
-            greatest = logits.amax(-1, keepdim=True)
-            odds[:, start : start + logits.shape[1]] = logits.sub_(greatest).exp_()
-            return greatest, odds[:, rows].unflatten(1, (-1, BLOCK)).sum(-1)
-
-        greatest, sums = zip(*in_threads(predict, range(0, len(head), SLICE), workers), strict=True)
-        peak = torch.cat(greatest, 1).amax(-1, keepdim=True)
-        if not peak.isfinite().all():
-            raise FloatingPointError("predictions of the next token are not finite")
-        blocks = torch.cat([part * (top - peak).exp() for part, top in zip(sums, greatest, strict=True)], 1)
-        block, rest = _pick(blocks, wanted)
-        within = odds.unflatten(1, (-1, BLOCK))[torch.arange(len(some), device=odds.device)[:, None], block]
-        drawn.append(block * BLOCK + _pick(within, rest[..., None])[0][..., 0])
+    with Progress("text", places.nbytes, brief=True) as progress:
+        for some, wanted in zip(places.split(count), shares.split(count), strict=True):
+            drawn.append(_draw(some, wanted, head, bias, scaling, workers))
+            progress.advance(some.nbytes)
     return torch.cat(drawn)
+
+
+def _padded(head: Tensor) -> int:
+    """Words in whole blocks."""
+    return math.ceil(len(head) / BLOCK) * BLOCK
+
+
+def _draw(places: Tensor, shares: Tensor, head: Tensor, bias: Tensor | None, scaling: float, workers: int) -> Tensor:
+    """``draw`` for places whose predictions are held together."""
+    # What a token counts beside those of its slice, and 0 for words that there are not.
+    odds = places.new_empty(len(places), _padded(head))
+    odds[:, len(head) :] = 0
+
+    def predict(start: int) -> tuple[Tensor, Tensor]:
+        """The greatest logit of a slice, and the sums of its blocks."""
+        rows = slice(start, start + SLICE)
+        logits = nn.functional.linear(places, head[rows].float(), None if bias is None else bias[rows].float())
+        logits /= scaling
+        greatest = logits.amax(-1, keepdim=True)
+        odds[:, start : start + logits.shape[1]] = logits.sub_(greatest).exp_()
+        return greatest, odds[:, rows].unflatten(1, (-1, BLOCK)).sum(-1)
+
+    greatest, sums = zip(*in_threads(predict, range(0, len(head), SLICE), workers), strict=True)
+    peak = torch.cat(greatest, 1).amax(-1, keepdim=True)
+    if not peak.isfinite().all():
+        raise ValueError(
+            "expected a model that predicts tokens, got NaN from its last layer: compare its files and config.json "
+            "with the original"
+        )
+    blocks = torch.cat([part * (top - peak).exp() for part, top in zip(sums, greatest, strict=True)], 1)
+    block, rest = _pick(blocks, shares)
+    within = odds.unflatten(1, (-1, BLOCK))[torch.arange(len(places), device=odds.device)[:, None], block]
+    return block * BLOCK + _pick(within, rest[..., None])[0][..., 0]
 
 
 def _pick(odds: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ their widths chosen, and the checkpoint quantized and written, with one matrix i
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -23,7 +24,8 @@ from offline.operations.choosing import choose_widths
 from offline.operations.options import ConvertOptions, with_options
 from offline.operations.plan import Job
 from offline.operations.summary import Summary
-from offline.operations.timing import estimate_seconds
+from offline.operations.timing import expect
+from offline.progress import Course, course, format_seconds
 from offline.sensitivity.propagation import LENGTH, TOKENS
 from offline.sensitivity.stats import read_statistics
 from offline.source.checkpoint import open_checkpoint
@@ -31,8 +33,11 @@ from offline.source.families import Experts, find_experts
 from offline.source.linear import choose_formats, find_linear_layers
 from offline.source.selection import Selection
 from offline.source.splitting import check_group_size
-from offline.threads import choose_workers
+from offline.threads import WORTH_PROCESSES, choose_workers
 from offline.writing.output import RESULTS, check_output, conditions, open_output
+
+# Seconds of work that is announced.
+_LONG = 60.0
 
 
 @with_options(ConvertOptions)
@@ -51,8 +56,12 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
         ValueError: For anything that is wrong with the options or the source. No output is left then.
         OSError: For files that cannot be read or written. What is done so far is kept for ``resume``.
     """
-    start = time.monotonic()
-    model, group_size = str(model), options.group_size
+    with course() as phases:
+        return _convert(str(model), Path(out).resolve(), options, phases)
+
+
+def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> Summary:
+    start, group_size = time.monotonic(), options.group_size
     source = open_checkpoint(model, options.revision)
     every_expert = find_experts(source)
     found = check_source(source, every_expert)
@@ -72,7 +81,6 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
     gptq = SequentialGptq(source, every_expert, calibration or Calibration()) if quantizer == "gptq" else None
     if gptq:
         job = replace(job, calibration_tokens=gptq.tokens, own_text=gptq.own_text)
-    out = Path(out).resolve()
     # The results of gptq lie beside the checkpoint until that is complete.
     needed_bytes = _least_bytes(job, widths, room) * (2 if gptq else 1)
     check_output(out, source.path.resolve(), needed_bytes, options.resume)
@@ -88,11 +96,15 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
         "room": asdict(room) if room else None,
         "stats": given.digest if given else None,
     }
+    if options.dry_run or experts.numel >= WORTH_PROCESSES:
+        with course():
+            phases.expected = expect(job, every_expert, widths, gptq, given is not None)
+        _say_how_long(phases)
     if options.dry_run:
         plan = choose_widths(job, widths, fixed, room, given)
-        left = gptq.estimate_seconds(plan.bits, group_size, workers) if gptq else estimate_seconds(plan)
-        seconds = time.monotonic() - start + left
+        last = phases.expected.get("gptq", 0.0) + phases.expected["write"]
     else:
+        last = 0.0
         with open_output(out, conditions(source, settings), options.resume) as output:
             results = output.directory.with_name(RESULTS) if gptq else None
             # The model writes its text once, where both need it.
@@ -102,11 +114,24 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
                 starved = gptq.run(plan.bits, group_size, results, workers)
                 plan = replace(plan, summary=replace(plan.summary, starved=starved))
             plan.write(output)
-        seconds = time.monotonic() - start
     limit = str(room) if room else None
     return replace(
-        plan.summary, output=str(out), room=limit, seconds=seconds, dry_run=options.dry_run, found=str(found)
+        plan.summary,
+        output=str(out),
+        room=limit,
+        seconds=time.monotonic() - start + last,
+        phases=phases.spent,
+        expected=phases.expected,
+        dry_run=options.dry_run,
+        found=str(found),
     )
+
+
+def _say_how_long(phases: Course) -> None:
+    """One line before long work."""
+    if (total := sum(phases.expected.values())) >= _LONG:
+        parts = ", ".join(f"{phase} {format_seconds(seconds)}" for phase, seconds in phases.expected.items() if seconds)
+        print(f"about {format_seconds(total)} to go: {parts}", file=sys.stderr, flush=True)
 
 
 def _check_widths(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offline.progress import format_bytes
@@ -26,7 +26,8 @@ class Summary:
     by width; mode, noise, alpha, gamma and gap: see ``Choice``; linear_layers: how many outside the experts are
     quantized, to linear_bits; code: the source's files of Python that are taken along; left: what lies beside its
     weights and stays behind; room: the limit that the sizes keep to; seconds: that it took, or will take about if it
-    is a dry run; found: what a user should know of the source's tensors, or nothing.
+    is a dry run; phases: how many of them by phase, and expected, what they were thought to be before the work began;
+    found: what a user should know of the source's tensors, or nothing.
     """
 
     source: str
@@ -60,6 +61,8 @@ class Summary:
     loaded_size: int = 0
     room: str | None = None
     seconds: float = 0.0
+    phases: Mapping[str, float] = field(default_factory=dict)
+    expected: Mapping[str, float] = field(default_factory=dict)
     dry_run: bool = False
     found: str = ""
 

@@ -1,31 +1,72 @@
-"""How long a conversion will take."""
+"""How long each phase of a conversion will take, from a piece of it done here and now."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
-from offline.operations.plan import Plan
+from offline.allocation.bit_map import average_bits
+from offline.allocation.widths import Budget
+from offline.layerwise.sequential import SequentialGptq
+from offline.model.decoder import Decoder, route
+from offline.model.forward import by_expert, inner_states, project
+from offline.model.text import CONTEXT_TOKENS
+from offline.operations.plan import Job
 from offline.quantizers.quantize import quantize
-from offline.source.families import load_weight
+from offline.sensitivity.matrices import describe
+from offline.sensitivity.propagation import LENGTH, TOKENS, expert_gains
+from offline.source.architectures import experts_per_token
+from offline.source.families import ExpertMatrix, Experts, load_weight
 from offline.threads import compute_device, one_thread
 
-# A group's search takes the same time whatever is in it, so few rows tell.
-_ROWS, _RUNS = 64, 3
+# A group's search takes the same time whatever is in it, so few rows tell; so do few tokens and predictions.
+_ROWS, _RUNS, _TOKENS, _PLACES = 64, 3, 256, 64
 
 
-def estimate_seconds(plan: Plan) -> float:
-    """Seconds that quantizing will take, from quantizing some rows of a matrix at every width here and now."""
-    job, matrices = plan.job, plan.job.experts.matrices
-    rows = load_weight(job.source, matrices[0])[:_ROWS]
-    seconds = 0.0
-    for num_bits in plan.summary.widths:
-        per_weight = _seconds_per_weight(rows, num_bits, job.group_size, job.data_free_quantizer)
-        seconds += per_weight * sum(matrix.numel for matrix in matrices if plan.bits[matrix.name] == num_bits)
-    return seconds / job.workers
+@one_thread()
+def expect(
+    job: Job, every_expert: Experts, widths: Budget | Mapping[str, int], gptq: SequentialGptq | None, measured: bool
+) -> dict[str, float]:
+    """Seconds by phase, in order, by the names of their progress.
+
+    every_expert: of the source; measured: whether there are statistics already.
+    """
+    budget = widths if isinstance(widths, Budget) else None
+    matrices = job.experts.matrices
+    num_bits = round(budget.average_bits if budget else average_bits(widths, matrices))  # type: ignore[arg-type]
+    expected: dict[str, float] = {}
+    if budget and budget.needs_alpha and not measured:
+        some = (budget.measured_widths, job.group_size, job.data_free_quantizer)
+        seconds = _seconds(lambda: describe(job.source, matrices[0], *some))
+        expected["measure"] = seconds * len(matrices) / job.workers
+    propagated = bool(budget and budget.needs_gains and not measured)
+    if propagated or gptq:
+        pace = _pace(gptq.decoder if gptq else Decoder(job.source, every_expert), job, every_expert)
+        own = bool(gptq and gptq.own_text)
+        shared = bool(gptq and gptq.writes(TOKENS, LENGTH))
+        texts = [min(CONTEXT_TOKENS, gptq.tokens)] if gptq and own else []
+        texts += [min(CONTEXT_TOKENS, TOKENS)] if propagated and not shared else []
+        # Each is written in two passes.
+        expected["text"] = 2 * (sum(map(pace.run, texts)) + sum(texts) * pace.place / job.workers)
+    if propagated:
+        expected["propagate"] = pace.run(TOKENS) + pace.experts(pace.gains)
+    if gptq:
+        inputs, topk_weights = pace.routed(gptq.tokens)
+        seconds = _seconds(lambda: gptq.quantize_expert(num_bits, job.group_size, inputs, topk_weights))
+        expected["gptq"] = pace.enter(gptq.tokens) + pace.experts(seconds)
+        # Copying.
+        expected["write"] = 0.0
+    else:
+        rows = load_weight(job.source, matrices[0])[:_ROWS]
+        seconds = _seconds_per_weight(rows, num_bits, job.group_size, job.data_free_quantizer)
+        expected["write"] = seconds * job.experts.numel / job.workers
+    return expected
 
 
+@one_thread()
 def seconds_without_weights(columns: int, numel: int, bits: float, group_size: int, workers: int) -> float:
     """Seconds that quantizing by ``mse`` will take, from quantizing random rows here and now.
 
@@ -35,12 +76,97 @@ def seconds_without_weights(columns: int, numel: int, bits: float, group_size: i
     return _seconds_per_weight(rows, max(1, round(bits)), group_size, "mse") * numel / workers
 
 
-@one_thread()
 def _seconds_per_weight(rows: torch.Tensor, num_bits: int, group_size: int, quantizer: str) -> float:
-    seconds = []
     # The first run also sets things up.
-    for _ in range(_RUNS):
-        start = time.monotonic()
-        quantize(rows, num_bits, group_size, quantizer)
-        seconds.append(time.monotonic() - start)
-    return min(seconds) / rows.numel()
+    return min(_seconds(lambda: quantize(rows, num_bits, group_size, quantizer)) for _ in range(_RUNS)) / rows.numel()
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """How fast the model runs: seconds on one thread.
+
+    layer: to load a layer without its experts; window: to take a window of ``LENGTH`` through it; expert: to load an
+    expert; token: to take a token through one; gains: see ``expert_gains``; place: to predict a token.
+    """
+
+    job: Job
+    layers: int
+    num_experts: int
+    top_k: int
+    layer: float
+    window: float
+    expert: float
+    token: float
+    gains: float
+    place: float
+
+    def routed(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Made-up inputs of an expert that has its share of the tokens, and their weights."""
+        return _routed(self.job, max(1, tokens * self.top_k // self.num_experts))
+
+    def enter(self, tokens: int) -> float:
+        """A pass without the experts."""
+        return self.layers * (self.layer + tokens / LENGTH * self.window / self.job.workers)
+
+    def experts(self, seconds: float) -> float:
+        """What takes so long for each expert."""
+        return self.layers * self.num_experts * seconds / self.job.workers
+
+    def run(self, tokens: int) -> float:
+        """A whole pass."""
+        return self.enter(tokens) + self.experts(self.expert + tokens * self.top_k / self.num_experts * self.token)
+
+
+@torch.no_grad()
+def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
+    source, device = job.source, compute_device()
+    length = min(LENGTH, decoder.context)
+    windows = torch.randint(decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    hidden = decoder.embed(source, windows, device)
+    layer = next(layer for layer in decoder.layers if layer.source_experts is not None)
+    start = time.monotonic()
+    with layer.loaded(source, device):
+        load = time.monotonic() - start
+        window = _seconds(lambda: route(layer, hidden.clone())) * LENGTH / length
+    first = by_expert(experts, str(layer.source_experts))[0]
+    weights: list[torch.Tensor] = []
+    load_expert = _seconds(lambda: weights.extend(load_weight(source, matrix) for matrix in first))
+    inputs, topk_weights = _routed(job, _TOKENS)
+    gate, up, down = weights
+
+    def compute() -> None:
+        project(inner_states(inputs, gate, up, layer.activation), down, topk_weights)
+
+    def predict(places: int) -> None:
+        decoder.sample(source, hidden[:, :places], torch.full((1, places, 1), 0.5, dtype=torch.float64))
+
+    top_k = experts_per_token(source.config)
+    reached = _routed(job, max(1, TOKENS * top_k // experts.num_experts))
+    one, many = _seconds(lambda: predict(1)), _seconds(lambda: predict(_PLACES + 1))
+    return _Pace(
+        job,
+        layers=len(experts.modules),
+        num_experts=experts.num_experts,
+        top_k=top_k,
+        layer=load,
+        window=window,
+        expert=load_expert,
+        token=_seconds(compute) / _TOKENS,
+        gains=_seconds(lambda: expert_gains(source, first, *reached, layer.activation, job.group_size)),
+        place=max(0.0, many - one) / _PLACES,
+    )
+
+
+def _routed(job: Job, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    matrix: ExpertMatrix = job.experts.matrices[0]
+    device = compute_device()
+    inputs = torch.randn(tokens, matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(device)
+    return inputs, torch.ones(tokens, device=device)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.monotonic()
+    function()
+    if compute_device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic() - start

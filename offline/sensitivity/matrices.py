@@ -55,15 +55,22 @@ def measure_matrices(
     known = _measured(journal, widths) if journal else {}
     unknown = [matrix for matrix in matrices if matrix.name not in known]
     block_size = choose_block_size(matrix.shape for matrix in matrices)
-    describe = partial(_describe, source, tuple(widths), group_size, quantizer, block_size)
+    measure = partial(_describe, source, tuple(widths), group_size, quantizer, block_size)
     total, left = (sum(matrix_nbytes(source, matrix) for matrix in some) for some in (matrices, unknown))
-    with Progress("measure", total, total - left) as progress, closing(run_all(describe, unknown, workers)) as results:
+    with Progress("measure", total, total - left) as progress, closing(run_all(measure, unknown, workers)) as results:
         for matrix, stats in results:
             known[matrix.name] = stats
             if journal:
                 journal.record({"stats": asdict(stats)})
             progress.advance(matrix_nbytes(source, matrix))
     return [known[matrix.name] for matrix in matrices]
+
+
+def describe(
+    source: Checkpoint, matrix: ExpertMatrix, widths: Sequence[int], group_size: int, quantizer: str = "mse"
+) -> MatrixStats:
+    """``measure_matrices`` of a matrix alone."""
+    return _describe(source, tuple(widths), group_size, quantizer, choose_block_size([matrix.shape]), matrix)
 
 
 def _describe(

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from offline import progress
-from offline.progress import Progress
+from offline.progress import Progress, course
 
 
 @pytest.fixture
@@ -49,3 +49,26 @@ def test_progress_ends_its_line_before_an_error(clock, capsys, monkeypatch):
         bar.advance(1)
         raise KeyError
     assert capsys.readouterr().err.endswith("left\x1b[K\n")
+
+
+def test_progress_tells_the_time_left_of_the_whole_job(clock, capsys):
+    with course() as job:
+        job.expected = {"measure": 60.0, "text": 130.0, "gptq": 3600.0}
+        with Progress("measure", 10_000_000) as bar:
+            clock[0] = 10.0
+            bar.advance(5_000_000)
+        for clock[0] in (10.0, 30.0):
+            with Progress("text", 1_000_000) as bar:
+                clock[0] += 10.0
+                bar.advance(1_000_000)
+        with Progress("other", 1_000_000) as bar:
+            bar.advance(1_000_000)
+    assert job.spent == {"measure": 10.0, "text": 20.0, "other": 0.0}
+    left = [line.split("; ")[1:] for line in capsys.readouterr().err.splitlines()]
+    # Half of measure was done in 10 s of its 60; each part of text takes 10 s of its 130.
+    assert left == [
+        ["1 h 3 min of the whole job"],
+        ["1 h 2 min of the whole job"],
+        ["1 h 1 min of the whole job"],
+        [],
+    ]

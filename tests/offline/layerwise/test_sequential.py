@@ -153,7 +153,7 @@ def test_memory_holds_the_weights_of_one_layer_and_no_experts(speaking_model, ca
     gptq = SequentialGptq(source, experts, calibration)
 
     def check(layer, hidden, workers):
-        for other in gptq._decoder.layers:
+        for other in gptq.decoder.layers:
             real = {name for name, tensor in other.module.state_dict().items() if not tensor.is_meta}
             assert real == (set(layer.tensors) if other is layer else set())
             assert not any(".experts." in name for name in real)
