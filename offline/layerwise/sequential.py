@@ -25,7 +25,7 @@ from alphaq_vllm import packing
 from alphaq_vllm.format import PACKED, SCALE, ZERO
 from offline.journal import sync
 from offline.model.decoder import Decoder, Routes, advance, route
-from offline.model.forward import by_expert, expert_outputs
+from offline.model.forward import activated, by_expert, expert_outputs
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
 from offline.parallel import run_all
 from offline.progress import Progress
@@ -42,8 +42,8 @@ _TEXT, _WINDOWS = "text.safetensors", "windows"
 
 @dataclass(frozen=True)
 class _Task:
-    """One expert to quantize: its matrices (gate, up, down) with their widths, and the inputs that are routed to it,
-    ``[tokens, hidden_size]`` float32.
+    """One expert to quantize: its matrices (gate, up, down, or up, down) with their widths, and the inputs that are
+    routed to it, ``[tokens, hidden_size]`` float32.
     """
 
     source: Checkpoint
@@ -133,11 +133,14 @@ class SequentialGptq:
         """Seconds that quantizing will take, from one expert here and now with its share of the tokens."""
         quantized = [matrix for matrix in self._experts.matrices if matrix.name in widths]
         routed = self.tokens * experts_per_token(self._source.config) // self._experts.num_experts
-        bits = {matrix: widths[matrix.name] for matrix in quantized[:3]}
+        # Gate, up and down, or up and down.
+        first = quantized[0]
+        expert = [matrix for matrix in quantized if (matrix.module, matrix.expert) == (first.module, first.expert)]
+        bits = {matrix: widths[matrix.name] for matrix in expert}
         inputs = torch.randn(max(1, routed), quantized[0].shape[1], device=compute_device())
         start = time.monotonic()
         _quantize(_Task(self._source, bits, group_size, torch.nn.functional.silu, inputs))
-        return (time.monotonic() - start) * len(quantized) / 3 / workers
+        return (time.monotonic() - start) * len(quantized) / len(expert) / workers
 
     def _nbytes(self, matrices: Iterable[ExpertMatrix]) -> int:
         return sum(matrix_nbytes(self._source, matrix) for matrix in matrices)
@@ -162,15 +165,15 @@ def load_quantized(directory: Path, matrix: ExpertMatrix) -> dict[str, Tensor]:
 
 
 def _quantize(task: _Task) -> dict[str, Tensor]:
-    """The stored tensors of an expert's matrices; down is fitted to what comes out of the quantized gate and up."""
+    """The stored tensors of an expert's matrices; down is fitted to what comes out of the quantized ones before it."""
     if not len(task.inputs):
         return {name: tensor for matrix in task.bits for name, tensor in _data_free(task, matrix).items()}
-    gate, up, down = task.bits
+    *first, down = task.bits
     factor = inverse_factor(task.inputs)
-    tensors = {**_gptq(task, gate, factor), **_gptq(task, up, factor)}
+    tensors = {name: tensor for matrix in first for name, tensor in _gptq(task, matrix, factor).items()}
     del factor
-    inner = task.activation(task.inputs @ _weight(tensors, gate, task.bits[gate]).T)
-    inner *= task.inputs @ _weight(tensors, up, task.bits[up]).T
+    weights = [_weight(tensors, matrix, task.bits[matrix]) for matrix in first]
+    inner = activated(task.inputs, weights, task.activation)
     return {**tensors, **_gptq(task, down, inverse_factor(inner))}
 
 

@@ -44,7 +44,7 @@ def forward(
 
 
 def by_expert(experts: Experts, module: str) -> list[list[ExpertMatrix]]:
-    """Gate, up and down of each expert of a module, in order."""
+    """The matrices of each expert of a module, in order: gate, up and down, or up and down."""
     found: dict[int, list[ExpertMatrix]] = {}
     for matrix in experts.matrices:
         if matrix.module == module:
@@ -63,7 +63,13 @@ def expert_outputs(
     for number, expert in enumerate(experts):
         tokens, topk_weights = routes.of(number)
         inputs = routes.inputs[tokens]
-        gate, up, down = (load(matrix) for matrix in expert)
-        inner = activation(inputs @ gate.T) * (inputs @ up.T)
+        *first, down = (load(matrix) for matrix in expert)
+        inner = activated(inputs, first, activation)
         outputs.index_add_(0, tokens, inner @ down.T * topk_weights[:, None])
     return outputs
+
+
+def activated(inputs: Tensor, first: Sequence[Tensor], activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """What an expert's down multiplies, ``[tokens, intermediate_size]``; first: gate and up, or up alone."""
+    inner = activation(inputs @ first[0].T)
+    return inner if len(first) == 1 else inner * (inputs @ first[1].T)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alphaq_vllm import packing
 from offline.model.decoder import Decoder, Layer, Routes
-from offline.model.forward import forward
+from offline.model.forward import activated, forward
 from offline.model.text import write_text
 from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import Checkpoint
@@ -63,16 +63,18 @@ def expert_gains(
     activation: Callable[[Tensor], Tensor],
     group_size: int,
 ) -> list[float]:
-    """The squared error of an expert's weighted outputs that a mean squared error of 1 in gate, up or down causes.
+    """The squared error of an expert's weighted outputs that a mean squared error of 1 in each of its matrices causes.
 
-    inputs: ``[tokens, hidden_size]`` float32; topk_weights: ``[tokens]``; activation: applied to the output of gate.
+    inputs: ``[tokens, hidden_size]`` float32; topk_weights: ``[tokens]``; activation: applied to the output of gate, or
+    of up without one.
     """
     if not len(inputs):
         return [0.0] * len(expert)
     weights = [load_weight(source, matrix) for matrix in expert]
 
-    def outputs(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return (activation(inputs @ gate.T) * (inputs @ up.T)) @ down.T * topk_weights[:, None]
+    def outputs(*weights: Tensor) -> Tensor:
+        *first, down = weights
+        return activated(inputs, first, activation) @ down.T * topk_weights[:, None]
 
     exact = outputs(*weights)
     gains = []

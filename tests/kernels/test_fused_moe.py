@@ -85,7 +85,7 @@ def test_weights_without_a_gate_refuse_what_does_not_fit(cases, make_problem):
     weights = make_problem(cases["no-gate-bias-and-weight-on-input"], torch.float32).weights
     with pytest.raises(ValueError, match=r"w13_bias: expected a contiguous tensor \[4, 1, 160\], got \[4, 2, 160\]"):
         replace(weights, w13_bias=torch.zeros(4, 2, 160))
-    with pytest.raises(ValueError, match="a gate and a limit for swiglustep, got gated=False and limit=7.0"):
+    with pytest.raises(ValueError, match=r"a gate and a limit for swiglustep, got gated=False and limit=7\.0"):
         replace(weights, gate=Gate("swiglustep", 7.0))
-    with pytest.raises(ValueError, match=r"no limit, alpha or beta for experts without a gate, got Gate.*limit=7.0"):
+    with pytest.raises(ValueError, match="no limit, alpha or beta for experts without a gate"):
         replace(weights, gate=Gate("silu", 7.0))
