@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from offline.model.skeleton import ROUTERS, by_transformers, skeleton
+from offline.source.architectures import experts_size, family_of
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
 
-# Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, called with inputs, ids and weights of experts.
+# Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, or ``down(act_fn(up(x)))`` without a gate, and are
+# called with inputs, ids and weights of experts.
 CALIBRATED = (
     "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "deepseek_v2", "deepseek_v3",
-    "glm4_moe", "minimax_m2", "granitemoe", "granitemoeshared", "phimoe",
+    "glm4_moe", "minimax_m2", "granitemoe", "granitemoeshared", "phimoe", "nemotron_h",
 )  # fmt: skip
 
 
@@ -37,8 +39,8 @@ MAX_LOGITS = 2**24
 
 @dataclass(frozen=True)
 class Routes:
-    """What reaches the experts of a layer: ``inputs`` ``[tokens, hidden_size]``, ``topk_ids`` and ``topk_weights``
-    ``[tokens, k]``.
+    """What reaches the experts of a layer: ``inputs`` ``[tokens, hidden_size]`` (or of latents), ``topk_ids`` and
+    ``topk_weights`` ``[tokens, k]``.
     """
 
     inputs: Tensor
@@ -68,7 +70,7 @@ class Layer:
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
-        """What is applied to the output of gate."""
+        """What is applied to the output of gate, or of up without one."""
         from transformers.activations import SiLUActivation
 
         function = self.experts.act_fn  # type: ignore[union-attr]
@@ -101,11 +103,15 @@ class Decoder:
             )
         model = skeleton(source)
         self._decoder = model.get_decoder()
-        # Its frequencies are computed, not loaded.
-        self._decoder.rotary_emb = type(self._decoder.rotary_emb)(config=self._decoder.config)
-        names = {module: name for name, module in model.named_modules()}
+        self._rotary = getattr(self._decoder, "rotary_emb", None)
+        if self._rotary is not None:
+            # Its frequencies are computed, not loaded.
+            self._decoder.rotary_emb = self._rotary = type(self._rotary)(config=self._decoder.config)
+        family = family_of(source)
+        names = {module: family.in_checkpoint(name) for name, module in model.named_modules()}
         embedding = f"{names[self._decoder.get_input_embeddings()]}.weight"
-        norm, head = self._decoder.norm, model.get_output_embeddings()
+        self._norm_name = "norm" if hasattr(self._decoder, "norm") else "norm_f"
+        norm, head = self._decoder.get_submodule(self._norm_name), model.get_output_embeddings()
         self._norm, self._norm_tensors = norm, {key: f"{names[norm]}.{key}" for key in norm.state_dict()}
         # A model that ties the two may have either.
         self._embedding = embedding if embedding in source.tensors else f"{names[head]}.weight"
@@ -133,9 +139,10 @@ class Decoder:
             self._enter(hidden)
             computed = [hidden / self._logits_scaling, *tree_iter([layer.arguments for layer in self.layers])]
             hidden = hidden.to("meta")
+            outputs = hidden.new_zeros(1, experts_size(source.config))
             for layer in self.layers:
                 layer.arguments = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), layer.arguments)
-                advance(layer, hidden, None if layer.experts is None else hidden[0])
+                advance(layer, hidden, None if layer.experts is None else outputs)
         if any(bool(part.isnan().any()) for part in computed if isinstance(part, Tensor)):
             raise ValueError(
                 f"{source.path}: config.json: expected positions and factors that transformers can compute with, "
@@ -156,8 +163,9 @@ class Decoder:
         """Replace rows of the embedding table, ``[windows, length, hidden_size]``, by the input of the first layer."""
         for layer in self.layers:
             layer.module.forward = _recorder(layer)  # type: ignore[method-assign]
-        self._decoder.norm = nn.Identity()
-        self._decoder.rotary_emb.to(hidden.device)
+        setattr(self._decoder, self._norm_name, nn.Identity())
+        if self._rotary is not None:
+            self._rotary.to(hidden.device)
         for window in hidden:
             # Some families scale what comes out of the table.
             window.copy_(self._decoder(inputs_embeds=window[None], use_cache=False).last_hidden_state[0])
@@ -230,7 +238,7 @@ def _recorder(layer: Layer) -> Callable[..., Tensor]:
 
 
 def _layer(module: nn.Module, prefix: str, experts: Experts) -> Layer:
-    """prefix: the name of the layer, which model and source share, with a dot."""
+    """prefix: the name of the layer in the source, with a dot."""
     source_experts = next((name for name in experts.modules if name.startswith(prefix)), None)
     keys = list(module.state_dict())
     if source_experts is None:

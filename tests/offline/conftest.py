@@ -125,6 +125,8 @@ def latent_model(tmp_path_factory):
     """The directory of a tiny Nemotron whose experts compute on projections of 64 features, not to be changed."""
     torch.manual_seed(0)
     options = {**COMMON, **NEMOTRON, "moe_latent_size": 64, "moe_intermediate_size": 192}
+    # Large enough for the experts to matter.
+    options["initializer_range"] = 0.1
     config = transformers.AutoConfig.for_model("nemotron_h", **options)
     path = tmp_path_factory.mktemp("models") / "latent"
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
