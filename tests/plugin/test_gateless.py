@@ -106,7 +106,8 @@ def products(gate):
     return [torch.randn(64, 32, generator=generator) * 8 for _ in range(2 if gate else 1)]
 
 
-@pytest.mark.parametrize("activation", [MoEActivation(name) for name in PLAIN], ids=lambda a: a.value)
+# Older versions have fewer.
+@pytest.mark.parametrize("activation", [a for a in MoEActivation if a.value in PLAIN], ids=lambda a: a.value)
 def test_activations_are_vllms(activation):
     moe = build(
         NUM_EXPERTS, activation=activation, projections=UNGATED if not activation.is_gated else ("gate_proj", *UNGATED)
