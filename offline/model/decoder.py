@@ -1,11 +1,12 @@
 """Running a model one layer at a time: its skeleton by transformers, without weights; a layer's weights when needed.
 
-The weights of routed experts are never loaded here. A layer runs twice: once for what reaches its experts, and once
-more for its output, when somebody has computed what comes out of them.
+The weights of routed experts are never loaded here. A layer runs once, for what reaches its experts and for its output
+without theirs, which every family adds to the rest of the layer's output: so that somebody else can do it later.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from offline.model.sampling import draw
 from offline.model.skeleton import ROUTERS, by_transformers, skeleton
-from offline.source.architectures import experts_size, family_of
+from offline.source.architectures import family_of
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
+from offline.threads import in_threads
 
 # Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, or ``down(act_fn(up(x)))`` without a gate, and are
 # called with inputs, ids and weights of experts.
@@ -33,19 +36,18 @@ def can_run(experts: Experts) -> bool:
     return experts.model_type in CALIBRATED
 
 
-# Predictions held at a time.
-MAX_LOGITS = 2**24
-
-
 @dataclass(frozen=True)
 class Routes:
-    """What reaches the experts of a layer: ``inputs`` ``[tokens, hidden_size]`` (or of latents), ``topk_ids`` and
-    ``topk_weights`` ``[tokens, k]``.
+    """What reaches the experts of a layer: ``inputs`` ``[tokens, features]``, ``topk_ids`` and ``topk_weights``
+    ``[tokens, k]``.
+
+    back: ``[hidden_size, features]``, what the sum of their outputs is multiplied with where they compute on latents.
     """
 
     inputs: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
+    back: Tensor | None = None
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
         """The tokens of one expert, int64, and their weights, float32."""
@@ -58,14 +60,15 @@ class Layer:
     """A decoder layer.
 
     tensors: the source's tensor for each parameter and buffer of the module but its experts'; experts: the module of
-    routed experts and source_experts its name in the source, if it has one; arguments: what it is called with besides
-    its input.
+    routed experts and source_experts its name in the source, if it has one; back: what projects the sum of their
+    outputs from latents, if anything does; arguments: what it is called with besides its input.
     """
 
     module: nn.Module
     tensors: Mapping[str, str]
     experts: nn.Module | None
     source_experts: str | None
+    back: nn.Linear | None = None
     arguments: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
 
     @property
@@ -139,10 +142,13 @@ class Decoder:
             self._enter(hidden)
             computed = [hidden / self._logits_scaling, *tree_iter([layer.arguments for layer in self.layers])]
             hidden = hidden.to("meta")
-            outputs = hidden.new_zeros(1, experts_size(source.config))
             for layer in self.layers:
                 layer.arguments = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), layer.arguments)
-                advance(layer, hidden, None if layer.experts is None else outputs)
+                if layer.experts is None:
+                    advance(layer, hidden)
+                else:
+                    routes = route(layer, hidden)
+                    add_outputs(layer, hidden, routes, routes.inputs)
         if any(bool(part.isnan().any()) for part in computed if isinstance(part, Tensor)):
             raise ValueError(
                 f"{source.path}: config.json: expected positions and factors that transformers can compute with, "
@@ -173,58 +179,75 @@ class Decoder:
             del layer.module.forward
 
     @torch.no_grad()
-    def sample(self, source: Checkpoint, hidden: Tensor, generator: torch.Generator) -> Tensor:
-        """A token that the model predicts after every place, ``[windows, length]``, from the last layer's output.
+    def sample(self, source: Checkpoint, hidden: Tensor, shares: Tensor, workers: int = 1) -> Tensor:
+        """Tokens that the model predicts after every place, ``[windows, length, draws]``, from the last layer's output.
 
+        shares: random, of the same shape, and workers: see ``draw``.
         Raises ValueError for predictions that are not finite.
         """
         device = hidden.device
         norm = {key: source.load(name).to(device, torch.float32) for key, name in self._norm_tensors.items()}
         self._norm.load_state_dict(norm, assign=True)
-        head = source.load(self._head).to(device, torch.float32)
-        bias = source.load(self._head_bias).to(device, torch.float32) if self._head_bias else None
-        rows = []
-        for places in hidden.flatten(0, 1).split(max(1, MAX_LOGITS // len(head))):
-            logits = nn.functional.linear(self._norm(places), head, bias) / self._logits_scaling
-            # On the CPU, whose generator gives the same numbers everywhere.
-            chances = logits.softmax(-1).cpu()
-            if not bool(chances.isfinite().all()):
-                raise ValueError(
-                    f"{source.path}: expected a model that predicts tokens, got NaN from its last layer: compare its "
-                    "files and config.json with the original"
-                )
-            rows.append(torch.multinomial(chances, 1, generator=generator)[:, 0])
-        return torch.cat(rows).view(hidden.shape[:2])
+        head = source.load(self._head).to(device)
+        bias = source.load(self._head_bias).to(device) if self._head_bias else None
+        places = self._norm(hidden).flatten(0, 1)
+        try:
+            tokens = draw(places, shares.flatten(0, 1).to(device), head, bias, self._logits_scaling, workers)
+        except FloatingPointError:
+            raise ValueError(
+                f"{source.path}: expected a model that predicts tokens, got NaN from its last layer: compare its "
+                "files and config.json with the original"
+            ) from None
+        return tokens.view(shares.shape).cpu()
 
 
 @torch.no_grad()
-def route(layer: Layer, hidden: Tensor) -> Routes:
-    """What reaches the experts of a loaded layer with the input ``hidden``, ``[windows, length, hidden_size]``."""
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
+    """What reaches the experts of a loaded layer with the input ``hidden``, ``[windows, length, hidden_size]``.
+
+    ``hidden`` becomes the layer's output but for what ``add_outputs`` adds. workers: threads to use, which changes no
+    number.
+    """
+    seen = threading.local()
 
     def record(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        seen.append((hidden_states, top_k_index, top_k_weights))
+        seen.inputs, seen.topk = hidden_states, (top_k_index, top_k_weights)
         return torch.zeros_like(hidden_states)
 
-    for window in hidden:
-        _call(layer, window, record)
-    return Routes(*(torch.cat(tensors) for tensors in zip(*seen, strict=True)))
+    def run(number: int) -> tuple[Tensor, Tensor]:
+        hidden[number] = _call(layer, hidden[number])
+        inputs[number] = seen.inputs.view_as(inputs[number])
+        return seen.topk
+
+    features = hidden.shape[2] if layer.back is None else layer.back.in_features
+    inputs = hidden.new_empty(*hidden.shape[:2], features)
+    layer.experts.forward = record  # type: ignore[union-attr, method-assign]
+    topk = zip(*in_threads(run, range(len(hidden)), workers), strict=True)
+    back = None if layer.back is None else layer.back.weight.detach()
+    topk_ids, topk_weights = (torch.cat(tensors) for tensors in topk)
+    return Routes(inputs.flatten(0, 1), topk_ids, topk_weights, back)
+
+
+def add_outputs(layer: Layer, hidden: Tensor, routes: Routes, expert_outputs: Tensor) -> None:
+    """Add what comes out of a layer's experts, ``[tokens, features]``, to what ``route`` has left of ``hidden``."""
+    if routes.back is not None:
+        expert_outputs = expert_outputs @ routes.back.T
+    # Granite scales it.
+    hidden.flatten(0, 1).add_(expert_outputs, alpha=getattr(layer.module, "residual_multiplier", 1))
 
 
 @torch.no_grad()
-def advance(layer: Layer, hidden: Tensor, expert_outputs: Tensor | None) -> None:
-    """Replace ``hidden``, the input of a loaded layer, by its output.
+def advance(layer: Layer, hidden: Tensor, workers: int = 1) -> None:
+    """Replace ``hidden``, the input of a loaded layer without experts, by its output; workers: as of ``route``."""
 
-    expert_outputs: ``[tokens, hidden_size]``, summed over each token's experts; None for a layer without experts.
-    """
-    parts = [None] * len(hidden) if expert_outputs is None else expert_outputs.split(hidden.shape[1])
-    for window, part in zip(hidden, parts, strict=True):
-        window.copy_(_call(layer, window, lambda *_, part=part: part))
+    def run(window: Tensor) -> None:
+        window.copy_(_call(layer, window))
+
+    for _ in in_threads(run, hidden, workers):
+        pass
 
 
-def _call(layer: Layer, window: Tensor, experts: Callable[..., Any]) -> Tensor:
-    if layer.experts is not None:
-        layer.experts.forward = experts
+def _call(layer: Layer, window: Tensor) -> Tensor:
     positional, named = layer.arguments
     return layer.module(window[None], *positional, **named)[0]
 
@@ -252,4 +275,7 @@ def _layer(module: nn.Module, prefix: str, experts: Experts) -> Layer:
             source_key = renamed.get(key, key)
             below = source_key.removeprefix(block)
             tensors[key] = prefix + (source_key if below == source_key else source_block + below)
-    return Layer(module, tensors, module.get_submodule(name), source_experts)
+    back = getattr(module.get_submodule(block.removesuffix(".")), "fc2_latent_proj", None)
+    # Where there are no latents, it is an identity.
+    back = back if isinstance(back, nn.Linear) else None
+    return Layer(module, tensors, module.get_submodule(name), source_experts, back)

@@ -50,12 +50,13 @@ def test_error_gains_are_those_of_the_whole_model(gains, text, projection):
     assert gains[f"model.layers.1.mlp.experts.2.{projection}"] == pytest.approx(expected, rel=0.01)
 
 
-def test_expert_gains_without_a_gate(latent_model):
+def test_expert_gains_without_a_gate_are_those_behind_the_projection_from_latents(latent_model):
     source = open_checkpoint(str(latent_model))
     up, down = expert = find_experts(source).matrices[:2]
     generator = torch.Generator().manual_seed(0)
     inputs, topk_weights = torch.randn(20, 64, generator=generator), torch.rand(20, generator=generator)
-    gains = expert_gains(source, expert, inputs, topk_weights, lambda x: x.relu() ** 2, 64)
+    back = source.load("backbone.layers.0.mixer.fc2_latent_proj.weight").float()
+    gains = expert_gains(source, expert, inputs, topk_weights, lambda x: x.relu() ** 2, 64, back)
     weights = {matrix: load_weight(source, matrix) for matrix in expert}
 
     def outputs(weights):
@@ -64,7 +65,7 @@ def test_expert_gains_without_a_gate(latent_model):
     for matrix, gain in zip(expert, gains, strict=True):
         quantized = quantize(weights[matrix], 4, 64, "rtn")
         changed = packing.dequantize(quantized.packed, quantized.scale, quantized.zero_point, 4)
-        error = (outputs({**weights, matrix: changed}) - outputs(weights)).square().sum().item()
+        error = ((outputs({**weights, matrix: changed}) - outputs(weights)) @ back.T).square().sum().item()
         assert gain == pytest.approx(error / quantized.mse, rel=1e-3)
 
 
