@@ -53,7 +53,7 @@ struct Call {
   Threads threads;
 };
 
-// hidden [routes, N of w13] of a dtype = activated products of x with gate and up, or with up of experts without a gate.
+// hidden [routes, N of w13] of a dtype = activated products of x with gate and up, or with up alone.
 //
 // Two blocks are multiplied together: gate's and up's of the same rows, or two of up.
 template <bool GATED>
