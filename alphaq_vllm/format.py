@@ -31,6 +31,8 @@ ZERO_DTYPE = torch.float16
 
 # What each family calls the projections of an expert, and the shard id that vLLM gives them.
 SHARD_IDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2"}
+# Of experts without a gate, vLLM's first shard is up.
+UNGATED_SHARD_IDS = {"up_proj": "w1", "down_proj": "w2"}
 
 BitMap = Mapping[str, Mapping[str, tuple[int, ...]]]
 
@@ -79,6 +81,25 @@ def linear_tensors(out_features: int, in_features: int, num_bits: int, group_siz
         PACKED: TensorSpec((out_features, in_features * num_bits // 32), PACKED_DTYPE),
         SCALE: TensorSpec((out_features, in_features // group_size), SCALE_DTYPE),
     }
+
+
+def shard_ids(projections: Iterable[str]) -> dict[str, str]:
+    """The shard ids of an expert's projections, by the checkpoint's names for them.
+
+    >>> shard_ids(("up_proj", "down_proj"))
+    {'up_proj': 'w1', 'down_proj': 'w2'}
+
+    Raises ValueError unless they are gate, up and down, or up and down.
+    """
+    names = list(projections)
+    ids = UNGATED_SHARD_IDS if set(names) == set(UNGATED_SHARD_IDS) else SHARD_IDS
+    found = {name: ids.get(name, "") for name in names}
+    if ids is SHARD_IDS and sorted(found.values()) != ["w1", "w2", "w3"]:
+        raise ValueError(
+            "expected gate_proj, up_proj and down_proj (or w1, w3 and w2), or up_proj and down_proj of experts without "
+            f"a gate, got {', '.join(map(str, names)) or 'none':.80}"
+        )
+    return found
 
 
 def stored_bits_per_weight(num_bits: float, group_size: int) -> float:
@@ -174,15 +195,12 @@ def _require_keys(where: str, config: Mapping[str, Any], keys: Iterable[str], op
 
 
 def _parse_projections(where: str, projections: Any) -> dict[str, tuple[int, ...]]:
-    if not isinstance(projections, Mapping) or sorted(SHARD_IDS.get(str(n), "") for n in projections) != [
-        "w1",
-        "w2",
-        "w3",
-    ]:
-        raise ValueError(
-            f"{where}: expected the widths of gate_proj, up_proj and down_proj (or w1, w3 and w2), "
-            f"got {projections!r:.80}"
-        )
+    if not isinstance(projections, Mapping):
+        raise ValueError(f"{where}: expected an object with the widths of each projection, got {projections!r:.80}")
+    try:
+        shard_ids(projections)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     parsed = {}
     for name, digits in projections.items():
         if not isinstance(digits, str) or not digits or set(digits) - set("12345678"):

@@ -76,16 +76,16 @@ class AlphaQHfQuantizer(HfQuantizer):
         from offline.source.alphaq import check_alphaq
         from offline.source.architectures import family_of
         from offline.source.checkpoint import open_checkpoint
-        from offline.source.fused import FusedPart
 
         checkpoint = open_checkpoint(str(Path(checkpoint_files[0]).parent))
         check_alphaq(checkpoint)
         family = family_of(checkpoint)
-        gate, up, down = family.projections
-        parts = [FusedPart("", family.fused, half) for half in (0, 1, None)]
+        *first, down = family.projections
+        parts = [family.part("experts", projection) for projection in family.projections]
+        together = ".experts.gate_up_proj" if family.gated else ".experts.up_proj"
         self.conversions = [
-            WeightConverter(_stored(gate, up), ".experts.gate_up_proj", [DequantizeExperts(parts[:2])]),
-            WeightConverter(_stored(down), ".experts.down_proj", [DequantizeExperts(parts[2:])]),
+            WeightConverter(_stored(*first), together, [DequantizeExperts(parts[:-1])]),
+            WeightConverter(_stored(down), ".experts.down_proj", [DequantizeExperts(parts[-1:])]),
             WeightConverter([rf"\.{PACKED}$", rf"\.{SCALE}$"], ".weight", [DequantizeLinear()]),
         ]
         self.expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
@@ -98,7 +98,7 @@ class AlphaQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Refuse what transformers lets pass in a quantized model, and make it an ordinary one."""
         dtype_plan = model._get_dtype_plan(model.dtype)
-        kept = [re.compile(pattern.replace("*", ".*")) for pattern in dtype_plan]
+        kept = {re.compile(pattern.replace("*", ".*")): dtype for pattern, dtype in dtype_plan.items()}
         for name, tensor in model.state_dict(keep_vars=True).items():
             shape, dtype = self.expected[name]
             if not hasattr(tensor, "_is_hf_initialized"):
@@ -111,8 +111,7 @@ class AlphaQHfQuantizer(HfQuantizer):
                     "convert the source again"
                 )
             # In a quantized model transformers leaves the dtype of a tensor that it renames as it is stored.
-            if tensor.dtype != dtype and not any(pattern.search(name) for pattern in kept):
-                tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(next((kept[pattern] for pattern in kept if pattern.search(name)), dtype))
         # It is saved as an ordinary checkpoint would be: its own conversions, reversed.
         model._weight_conversions = [c for c in self.plain if c.was_used() or not isinstance(c, PrefixChange)]
         return model

@@ -74,15 +74,22 @@ def compile_kernel(kernel, signature: dict[str, str], constants: dict, unaligned
 
 
 def compile_gemm(
-    sm: int, dtype: str, tiles: Tiles, widths: tuple[int, ...], group_size: int = 128, projections: int = 2
+    sm: int,
+    dtype: str,
+    tiles: Tiles,
+    widths: tuple[int, ...],
+    group_size: int = 128,
+    projections: int = 2,
+    is_down: bool = False,
 ) -> KernelCode:
     """The matrix product. dtype: bf16 or fp16. sm: compute capability, two digits or three.
 
-    projections: 2 for gate and up, 1 for down.
+    projections: 2 for gate and up, 1 for up alone and for down (is_down).
     """
     constants = {
-        "ROUTES_PER_ROW": 2 if projections == 2 else 1,
+        "ROUTES_PER_ROW": 1 if is_down else 2,
         "P": projections,
+        "IS_DOWN": is_down,
         "GROUP_SIZE": group_size,
         "WIDTHS": widths,
         "QUADS": Device(1, sm // 10).quads,

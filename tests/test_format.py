@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphaq_vllm.format import AlphaQSpec, LinearFormat, linear_tensors, matrix_tensors, stored_bits_per_weight
+from alphaq_vllm.format import (
+    AlphaQSpec,
+    LinearFormat,
+    linear_tensors,
+    matrix_tensors,
+    shard_ids,
+    stored_bits_per_weight,
+)
 
 SPEC = {
     "quant_method": "alphaq",
@@ -57,6 +64,19 @@ def test_from_dict_reads_linear_layers():
     }
 
 
+def test_from_dict_reads_experts_without_a_gate():
+    module = "backbone.layers.1.mixer.experts"
+    spec = AlphaQSpec.from_dict(changed(num_bits={module: {"up_proj": "34", "down_proj": "21"}}))
+    assert spec.num_bits == {module: {"up_proj": (3, 4), "down_proj": (2, 1)}}
+    assert AlphaQSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_shard_ids_are_vllms_for_experts_with_a_gate_and_without():
+    assert shard_ids(("gate_proj", "up_proj", "down_proj")) == {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    assert shard_ids(("w2", "w1", "w3")) == {"w1": "w1", "w2": "w2", "w3": "w3"}
+    assert shard_ids(("down_proj", "up_proj")) == {"up_proj": "w1", "down_proj": "w2"}
+
+
 MODULE = "model.layers.0.mlp.experts"
 
 
@@ -74,9 +94,17 @@ MODULE = "model.layers.0.mlp.experts"
         (changed(extra=1), r"unknown \['extra'\]"),
         ({k: v for k, v in SPEC.items() if k != "num_bits"}, r"missing \['num_bits'\]"),
         (changed(num_bits={}), "expected an object with one entry per module"),
-        (changed(num_bits={MODULE: {"gate_proj": "2", "up_proj": "2"}}), "expected the widths of gate_proj"),
-        (changed(num_bits={MODULE: {"w1": "2", "gate_proj": "2", "w2": "2"}}), "expected the widths of gate_proj"),
-        (changed(num_bits={MODULE: "234"}), "expected the widths of gate_proj"),
+        (
+            changed(num_bits={MODULE: {"gate_proj": "2", "up_proj": "2"}}),
+            "expected gate_proj, .* got gate_proj, up_proj",
+        ),
+        (
+            changed(num_bits={MODULE: {"w1": "2", "gate_proj": "2", "w2": "2"}}),
+            "expected gate_proj, .* got w1, gate_proj",
+        ),
+        (changed(num_bits={MODULE: {"w1": "2", "w2": "2"}}), "expected gate_proj, .* got w1, w2"),
+        (changed(num_bits={MODULE: {}}), "expected gate_proj, .* got none"),
+        (changed(num_bits={MODULE: "234"}), "expected an object with the widths of each projection"),
         (changed(num_bits={MODULE: {"w1": "2", "w3": "9", "w2": "2"}}), "w3: expected one digit from 1 to 8"),
         (changed(num_bits={MODULE: {"w1": "2", "w3": "0", "w2": "2"}}), "w3: expected one digit from 1 to 8"),
         (changed(num_bits={MODULE: {"w1": "2", "w3": [2], "w2": "2"}}), "w3: expected one digit from 1 to 8"),

@@ -20,7 +20,7 @@ Order = Literal["checkpoint", "gpu", "cpu"]
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """The matrices ``[N, K]`` of E experts with P projections each (w13: gate, then up; w2: down).
+    """The matrices ``[N, K]`` of E experts with P projections each (w13: gate, then up, or up alone; w2: down).
 
     packed: flat int32; the words of matrix (e, p) start at ``offsets[e, p]`` and mean ``[N, K * bits / 32]``.
     scales: ``[E, P, N, K / group_size]`` bfloat16. zero_points: the same shape, float16.

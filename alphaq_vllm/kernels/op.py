@@ -27,6 +27,8 @@ torch.library.define(
 def fused_moe(x: torch.Tensor, weights: MoEWeights, routing: Routing) -> torch.Tensor:
     """Compute a layer's routed experts: the sum of ``weight * down(gated(gate(x), up(x)))`` over a token's experts.
 
+    Of experts without a gate it is the sum of ``weight * down(activated(up(x)))``.
+
     Args:
         x: ``[num_tokens, hidden_size]`` bfloat16, float16, or (on CPU) float32.
         weights: the experts that this rank holds, on x's device.

@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass
 import torch
 
 from alphaq_vllm.kernels.experts import PackedExperts
-from alphaq_vllm.kernels.gate import SILU, SUPPORTED_ACTIVATIONS, Gate
+from alphaq_vllm.kernels.gate import SILU, Gate
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,12 @@ class MoEWeights:
     """The experts of one layer that this rank holds, both stems as ``prepare_`` leaves them on their device.
 
     Args:
-        w13: gate and up of E experts, N = intermediate size of this rank, K = hidden_size.
+        w13: gate and up of E experts, or up alone where these have no gate, N = intermediate size of this rank,
+            K = hidden_size.
         w2: down, N and K exchanged.
-        w13_bias: ``[E, 2, N]``, of gate and up, contiguous, of any floating dtype.
+        w13_bias: ``[E, P, N]``, of gate and up (P = 2) or of up (P = 1), contiguous, of any floating dtype.
         w2_bias: ``[E, hidden_size]``, contiguous, of any floating dtype.
-        gate: how gate and up become one.
+        gate: how gate and up become one, or what up becomes.
         checked: these were the fields of another instance, so they need no further check.
 
     Raises:
@@ -39,14 +40,14 @@ class MoEWeights:
             return
         self._check_experts()
         self._check_biases()
-        if self.gate.activation not in SUPPORTED_ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {SUPPORTED_ACTIVATIONS}, got {self.gate.activation!r}")
+        self.gate.check(gated=self.w13.num_projections == 2)
 
     def _check_experts(self) -> None:
         w13, w2 = self.w13, self.w2
-        if (w13.num_projections, w2.num_projections) != (2, 1):
+        if w13.num_projections not in (1, 2) or w2.num_projections != 1:
             raise ValueError(
-                f"w13, w2: expected 2 and 1 projections per expert, got {w13.num_projections} and {w2.num_projections}"
+                "w13, w2: expected 2 (or 1, without a gate) and 1 projections per expert, "
+                f"got {w13.num_projections} and {w2.num_projections}"
             )
         if (w2.num_experts, w2.N, w2.K) != (w13.num_experts, w13.K, w13.N):
             raise ValueError(
@@ -63,7 +64,7 @@ class MoEWeights:
     def _check_biases(self) -> None:
         w13, w2 = self.w13, self.w2
         shapes = {
-            "w13_bias": (self.w13_bias, (w13.num_experts, 2, w13.N)),
+            "w13_bias": (self.w13_bias, (w13.num_experts, w13.num_projections, w13.N)),
             "w2_bias": (self.w2_bias, (w2.num_experts, w2.N)),
         }
         for name, (bias, shape) in shapes.items():

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from alphaq_vllm._offline import check_offline
-from alphaq_vllm.format import QUANT_METHOD, SHARD_IDS, AlphaQSpec
+from alphaq_vllm.format import QUANT_METHOD, AlphaQSpec, shard_ids
 
 if TYPE_CHECKING:
     from alphaq_vllm.plugin._compat import RoutedExperts, WeightsMapper
@@ -157,8 +157,9 @@ class AlphaQConfig(QuantizationConfig):
         if module is None:
             return None
         projections = self.num_bits[module]
-        bits = {SHARD_IDS[name]: widths for name, widths in projections.items()}
-        names = {SHARD_IDS[name]: name for name in projections}
+        shards = shard_ids(projections)
+        bits = {shards[name]: widths for name, widths in projections.items()}
+        names = {shards[name]: name for name in projections}
         widths = tuple(sorted({b for experts in self.num_bits.values() for bits in experts.values() for b in bits}))
         arguments = (layer.moe_config, module, self.group_size, bits, widths, names)
         if self.quantizer:

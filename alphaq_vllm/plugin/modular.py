@@ -22,12 +22,19 @@ from alphaq_vllm.plugin._compat import (
     maybe_make_prepare_finalize,
 )
 
+# What vLLM's names of activations end in where there is no gate.
+UNGATED = "_no_mul"
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def exchanges_tokens(moe: FusedMoEConfig) -> bool:
     """Whether ranks have tokens of their own, which must reach the experts of other ranks."""
     return bool(moe.moe_parallel_config.dp_size > 1 or moe.moe_parallel_config.is_sequence_parallel)
+
+
+def is_gated(moe: FusedMoEConfig) -> bool:
+    """Whether vLLM's model has experts with a gate."""
+    return not moe.activation.value.endswith(UNGATED)
 
 
 def modular_kernel(moe: FusedMoEConfig, compute: Compute) -> FusedMoEKernel:
@@ -57,7 +64,9 @@ class MixedExperts(FusedMoEExpertsModular):
     ) -> tuple[int, int, int, int, int]:
         """Experts, tokens, rows of w1, columns of w1, experts of a token; w1 and w2 are any that have these experts."""
         moe = self.moe_config
-        return len(w1), len(a1), 2 * moe.intermediate_size_per_partition, moe.hidden_dim, topk_ids.shape[1]
+        # Gate and up, or up alone.
+        rows = moe.intermediate_size_per_partition * (2 if is_gated(moe) else 1)
+        return len(w1), len(a1), rows, moe.hidden_dim, topk_ids.shape[1]
 
     def workspace_shapes(self, M: int, N: int, K: int, *args: Any, **kwargs: Any) -> tuple[tuple[int, ...], ...]:
         """No workspaces, and the output ``[M, K]``: the operator allocates its own."""
@@ -93,7 +102,7 @@ class MixedExperts(FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_no_act_and_mul() -> bool:
-        return False
+        return True
 
     @staticmethod
     def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:

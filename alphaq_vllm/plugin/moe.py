@@ -27,7 +27,7 @@ from alphaq_vllm.plugin._compat import (
 )
 from alphaq_vllm.plugin.modular import exchanges_tokens, modular_kernel
 from alphaq_vllm.plugin.report import LoadReport
-from alphaq_vllm.plugin.support import check_experts
+from alphaq_vllm.plugin.support import check_experts, gate_of
 from alphaq_vllm.ranks import in_smaller_groups, shared_group_size
 
 SUFFIXES = (PACKED, SCALE, ZERO)
@@ -40,9 +40,10 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
     """One layer of routed experts.
 
     group_size: as stored; a rank whose share of down's columns cuts groups sees smaller ones (``alphaq_vllm.ranks``).
-    num_bits: widths of all experts of the model's layer by shard id (w1 gate, w3 up, w2 down), also of those that
-    other ranks hold. widths: all that occur in the model, ascending; not this layer's alone, so that every layer runs
-    the same compiled kernels. projection_names: the checkpoint's names by shard id, for messages.
+    num_bits: widths of all experts of the model's layer by shard id (w1 gate, w3 up, w2 down; without a gate w1 up, w2
+    down), also of those that other ranks hold. widths: all that occur in the model, ascending; not this layer's alone,
+    so that every layer runs the same compiled kernels. projection_names: the checkpoint's names by shard id, for
+    messages.
     """
 
     # Suffixes of the tensors that the checkpoint has of each matrix.
@@ -57,7 +58,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         widths: tuple[int, ...],
         projection_names: Mapping[str, str],
     ) -> None:
-        check_experts(moe, prefix, group_size, len(num_bits["w1"]))
+        check_experts(moe, prefix, group_size, len(num_bits["w1"]), has_gate="w3" in num_bits)
         super().__init__(moe)
         self.prefix = prefix
         self.group_size = group_size
@@ -92,7 +93,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             "w2": (hidden_size, intermediate_size_per_partition),
         }
         self.global_ids = local_expert_ids(layer.expert_map_manager, self.moe.num_experts)
-        shards = {"w13": ("w1", "w3"), "w2": ("w2",)}
+        shards = {"w13": ("w1", "w3") if "w3" in self.num_bits else ("w1",), "w2": ("w2",)}
         for stem, (out_features, in_features) in self.shapes.items():
             group_size = self.group_sizes[stem] = shared_group_size(in_features, self.group_size) or self.group_size
             bits = [[self.num_bits[shard][expert] for shard in shards[stem]] for expert in self.global_ids]
@@ -210,11 +211,15 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
     def _expected(self) -> set[str]:
         """The names of all tensors that this rank loads."""
         return {
-            self._tensor_name(e, shard, suffix) for e in self.global_ids for shard in SHARDS for suffix in self.stored
+            self._tensor_name(e, shard, suffix)
+            for e in self.global_ids
+            for shard in self.num_bits
+            for suffix in self.stored
         }
 
     def _check_finite(self, layer: RoutedExperts) -> None:
-        for shard, (stem, projection, _) in SHARDS.items():
+        for shard in self.num_bits:
+            stem, projection, _ = SHARDS[shard]
             for suffix in (SCALE, ZERO):
                 values = getattr(layer, f"{stem}_{suffix}")[:, projection]
                 finite = values.isfinite().flatten(1).all(1)
@@ -301,10 +306,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         )
 
     def _gate(self) -> Gate:
-        moe = self.moe
-        if moe.swiglu_limit is None:
-            return Gate(moe.activation.value)
-        return Gate("silu", float(moe.swiglu_limit), float(moe.swiglu_alpha or 1), float(moe.swiglu_beta or 0))
+        return gate_of(self.moe, self.prefix)
 
     def _experts(self, layer: RoutedExperts, stem: str, order: Order) -> PackedExperts:
         packed, scales, zero_points = (getattr(layer, f"{stem}_{suffix}") for suffix in SUFFIXES)

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 
 import torch
 
-from alphaq_vllm.kernels import SUPPORTED_ACTIVATIONS
+from alphaq_vllm.kernels import Gate
 from alphaq_vllm.plugin._compat import FusedMoEConfig, current_platform, get_current_vllm_config
-from alphaq_vllm.plugin.modular import exchanges_tokens
+from alphaq_vllm.plugin.modular import UNGATED, exchanges_tokens, is_gated
 from alphaq_vllm.ranks import SHARE, fitting_ranks
 
 # gpt-oss's: experts with biases, whose rows of gate and up alternate in a checkpoint.
 GPT_OSS_ACTIVATION = "swigluoai"
+# vLLM's other activations: as they are, gated or not, and those that take the limit that a model has.
+PLAIN = ("silu", "gelu", "gelu_tanh", *(name + UNGATED for name in ("silu", "gelu", "gelu_tanh", "relu2")))
+LIMITED = ("silu", "swigluoai_uninterleave")
+# Its limit is the same in all models.
+SWIGLUSTEP, SWIGLUSTEP_LIMIT = "swiglustep", 7.0
 # What brings tokens to the ranks of their experts as rows with ids. Other backends batch them by expert, quantize them,
 # or have experts of their own.
 ALL2ALL_BACKENDS = ("allgather_reducescatter", "deepep_high_throughput", "deepep_v2")
@@ -53,13 +58,34 @@ def check_load_format(load_format: str) -> None:
         )
 
 
-def check_experts(moe: FusedMoEConfig, prefix: str, group_size: int, num_experts: int) -> None:
+def gate_of(moe: FusedMoEConfig, prefix: str) -> Gate:
+    """What vLLM has between the two products of an expert without biases.
+
+    prefix: the layer's name, for messages.
+    Raises ValueError for experts with biases and for what is not computed here.
+    """
+    activation, limit = moe.activation.value, moe.swiglu_limit
+    if not moe.has_bias:
+        if limit is not None and activation in LIMITED:
+            return Gate("silu", float(limit), float(moe.swiglu_alpha or 1), float(moe.swiglu_beta or 0))
+        if limit is None and activation == SWIGLUSTEP:
+            return Gate(activation, SWIGLUSTEP_LIMIT)
+        if limit is None and activation in PLAIN:
+            return Gate(activation.removesuffix(UNGATED))
+    raise ValueError(
+        f"{prefix}: expected experts without bias, an activation out of {', '.join((*PLAIN, SWIGLUSTEP))}, or with a "
+        f"limit out of {', '.join(LIMITED)}, or gpt-oss's ({GPT_OSS_ACTIVATION} with bias), got {activation} with "
+        f"has_bias={moe.has_bias} and swiglu_limit={limit}: this model cannot be served with --quantization alphaq yet"
+    )
+
+
+def check_experts(moe: FusedMoEConfig, prefix: str, group_size: int, num_experts: int, has_gate: bool = True) -> None:
     """Raise ValueError if a layer of routed experts cannot be served as vLLM was asked to.
 
-    prefix: the layer's name, for messages; num_experts: how many the bit map has.
+    prefix: the layer's name, for messages; num_experts, has_gate: how many the bit map has, and whether with gates.
     """
     _check_groups(moe, prefix, group_size)
-    _check_model(moe, prefix, num_experts)
+    _check_model(moe, prefix, num_experts, has_gate)
     _check_parallel(moe, prefix)
     if moe.is_lora_enabled:
         _check_lora(prefix, get_current_vllm_config().lora_config.target_modules)
@@ -81,7 +107,7 @@ def _check_groups(moe: FusedMoEConfig, prefix: str, group_size: int) -> None:
         )
 
 
-def _check_model(moe: FusedMoEConfig, prefix: str, num_experts: int) -> None:
+def _check_model(moe: FusedMoEConfig, prefix: str, num_experts: int, has_gate: bool) -> None:
     if moe.in_dtype == torch.float32 and not current_platform.is_cpu():
         raise ValueError(f"{prefix}: expected --dtype bfloat16 or float16, got float32, which is served on CPUs only")
     if num_experts != moe.num_experts and not moe.moe_parallel_config.enable_eplb:
@@ -89,15 +115,13 @@ def _check_model(moe: FusedMoEConfig, prefix: str, num_experts: int) -> None:
             f"{prefix}: the model has {moe.num_experts} experts, the bit map {num_experts}: "
             "config.json does not belong to these weights, convert again"
         )
-    activation = moe.activation.value
-    clamped = moe.swiglu_limit is not None and activation != "silu"
-    supported = activation in SUPPORTED_ACTIVATIONS and not moe.has_bias
-    if clamped or not (supported or (activation == GPT_OSS_ACTIVATION and moe.has_bias)):
+    if not (moe.activation.value == GPT_OSS_ACTIVATION and moe.has_bias and moe.swiglu_limit is None):
+        gate_of(moe, prefix)
+    if has_gate != is_gated(moe):
         raise ValueError(
-            f"{prefix}: expected experts without bias, an activation out of {SUPPORTED_ACTIVATIONS}, and a "
-            f"clamp with silu only, or gpt-oss's ({GPT_OSS_ACTIVATION} with bias), got {activation} with "
-            f"has_bias={moe.has_bias} and swiglu_limit={moe.swiglu_limit}: this model cannot be served with "
-            "--quantization alphaq yet"
+            f"{prefix}: expected the bit map of experts {'with' if is_gated(moe) else 'without'} a gate, as the model "
+            f"has them, got one {'with' if has_gate else 'without'}: config.json does not belong to these weights, "
+            "convert again"
         )
 
 

@@ -40,8 +40,8 @@ _TEXT, _WINDOWS = "text.safetensors", "windows"
 
 @dataclass(frozen=True)
 class _Task:
-    """One expert to quantize: its number, its matrices (gate, up, down) with their widths, and the inputs that are
-    routed to it, ``[tokens, hidden_size]`` float32, with their weights;
+    """One expert to quantize: its number, its matrices (gate, up, down, or up, down) with their widths, and the inputs
+    that are routed to it, ``[tokens, hidden_size]`` float32, with their weights;
     outputs: whether what comes out of it is wanted.
     """
 
@@ -143,13 +143,13 @@ class SequentialGptq:
                 if not last:
                     if outputs is None:
                         outputs = expert_outputs(experts, load, routes, layer.activation, workers)
-                    add_outputs(layer, hidden, outputs)
+                    add_outputs(layer, hidden, routes, outputs)
                 progress.advance(self._nbytes(matrix for expert in experts for matrix in expert))
         return starved
 
     def quantize_expert(self, num_bits: int, group_size: int, inputs: Tensor, topk_weights: Tensor) -> None:
         """Quantize the first expert for the time that it takes; inputs, topk_weights: of tokens as if routed to it."""
-        bits = dict.fromkeys(self._experts.matrices[:3], num_bits)
+        bits = dict.fromkeys(by_expert(self._experts, self._experts.matrices[0].module)[0], num_bits)
         _quantize(
             _Task(0, self._source, bits, group_size, torch.nn.functional.silu, inputs, topk_weights, outputs=True)
         )
@@ -204,18 +204,18 @@ def _run(
 
 @torch.no_grad()
 def _quantize(task: _Task) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The stored tensors of an expert's matrices, down fitted to what comes out of the quantized gate and up; and what
-    comes out of the three, if it is wanted.
+    """The stored tensors of an expert's matrices, down fitted to what comes out of the quantized ones before it; and
+    what comes out of all, if it is wanted.
     """
-    gate, up, down = task.bits
+    *first, down = task.bits
     if not len(task.inputs):
         tensors = {name: tensor for matrix in task.bits for name, tensor in _data_free(task, matrix).items()}
         return tensors, task.inputs if task.outputs else None
     factor = inverse_factor(task.inputs)
-    tensors = {**_gptq(task, gate, factor), **_gptq(task, up, factor)}
+    tensors = {name: tensor for matrix in first for name, tensor in _gptq(task, matrix, factor).items()}
     del factor
-    gate_weight, up_weight = (_weight(tensors, matrix, task.bits[matrix]) for matrix in (gate, up))
-    inner = inner_states(task.inputs, gate_weight, up_weight, task.activation)
+    weights = [_weight(tensors, matrix, task.bits[matrix]) for matrix in first]
+    inner = inner_states(task.inputs, weights, task.activation)
     tensors |= _gptq(task, down, inverse_factor(inner))
     if not task.outputs:
         return tensors, None

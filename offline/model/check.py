@@ -17,7 +17,7 @@ from offline.messages import some
 from offline.model.decoder import Decoder, can_run
 from offline.model.skeleton import needs
 from offline.progress import Progress
-from offline.source.architectures import experts_per_token, is_draft, text_config
+from offline.source.architectures import experts_per_token, family_of, is_draft, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import SOURCE_DTYPES, Experts, load_matrix
 from offline.source.stored import StoredTensor
@@ -60,12 +60,12 @@ def check_source(source: Checkpoint, experts: Experts) -> Found:
     Raises ValueError for a config that transformers cannot use, and for tensors that are missing or of another shape
     than config.json implies.
     """
-    gates: dict[str, tuple[int, int]] = {}
+    first: dict[str, tuple[int, int]] = {}
     for matrix in experts.matrices:
-        gates.setdefault(matrix.module, matrix.shape)
+        first.setdefault(matrix.module, matrix.shape)
     experts_per_token(source.config)
     specs = {name: source.spec(name) for name in source.tensors}
-    found = check_tensors(source, specs, gates, {matrix.tensor for matrix in experts.matrices})
+    found = check_tensors(source, specs, first, {matrix.tensor for matrix in experts.matrices})
     if found.known and can_run(experts):
         Decoder(source, experts).rehearse(source)
     return found
@@ -74,19 +74,19 @@ def check_source(source: Checkpoint, experts: Experts) -> Found:
 def check_tensors(
     checkpoint: Checkpoint,
     specs: Mapping[str, TensorSpec],
-    gates: Mapping[str, tuple[int, int]],
+    first: Mapping[str, tuple[int, int]],
     others: set[str],
 ) -> Found:
     """Check that nothing is missing beside a checkpoint's experts, which are complete; raises as ``check_source``.
 
-    specs: what it holds, by the source's names; gates: the shape of an expert's gate in each module; others: names of
-    what is known and complete besides.
+    specs: what it holds, by the source's names; first: the shape of an expert's first matrix in each module; others:
+    names of what is known and complete besides.
     """
     needed = needs(checkpoint)
     if needed is None:
         return Found(tuple(specs), known=False)
     missing = [names[0] for names in needed.tensors if specs.keys().isdisjoint(names)]
-    missing += [module for module in needed.modules if module not in gates]
+    missing += [module for module in needed.modules if module not in first]
     if missing:
         raise ValueError(
             f"{checkpoint.path}: expected the tensors that config.json implies, got none of {some(missing)}: "
@@ -96,8 +96,9 @@ def check_tensors(
         for name in names:
             if name in specs:
                 _check_spec(checkpoint.config, name, shape, specs[name])
-    for module, gate in needed.modules.items():
-        _check_shape(checkpoint.config, f"{module}: gate of an expert", gate, gates[module])
+    which = "gate" if family_of(checkpoint).gated else "up"
+    for module, shape in needed.modules.items():
+        _check_shape(checkpoint.config, f"{module}: {which} of an expert", shape, first[module])
     known = others.union(*needed.tensors)
     extra = {name: None for name in specs if name not in known and not is_draft(checkpoint, name)}
     return Found(tuple(name for name in specs if name not in extra), tuple(extra))

@@ -18,14 +18,16 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from offline.model.sampling import draw
 from offline.model.skeleton import ROUTERS, by_transformers, skeleton
+from offline.source.architectures import family_of
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
 from offline.threads import in_threads
 
-# Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, called with inputs, ids and weights of experts.
+# Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, or ``down(act_fn(up(x)))`` without a gate, and are
+# called with inputs, ids and weights of experts.
 CALIBRATED = (
     "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "deepseek_v2", "deepseek_v3",
-    "glm4_moe", "minimax_m2", "granitemoe", "granitemoeshared", "phimoe",
+    "glm4_moe", "minimax_m2", "granitemoe", "granitemoeshared", "phimoe", "nemotron_h",
 )  # fmt: skip
 
 
@@ -36,13 +38,16 @@ def can_run(experts: Experts) -> bool:
 
 @dataclass(frozen=True)
 class Routes:
-    """What reaches the experts of a layer: ``inputs`` ``[tokens, hidden_size]``, ``topk_ids`` and ``topk_weights``
+    """What reaches the experts of a layer: ``inputs`` ``[tokens, features]``, ``topk_ids`` and ``topk_weights``
     ``[tokens, k]``.
+
+    back: ``[hidden_size, features]``, what the sum of their outputs is multiplied with where they compute on latents.
     """
 
     inputs: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
+    back: Tensor | None = None
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
         """The tokens of one expert, int64, and their weights, float32."""
@@ -55,19 +60,20 @@ class Layer:
     """A decoder layer.
 
     tensors: the source's tensor for each parameter and buffer of the module but its experts'; experts: the module of
-    routed experts and source_experts its name in the source, if it has one; arguments: what it is called with besides
-    its input.
+    routed experts and source_experts its name in the source, if it has one; back: what projects the sum of their
+    outputs from latents, if anything does; arguments: what it is called with besides its input.
     """
 
     module: nn.Module
     tensors: Mapping[str, str]
     experts: nn.Module | None
     source_experts: str | None
+    back: nn.Linear | None = None
     arguments: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
-        """What is applied to the output of gate."""
+        """What is applied to the output of gate, or of up without one."""
         from transformers.activations import SiLUActivation
 
         function = self.experts.act_fn  # type: ignore[union-attr]
@@ -100,11 +106,15 @@ class Decoder:
             )
         model = skeleton(source)
         self._decoder = model.get_decoder()
-        # Its frequencies are computed, not loaded.
-        self._decoder.rotary_emb = type(self._decoder.rotary_emb)(config=self._decoder.config)
-        names = {module: name for name, module in model.named_modules()}
+        self._rotary = getattr(self._decoder, "rotary_emb", None)
+        if self._rotary is not None:
+            # Its frequencies are computed, not loaded.
+            self._decoder.rotary_emb = self._rotary = type(self._rotary)(config=self._decoder.config)
+        family = family_of(source)
+        names = {module: family.in_checkpoint(name) for name, module in model.named_modules()}
         embedding = f"{names[self._decoder.get_input_embeddings()]}.weight"
-        norm, head = self._decoder.norm, model.get_output_embeddings()
+        self._norm_name = "norm" if hasattr(self._decoder, "norm") else "norm_f"
+        norm, head = self._decoder.get_submodule(self._norm_name), model.get_output_embeddings()
         self._norm, self._norm_tensors = norm, {key: f"{names[norm]}.{key}" for key in norm.state_dict()}
         # A model that ties the two may have either.
         self._embedding = embedding if embedding in source.tensors else f"{names[head]}.weight"
@@ -137,7 +147,8 @@ class Decoder:
                 if layer.experts is None:
                     advance(layer, hidden)
                 else:
-                    add_outputs(layer, hidden, route(layer, hidden).inputs)
+                    routes = route(layer, hidden)
+                    add_outputs(layer, hidden, routes, routes.inputs)
         if any(bool(part.isnan().any()) for part in computed if isinstance(part, Tensor)):
             raise ValueError(
                 f"{source.path}: config.json: expected positions and factors that transformers can compute with, "
@@ -158,8 +169,9 @@ class Decoder:
         """Replace rows of the embedding table, ``[windows, length, hidden_size]``, by the input of the first layer."""
         for layer in self.layers:
             layer.module.forward = _recorder(layer)  # type: ignore[method-assign]
-        self._decoder.norm = nn.Identity()
-        self._decoder.rotary_emb.to(hidden.device)
+        setattr(self._decoder, self._norm_name, nn.Identity())
+        if self._rotary is not None:
+            self._rotary.to(hidden.device)
         for window in hidden:
             # Some families scale what comes out of the table.
             window.copy_(self._decoder(inputs_embeds=window[None], use_cache=False).last_hidden_state[0])
@@ -190,7 +202,7 @@ def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
     ``hidden`` becomes the layer's output but for what ``add_outputs`` adds. workers: threads to use, which changes no
     number.
     """
-    seen, inputs = threading.local(), torch.empty_like(hidden)
+    seen = threading.local()
 
     def record(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         seen.inputs, seen.topk = hidden_states, (top_k_index, top_k_weights)
@@ -201,13 +213,19 @@ def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
         inputs[number] = seen.inputs.view_as(inputs[number])
         return seen.topk
 
+    features = hidden.shape[2] if layer.back is None else layer.back.in_features
+    inputs = hidden.new_empty(*hidden.shape[:2], features)
     layer.experts.forward = record  # type: ignore[union-attr, method-assign]
     topk = zip(*in_threads(run, range(len(hidden)), workers), strict=True)
-    return Routes(inputs.flatten(0, 1), *(torch.cat(tensors) for tensors in topk))
+    back = None if layer.back is None else layer.back.weight.detach()
+    topk_ids, topk_weights = (torch.cat(tensors) for tensors in topk)
+    return Routes(inputs.flatten(0, 1), topk_ids, topk_weights, back)
 
 
-def add_outputs(layer: Layer, hidden: Tensor, expert_outputs: Tensor) -> None:
-    """Add what comes out of a layer's experts, ``[tokens, hidden_size]``, to what ``route`` has left of ``hidden``."""
+def add_outputs(layer: Layer, hidden: Tensor, routes: Routes, expert_outputs: Tensor) -> None:
+    """Add what comes out of a layer's experts, ``[tokens, features]``, to what ``route`` has left of ``hidden``."""
+    if routes.back is not None:
+        expert_outputs = expert_outputs @ routes.back.T
     # Granite scales it.
     hidden.flatten(0, 1).add_(expert_outputs, alpha=getattr(layer.module, "residual_multiplier", 1))
 
@@ -237,7 +255,7 @@ def _recorder(layer: Layer) -> Callable[..., Tensor]:
 
 
 def _layer(module: nn.Module, prefix: str, experts: Experts) -> Layer:
-    """prefix: the name of the layer, which model and source share, with a dot."""
+    """prefix: the name of the layer in the source, with a dot."""
     source_experts = next((name for name in experts.modules if name.startswith(prefix)), None)
     keys = list(module.state_dict())
     if source_experts is None:
@@ -251,4 +269,7 @@ def _layer(module: nn.Module, prefix: str, experts: Experts) -> Layer:
             source_key = renamed.get(key, key)
             below = source_key.removeprefix(block)
             tensors[key] = prefix + (source_key if below == source_key else source_block + below)
-    return Layer(module, tensors, module.get_submodule(name), source_experts)
+    back = getattr(module.get_submodule(block.removesuffix(".")), "fc2_latent_proj", None)
+    # Where there are no latents, it is an identity.
+    back = back if isinstance(back, nn.Linear) else None
+    return Layer(module, tensors, module.get_submodule(name), source_experts, back)

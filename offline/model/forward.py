@@ -46,7 +46,7 @@ def forward(
                     continue
                 routes = route(layer, hidden, workers)
             matrices = by_expert(experts, layer.source_experts)
-            add_outputs(layer, hidden, expert_outputs(matrices, load, routes, layer.activation, workers))
+            add_outputs(layer, hidden, routes, expert_outputs(matrices, load, routes, layer.activation, workers))
             if observe:
                 observe(layer, matrices, routes, hidden)
             progress.advance(sum(matrix_nbytes(source, matrix) for expert in matrices for matrix in expert))
@@ -54,7 +54,7 @@ def forward(
 
 
 def by_expert(experts: Experts, module: str) -> list[list[ExpertMatrix]]:
-    """Gate, up and down of each expert of a module, in order."""
+    """The matrices of each expert of a module, in order: gate, up and down, or up and down."""
     found: dict[int, list[ExpertMatrix]] = {}
     for matrix in experts.matrices:
         if matrix.module == module:
@@ -73,8 +73,8 @@ def expert_outputs(
 
     def run(number: int) -> tuple[Tensor, Tensor]:
         tokens, topk_weights = routes.of(number)
-        gate, up, down = (load(matrix) for matrix in experts[number])
-        return tokens, project(inner_states(routes.inputs[tokens], gate, up, activation), down, topk_weights)
+        *first, down = (load(matrix) for matrix in experts[number])
+        return tokens, project(inner_states(routes.inputs[tokens], first, activation), down, topk_weights)
 
     outputs = torch.zeros_like(routes.inputs)
     for tokens, output in in_threads(run, range(len(experts)), workers):
@@ -82,12 +82,20 @@ def expert_outputs(
     return outputs
 
 
-def inner_states(inputs: Tensor, gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """What an expert's down is applied to, ``[tokens, intermediate_size]``."""
-    inner = inputs.new_empty(len(inputs), len(gate))
+def inner_states(inputs: Tensor, first: Sequence[Tensor], activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """What an expert's down is applied to, ``[tokens, intermediate_size]``; first: gate and up, or up alone."""
+    inner = inputs.new_empty(len(inputs), len(first[0]))
     for part, out in zip(inputs.split(TOKENS_AT_A_TIME), inner.split(TOKENS_AT_A_TIME), strict=True):
-        torch.mul(activation(part @ gate.T), part @ up.T, out=out)
+        activate([part @ weight.T for weight in first], activation, out)
     return inner
+
+
+def activate(states: Sequence[Tensor], activation: Callable[[Tensor], Tensor], out: Tensor | None = None) -> Tensor:
+    """Gate and up as one, or up alone, activated; out: where it goes."""
+    activated = activation(states[0])
+    if len(states) == 2:
+        return torch.mul(activated, states[1], out=out)
+    return activated if out is None else out.copy_(activated)
 
 
 def project(inner: Tensor, down: Tensor, topk_weights: Tensor) -> Tensor:

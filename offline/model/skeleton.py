@@ -33,7 +33,7 @@ class Needs:
     """What a checkpoint of a model must hold.
 
     tensors: the shape of each tensor beside the experts, by its names, of which one will do where the model ties
-    several; modules: of experts, each with the shape of an expert's gate.
+    several; modules: of experts, each with the shape of an expert's first matrix (gate, or up without one).
     """
 
     tensors: Mapping[tuple[str, ...], tuple[int, ...]]
@@ -101,11 +101,12 @@ def needs(checkpoint: Checkpoint) -> Needs | None:
     for key, tensor in model.state_dict(keep_vars=True).items():
         block = next((block for block in blocks if key.startswith(block)), "")
         below = key.removeprefix(block)
-        name = blocks.get(block, "") + (router if block and below == "router.weight" else below)
+        name = blocks[block] + (router if below == "router.weight" else below) if block else family.in_checkpoint(key)
         module = f"{blocks[block]}experts" if block and below.startswith("experts.") else None
         if module and name not in family.kept_tensors(module):
-            if below == "experts.gate_up_proj":
-                modules[module] = FusedPart(name, family.fused, 0).matrix_shape(tuple(tensor.shape))
+            if below == ("experts.gate_up_proj" if family.gated else "experts.up_proj"):
+                part = FusedPart(name, family.fused, 0 if family.gated else None)
+                modules[module] = part.matrix_shape(tuple(tensor.shape))
         elif not any(pattern.search(key) for pattern in ignored):
             # Names of one tensor have one object.
             names.setdefault(id(tensor), []).append(name)
@@ -124,11 +125,7 @@ def _blocks(model: nn.Module, family: Family) -> dict[str, str]:
 
 
 def _without_leftovers(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {
-        key: _without_leftovers(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in _LEFTOVERS
-    }
+    kept = {key: _read(value) for key, value in config.items() if key not in _LEFTOVERS}
     # Where it is null, vLLM computes it, and some of transformers' models do so only where it is absent.
     if "head_dim" in kept and kept["head_dim"] is None:
         del kept["head_dim"]
@@ -137,3 +134,12 @@ def _without_leftovers(config: Mapping[str, Any]) -> dict[str, Any]:
     if type(padding) is int and type(vocab_size) is int and not -vocab_size <= padding < vocab_size:
         kept["pad_token_id"] = None
     return kept
+
+
+def _read(value: Any) -> Any:
+    """A value of a config; JSON has no infinity, for which transformers writes an object."""
+    if isinstance(value, list):
+        return [_read(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    return float(value["__float__"]) if value.keys() == {"__float__"} else _without_leftovers(value)

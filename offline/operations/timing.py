@@ -132,10 +132,10 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
     weights: list[torch.Tensor] = []
     load_expert = _seconds(lambda: weights.extend(load_weight(source, matrix) for matrix in first))
     inputs, topk_weights = _routed(job, _TOKENS)
-    gate, up, down = weights
+    *into, down = weights
 
     def compute() -> None:
-        project(inner_states(inputs, gate, up, layer.activation), down, topk_weights)
+        project(inner_states(inputs, into, layer.activation), down, topk_weights)
 
     def predict(places: int) -> None:
         decoder.sample(source, hidden[:, :places], torch.full((1, places, 1), 0.5, dtype=torch.float64))

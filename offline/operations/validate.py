@@ -72,8 +72,8 @@ def _check_complete(checkpoint: Checkpoint, widths: Mapping[ExpertMatrix, int]) 
     # Quantized layers stand for the source's tensors.
     specs |= {layer.tensor: TensorSpec(layer.shape, torch.bfloat16) for layer in linear}
     matrices = [*widths, *_excluded(checkpoint, spec)]
-    gates = {matrix.module: matrix.shape for matrix in reversed(matrices)}
-    return check_tensors(checkpoint, specs, gates, stored | {matrix.tensor for matrix in matrices})
+    first = {matrix.module: matrix.shape for matrix in reversed(matrices)}
+    return check_tensors(checkpoint, specs, first, stored | {matrix.tensor for matrix in matrices})
 
 
 def _excluded(checkpoint: Checkpoint, spec: AlphaQSpec) -> tuple[ExpertMatrix, ...]:

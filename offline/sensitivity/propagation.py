@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alphaq_vllm import packing
 from offline.model.decoder import Decoder, Layer, Routes
-from offline.model.forward import forward
+from offline.model.forward import activate, forward
 from offline.model.text import write_text
 from offline.parallel import run_all
 from offline.quantizers.quantize import quantize
@@ -40,6 +40,7 @@ class _Task:
     topk_weights: Tensor
     activation: Callable[[Tensor], Tensor]
     group_size: int
+    back: Tensor | None
 
 
 @one_thread()
@@ -87,11 +88,13 @@ def _tasks(
 ) -> Iterator[_Task]:
     for number, expert in enumerate(matrices):
         tokens, topk_weights = routes.of(number)
-        yield _Task(number, source, expert, routes.inputs[tokens], topk_weights, activation, group_size)
+        yield _Task(number, source, expert, routes.inputs[tokens], topk_weights, activation, group_size, routes.back)
 
 
 def _gains(task: _Task) -> list[float]:
-    return expert_gains(task.source, task.expert, task.inputs, task.topk_weights, task.activation, task.group_size)
+    return expert_gains(
+        task.source, task.expert, task.inputs, task.topk_weights, task.activation, task.group_size, task.back
+    )
 
 
 @torch.no_grad()
@@ -102,28 +105,31 @@ def expert_gains(
     topk_weights: Tensor,
     activation: Callable[[Tensor], Tensor],
     group_size: int,
+    back: Tensor | None = None,
 ) -> list[float]:
-    """The squared error of an expert's weighted outputs that a mean squared error of 1 in gate, up or down causes.
+    """The squared error of an expert's weighted outputs that a mean squared error of 1 in each of its matrices causes.
 
-    inputs: ``[tokens, hidden_size]`` float32; topk_weights: ``[tokens]``; activation: applied to the output of gate.
+    inputs: ``[tokens, features]`` float32; topk_weights: ``[tokens]``; activation: applied to the output of gate, or of
+    up without one; back: of ``Routes``.
     """
     if not len(inputs):
         return [0.0] * len(expert)
     weights = [load_weight(source, matrix) for matrix in expert]
-
-    gate, up = (inputs @ weight.T for weight in weights[:2])
-    inner = activation(gate) * up
+    *first, down = weights
+    states = [inputs @ weight.T for weight in first]
+    inner = activate(states, activation)
 
     def error(place: int, weight: Tensor, changed: Tensor) -> Tensor:
-        if place == 2:
+        if place == len(states):
             return inner @ (changed - weight).T
-        states = inputs @ changed.T
-        return ((activation(states) * up if place == 0 else activation(gate) * states) - inner) @ weights[2].T
+        others = [inputs @ changed.T if place == i else state for i, state in enumerate(states)]
+        return (activate(others, activation) - inner) @ down.T
 
     gains = []
     for place, weight in enumerate(weights):
         quantized = quantize(weight, NUM_BITS, group_size, QUANTIZER)
         changed = packing.dequantize(quantized.packed, quantized.scale, quantized.zero_point, NUM_BITS)
-        squared = float((error(place, weight, changed) * topk_weights[:, None]).double().square().sum())
+        outputs = error(place, weight, changed) * topk_weights[:, None]
+        squared = float((outputs if back is None else outputs @ back.T).double().square().sum())
         gains.append(squared / quantized.mse if quantized.mse else 0.0)
     return gains

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec, TensorSpec, matrix_tensors
 from offline.messages import some
-from offline.source.architectures import Family, family_of, num_experts, text_config
+from offline.source.architectures import Family, experts_size, family_of, num_experts
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix
 from offline.source.linear import stored_linear_layers
@@ -51,19 +51,19 @@ def _matrices(checkpoint: Checkpoint, family: Family, spec: AlphaQSpec, module: 
             f"{where}: expected a module named {family.module} with {', '.join(family.projections)}, "
             f"got {', '.join(projections)}"
         )
-    gate, _, down = family.projections
+    first_of, down = family.projections[0], family.down
     count = num_experts(checkpoint.config)
-    if len(projections[gate]) != count:
-        raise ValueError(f"{where}: expected {count} experts as config.json says, got {len(projections[gate])}")
-    hidden_size = text_config(checkpoint.config).get("hidden_size")
-    if type(hidden_size) is not int or hidden_size < 1:
-        raise ValueError(f"config.json: hidden_size: expected an integer from 1 up, got {hidden_size!r:.80}")
+    if len(projections[first_of]) != count:
+        raise ValueError(f"{where}: expected {count} experts as config.json says, got {len(projections[first_of])}")
+    size = experts_size(checkpoint.config)
+    if type(size) is not int or size < 1:
+        raise ValueError(f"config.json: hidden_size: expected an integer from 1 up, got {size!r:.80}")
     # The intermediate size has another key in each family's config; one tensor tells it, and the others must agree.
-    first = f"{module}.0.{gate}.{PACKED}"
+    first = f"{module}.0.{first_of}.{PACKED}"
     if first not in checkpoint.tensors or not checkpoint.spec(first).shape:
         raise ValueError(f"{first}: expected a matrix of packed codes, got none: convert the source again")
     rows = checkpoint.spec(first).shape[0]
-    shapes = {name: (hidden_size, rows) if name == down else (rows, hidden_size) for name in family.projections}
+    shapes = {name: (size, rows) if name == down else (rows, size) for name in family.projections}
     return [
         (ExpertMatrix(module, expert, name, shape, family.native_part(module, name)), projections[name][expert])
         for expert in range(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,27 +20,44 @@ _MTP_LAYERS_KEYS = ("num_nextn_predict_layers", "num_mtp_modules")
 class Family:
     """How an architecture names its routed experts.
 
-    block: pattern of the MoE blocks, each with a module ``experts``; projections: gate, up and down, in this order, by
-    the names that vLLM loads; fused: how the experts lie in a block with fused tensors; individual: whether
-    transformers also reads one tensor per matrix; kept: tensors of a block's experts that are not quantized.
+    block: pattern of the MoE blocks, each with a module ``experts``; projections: gate, up and down, or up and down of
+    experts without a gate, in this order, by the names that vLLM loads; fused: how the experts lie in a block with
+    fused tensors; individual: whether transformers also reads one tensor per matrix; kept: tensors of a block's experts
+    that are not quantized; decoder: what checkpoints call the module that transformers calls ``model``.
     """
 
     block: str
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     fused: FusedLayout = field(default_factory=FusedLayout)
     individual: bool = True
     kept: tuple[str, ...] = ()
+    decoder: str = "model"
 
     @property
     def module(self) -> str:
         """Pattern of the modules of experts."""
         return rf"{self.block}\.experts"
 
+    @property
+    def gated(self) -> bool:
+        """Whether experts have a gate."""
+        return len(self.projections) == 3
+
+    @property
+    def down(self) -> str:
+        """The projection whose input is the intermediate one."""
+        return self.projections[-1]
+
+    def in_checkpoint(self, name: str) -> str:
+        """What checkpoints call a tensor beside the experts that transformers calls ``name``."""
+        return re.sub(r"^model\.", f"{self.decoder}.", name)
+
     def part(self, module: str, projection: str) -> FusedPart:
         """Where a projection of a module's experts lies in a block with fused tensors."""
-        half = (0, 1, None)[self.projections.index(projection)]
-        name = self.fused.down if half is None else self.fused.gate_up
-        return FusedPart(_below_block(module, name), self.fused, half)
+        place = self.projections.index(projection)
+        is_down = projection == self.down
+        half = place if self.gated and not is_down else None
+        return FusedPart(_below_block(module, self.fused.down if is_down else self.fused.gate_up), self.fused, half)
 
     def native_part(self, module: str, projection: str) -> FusedPart | None:
         """The same if fused tensors are all that transformers reads of this family, else None."""
@@ -85,6 +103,12 @@ FAMILIES = {
         fused=FusedLayout(transposed=True, interleaved=True),
         individual=False,
         kept=("experts.gate_up_proj_bias", "experts.down_proj_bias"),
+    ),
+    "nemotron_h": Family(
+        r"backbone\.layers\.\d+\.mixer",
+        projections=("up_proj", "down_proj"),
+        fused=FusedLayout(gate_up="experts.up_proj"),
+        decoder="backbone",
     ),
 }
 
@@ -168,6 +192,13 @@ def experts_per_token(config: Mapping[str, Any]) -> int:
     return number
 
 
+def experts_size(config: Mapping[str, Any]) -> Any:
+    """The number of features that experts take and give: those of the model, or fewer if it projects to these."""
+    config = text_config(config)
+    latent = config.get("moe_latent_size")
+    return config.get("hidden_size") if latent is None else latent
+
+
 def num_layers(config: Mapping[str, Any]) -> tuple[int, int]:
     """The number of decoder layers, and of the layers for multi-token prediction that may follow them.
 
@@ -175,6 +206,9 @@ def num_layers(config: Mapping[str, Any]) -> tuple[int, int]:
     """
     config = text_config(config)
     number = config.get("num_hidden_layers")
+    if number is None and isinstance(kinds := config.get("layers_block_type"), list):
+        # All that transformers writes of models whose layers differ in kind.
+        number = len(kinds)
     if type(number) is not int or number < 1:
         raise ValueError(f"config.json: num_hidden_layers: expected a number of layers from 1 up, got {number!r:.80}")
     following = [config[key] for key in _MTP_LAYERS_KEYS if type(config.get(key)) is int]

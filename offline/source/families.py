@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from offline.messages import some
-from offline.source.architectures import Family, family_of, num_experts, num_layers, text_config
+from offline.source.architectures import Family, experts_size, family_of, num_experts, num_layers, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.fp8 import weight_block_size
 from offline.source.fused import FusedPart
@@ -61,7 +61,7 @@ class ExpertMatrix:
 
 @dataclass(frozen=True)
 class Experts:
-    """All routed experts of a model, by layer, expert and projection (gate, up, down)."""
+    """All routed experts of a model, by layer, expert and projection (gate, up, down, or up, down)."""
 
     model_type: str
     num_experts: int
@@ -133,17 +133,16 @@ def tensor_shape(matrices: Sequence[ExpertMatrix]) -> tuple[int, ...]:
 
 def check_shapes(matrices: Iterable[ExpertMatrix], family: Family, config: Mapping[str, Any]) -> None:
     """Raise ValueError unless gate and up of all experts in a module agree, and down is their transpose."""
-    hidden_size = text_config(config).get("hidden_size")
+    size = experts_size(config)
     shapes: dict[str, tuple[int, int]] = {}
     for matrix in matrices:
         out_features, in_features = shape = matrix.shape
-        if matrix.projection == family.projections[2]:
+        if matrix.projection == family.down:
             shape = in_features, out_features
-        if shape[1] != hidden_size:
+        if shape[1] != size:
+            key = "hidden_size" if text_config(config).get("moe_latent_size") is None else "moe_latent_size"
             stored = f" in {matrix.tensor}, read as {matrix.fused.order}" if matrix.fused else ""
-            raise ValueError(
-                f"{matrix.name}: expected hidden_size={hidden_size} as one side, got shape {matrix.shape}{stored}"
-            )
+            raise ValueError(f"{matrix.name}: expected {key}={size} as one side, got shape {matrix.shape}{stored}")
         first = shapes.setdefault(matrix.module, shape)
         if shape != first:
             raise ValueError(

@@ -11,9 +11,9 @@ import torch
 class FusedLayout:
     """How the experts lie in their fused tensors.
 
-    gate_up, down: names of the two tensors below the block. transposed: an expert's matrix is stored as
-    ``[in_features, out_features]``. interleaved: output features of gate and up alternate, the first being gate's;
-    otherwise all of gate's come first.
+    gate_up, down: names of the two tensors below the block; the first is of up alone if there is no gate. transposed:
+    an expert's matrix is stored as ``[in_features, out_features]``. interleaved: output features of gate and up
+    alternate, the first being gate's; otherwise all of gate's come first.
     """
 
     gate_up: str = "experts.gate_up_proj"
@@ -24,7 +24,7 @@ class FusedLayout:
 
 @dataclass(frozen=True)
 class FusedPart:
-    """Where a projection lies in a fused tensor; ``half`` is 0 for gate, 1 for up, None for down."""
+    """Where a projection lies in a fused tensor; ``half`` is 0 for gate, 1 for up, None if it has none."""
 
     tensor: str
     layout: FusedLayout

@@ -17,11 +17,12 @@ from offline.source.architectures import num_layers
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import SOURCE_DTYPES, Experts
 
-# Attention, also with latent vectors; shared experts and dense layers; Granite's shared experts.
+# Attention, also with latent vectors; shared experts and dense layers; Granite's shared experts; all of Nemotron's.
 _NAMES = (
     r"self_attn\.(?:[qkvo]_proj|q_[ab]_proj|kv_a_proj_with_mqa|kv_b_proj)"
     r"|(?:mlp|feed_forward)(?:\.shared_experts?)?\.(?:gate|up|down)_proj"
     r"|shared_mlp\.(?:input|output)_linear"
+    r"|mixer\.(?:[qkvo]_proj|(?:shared_experts\.)?(?:up|down)_proj|fc[12]_latent_proj)"
 )
 # What vLLM makes one layer of.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))

@@ -33,6 +33,7 @@ class Case:
     group_size: int = 32
     widths: tuple[int, ...] = (2, 3, 4)
     gate: Gate = SILU
+    has_gate: bool = True
     has_bias: bool = False
     apply_router_weight_on_input: bool = False
     routing: str = "random"
@@ -68,6 +69,23 @@ CASES = [
     Case("gelu-tanh", gate=Gate("gelu_tanh")),
     Case("clamped-swiglu-and-bias", gate=Gate("silu", limit=0.75, alpha=1.702, beta=1.0), has_bias=True),
     Case("bias-and-weight-on-input", top_k=1, has_bias=True, apply_router_weight_on_input=True),
+    Case("swiglustep", gate=Gate("swiglustep", limit=0.5)),
+    Case("relu2-with-a-gate", gate=Gate("relu2")),
+    *(Case(f"no-gate-{name}", gate=Gate(name), has_gate=False) for name in ("silu", "gelu", "gelu_tanh", "relu2")),
+    # An odd number of blocks of 16 and of 32 rows, as 1856 rows are of 64.
+    Case("no-gate-all-widths", 9, 2, 6, 64, 224, gate=Gate("relu2"), has_gate=False, widths=ALL_WIDTHS),
+    Case(
+        "no-gate-bias-and-weight-on-input",
+        7,
+        1,
+        has_bias=True,
+        gate=Gate("relu2"),
+        has_gate=False,
+        apply_router_weight_on_input=True,
+    ),
+    Case("no-gate-100-tokens-padding", 100, gate=Gate("relu2"), has_gate=False, routing="padding"),
+    Case("no-gate-one-token-group-64", 1, 2, 4, 128, 192, 64, gate=Gate("relu2"), has_gate=False),
+    Case("no-gate-300-tokens-group-64", 300, 2, 3, 128, 192, 64, (1, 2, 3, 4), Gate("relu2"), has_gate=False),
     Case("zero-points-beyond-the-codes", widths=(3, 8, 5), zero_points=(-20.0, 21.0)),
     # Tiles in which weights are scaled, not products.
     Case("100-tokens-all-widths", num_tokens=100, widths=ALL_WIDTHS),
@@ -192,12 +210,13 @@ def make_problem():
         bits = [[next(deal) for _ in range(3)] for _ in range(case.num_experts)]
         hidden, intermediate, group = case.hidden_size, case.intermediate_size, case.group_size
         options = (case.zero_points, case.shrink)
-        w13 = random_experts([projections[:2] for projections in bits], intermediate, hidden, group, *options)
+        first = [projections[: 1 + case.has_gate] for projections in bits]
+        w13 = random_experts(first, intermediate, hidden, group, *options)
         w2 = random_experts([projections[2:] for projections in bits], hidden, intermediate, group, *options)
         x = (torch.randn(case.num_tokens, hidden) * case.shrink).to(dtype)
         topk_ids, expert_map = random_routing(case)
         routing = Routing(torch.rand(topk_ids.shape), topk_ids, expert_map, case.apply_router_weight_on_input)
-        w13_bias = torch.randn(case.num_experts, 2, intermediate) if case.has_bias else None
+        w13_bias = torch.randn(case.num_experts, 1 + case.has_gate, intermediate) if case.has_bias else None
         w2_bias = torch.randn(case.num_experts, hidden).to(dtype) if case.has_bias else None
         weights = MoEWeights(w13, w2, w13_bias, w2_bias, case.gate)
         return Problem(x, weights, routing, fused_moe_reference(x, weights, routing))

@@ -67,13 +67,25 @@ def test_fused_moe_refuses_what_it_cannot_compute(default_case, make_problem):
 def test_weights_refuse_what_does_not_fit(default_case, make_problem):
     weights = make_problem(default_case, torch.float32).weights
     w13, w2 = weights.w13, weights.w2
-    with pytest.raises(ValueError, match="w13, w2: expected 2 and 1 projections per expert, got 1 and 2"):
+    with pytest.raises(ValueError, match=r"w13, w2: expected 2 .* and 1 projections per expert, got 1 and 2"):
         replace(weights, w13=w2, w2=w13)
     with pytest.raises(ValueError, match=r"w2: expected 4 experts \[96, 160\] to match w13"):
         replace(weights, w2=replace(w2, scales=w2.scales[:, :, :-1]))
-    with pytest.raises(ValueError, match=r"activation: expected one of .*'silu', 'gelu'.*, got 'relu2'"):
-        replace(weights, gate=Gate("relu2"))
+    with pytest.raises(ValueError, match=r"activation: expected one of .*'silu', 'gelu'.*, got 'situ'"):
+        replace(weights, gate=Gate("situ"))
+    with pytest.raises(ValueError, match="a gate and a limit for swiglustep, got gated=True and limit=None"):
+        replace(weights, gate=Gate("swiglustep"))
     with pytest.raises(ValueError, match=r"w2_bias: expected a contiguous tensor \[4, 96\], got \[4, 1, 96\]"):
         replace(weights, w2_bias=torch.zeros(4, 1, 96))
     with pytest.raises(ValueError, match=r"expected one order out of .* on cpu, .*, got 'gpu' and 'checkpoint'"):
         replace(weights, w13=repack_(w13))
+
+
+def test_weights_without_a_gate_refuse_what_does_not_fit(cases, make_problem):
+    weights = make_problem(cases["no-gate-bias-and-weight-on-input"], torch.float32).weights
+    with pytest.raises(ValueError, match=r"w13_bias: expected a contiguous tensor \[4, 1, 160\], got \[4, 2, 160\]"):
+        replace(weights, w13_bias=torch.zeros(4, 2, 160))
+    with pytest.raises(ValueError, match=r"a gate and a limit for swiglustep, got gated=False and limit=7\.0"):
+        replace(weights, gate=Gate("swiglustep", 7.0))
+    with pytest.raises(ValueError, match="no limit, alpha or beta for experts without a gate"):
+        replace(weights, gate=Gate("silu", 7.0))

@@ -64,6 +64,19 @@ LLAMA_VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+NEMOTRON = {
+    "layers_block_type": ["moe", "full_attention", "linear_attention", "moe"],
+    "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 128,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 32,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 32,
+    "n_groups": 2,
+    "chunk_size": 16,
+}
 CONFIGS = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 128},
     "qwen3_moe": {**EXPERTS, "head_dim": 32},
@@ -82,6 +95,7 @@ CONFIGS = {
     "gpt_oss": {**LOCAL, "head_dim": 32, "layer_types": ["full_attention", "full_attention"]},
     "llama4_text": LLAMA4,
     "llama4": {"text_config": {**COMMON, **LLAMA4}, "vision_config": LLAMA_VISION},
+    "nemotron_h": NEMOTRON,
     "llama": {},
 }
 
@@ -104,6 +118,19 @@ def tiny_model(tmp_path_factory):
         return made[model_type]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def latent_model(tmp_path_factory):
+    """The directory of a tiny Nemotron whose experts compute on projections of 64 features, not to be changed."""
+    torch.manual_seed(0)
+    options = {**COMMON, **NEMOTRON, "moe_latent_size": 64, "moe_intermediate_size": 192}
+    # Large enough for the experts to matter.
+    options["initializer_range"] = 0.1
+    config = transformers.AutoConfig.for_model("nemotron_h", **options)
+    path = tmp_path_factory.mktemp("models") / "latent"
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,11 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from alphaq_vllm import convert, dequantize
+from alphaq_vllm import convert, dequantize, validate
 from alphaq_vllm.format import PACKED, SCALE, SHARD_IDS, ZERO
-from offline.source.architectures import FAMILIES
+from offline.source.architectures import FAMILIES, experts_size
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts, load_matrix
-
-HIDDEN = 128
 
 
 def load_model(path):
@@ -33,9 +31,11 @@ def run_expert(experts, expert, x):
     return experts(x, indices, torch.ones(len(x), 1))
 
 
-def activate(model_type, source, matrices, gate_up):
+def activate(model_type, source, matrices, products):
     """What the projections' outputs become before down_proj, after the papers and model cards."""
-    gate, up = gate_up
+    if model_type == "nemotron_h":
+        return F.relu(products[0]) ** 2
+    gate, up = products
     if model_type != "gpt_oss":
         return F.silu(gate) * up
     bias = source.load(f"{matrices[0].module}.gate_up_proj_bias")[matrices[0].expert].float()
@@ -50,15 +50,16 @@ def assert_experts_are_the_models(path):
     experts = find_experts(source)
     modules = [module for name, module in model.named_modules() if name.endswith(".experts")]
     assert len(modules) == len(experts.modules) > 0
-    assert len(experts.matrices) == len(modules) * 4 * 3
+    family = FAMILIES[experts.model_type]
+    assert len(experts.matrices) == len(modules) * 4 * len(family.projections)
     torch.manual_seed(1)
-    x = torch.randn(3, HIDDEN)
+    x = torch.randn(3, experts_size(source.config))
     for layer, module in zip(experts.modules, modules, strict=True):
         for expert in range(4):
             matrices = [m for m in experts.matrices if (m.module, m.expert) == (layer, expert)]
-            gate, up, down = (load_matrix(source, matrix) for matrix in matrices)
-            assert [m.shape for m in matrices] == [tuple(gate.shape), tuple(up.shape), tuple(down.shape)]
-            output = activate(experts.model_type, source, matrices, (x @ gate.T, x @ up.T)) @ down.T
+            *first, down = (load_matrix(source, matrix) for matrix in matrices)
+            assert [m.shape for m in matrices] == [tuple(weight.shape) for weight in (*first, down)]
+            output = activate(experts.model_type, source, matrices, [x @ weight.T for weight in first]) @ down.T
             if experts.model_type == "gpt_oss":
                 output += source.load(f"{layer}.down_proj_bias")[expert].float()
             torch.testing.assert_close(output, run_expert(module, expert, x), rtol=1e-4, atol=1e-5)
@@ -102,6 +103,48 @@ def test_convert_changes_nothing_but_the_experts_of_every_family(tiny_model, tmp
     assert {matrix.projection for matrix in experts.matrices} <= set(SHARD_IDS)
     dequantize(str(tmp_path / "alphaq"), tmp_path / "dequantized")
     assert_dequantized(path, tmp_path / "dequantized")
+
+
+def test_convert_takes_experts_without_a_gate_between_latent_projections(latent_model, tmp_path):
+    """Their features are fewer than the model's, and their 192 intermediate ones are three groups of 64."""
+    assert_experts_are_the_models(latent_model)
+    matrices = find_experts(open_checkpoint(str(latent_model))).matrices
+    bits = {matrix.name: 8 for matrix in matrices}
+    summary = convert(latent_model, tmp_path / "alphaq", bit_map=bits, group_size=64, quantizer="mse")
+    assert summary.matrices == 2 * 4 * 2
+    experts = assert_only_experts_change(latent_model, tmp_path / "alphaq")
+    assert {matrix.shape for matrix in experts.matrices} == {(192, 64), (64, 192)}
+    num_bits = json.loads((tmp_path / "alphaq/config.json").read_bytes())["quantization_config"]["num_bits"]
+    widths = {"up_proj": "8888", "down_proj": "8888"}
+    assert num_bits == {f"backbone.layers.{layer}.mixer.experts": widths for layer in (0, 3)}
+    assert validate(tmp_path / "alphaq", latent_model)["matrices"] == 16
+    dequantize(str(tmp_path / "alphaq"), tmp_path / "dequantized")
+    assert_dequantized(latent_model, tmp_path / "dequantized")
+
+
+def test_convert_refuses_experts_that_take_no_latents(latent_model, tmp_path):
+    path = shutil.copytree(latent_model, tmp_path / "model")
+    config = json.loads((path / "config.json").read_bytes())
+    (path / "config.json").write_text(json.dumps({**config, "moe_latent_size": 32}))
+    with pytest.raises(ValueError, match=r"experts.0.up_proj: expected moe_latent_size=32 as one side, got shape"):
+        convert(path, tmp_path / "alphaq", bits=3, noise="measured", group_size=64, quantizer="mse")
+
+
+def test_convert_takes_gateless_experts_in_fused_tensors(latent_model, tmp_path):
+    """As transformers holds them in memory."""
+    path = shutil.copytree(latent_model, tmp_path / "model")
+    tensors = load_file(path / SINGLE)
+    for layer, projection in ((layer, projection) for layer in (0, 3) for projection in ("up_proj", "down_proj")):
+        name = f"backbone.layers.{layer}.mixer.experts"
+        parts = [tensors.pop(f"{name}.{expert}.{projection}.weight") for expert in range(4)]
+        tensors[f"{name}.{projection}"] = torch.stack(parts)
+    save_file(tensors, path / SINGLE, {"format": "pt"})
+    options = {"bits": 3, "noise": "measured", "group_size": 64, "quantizer": "mse"}
+    for source, out in ((path, "fused"), (latent_model, "individual")):
+        convert(source, tmp_path / out, **options)
+    fused, individual = (open_checkpoint(str(tmp_path / out)) for out in ("fused", "individual"))
+    assert set(fused.tensors) == set(individual.tensors)
+    assert all(torch.equal(fused.load(name), individual.load(name)) for name in fused.tensors)
 
 
 DEGENERATE = {

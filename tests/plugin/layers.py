@@ -19,20 +19,22 @@ ONE_RANK = {
 }  # fmt: skip
 
 
-def widths(num_experts):
-    """Every width, gate, up and down of one expert differing."""
-    return {
-        name: tuple(1 + (3 * e + i) % 8 for e in range(num_experts))
-        for i, name in enumerate(("gate_proj", "up_proj", "down_proj"))
-    }
+GATED, UNGATED = ("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj")
 
 
-def make_config(num_experts, group_size=GROUP_SIZE):
-    return AlphaQConfig(AlphaQSpec(group_size, {MODULE: widths(num_experts)}))
+def widths(num_experts, projections=GATED):
+    """Every width, the matrices of one expert differing."""
+    return {name: tuple(1 + (3 * e + i) % 8 for e in range(num_experts)) for i, name in enumerate(projections)}
 
 
-def build(num_experts, parallel=None, placement="linear", group_size=GROUP_SIZE, **options):
-    """The layer on one rank; parallel: what differs from ``ONE_RANK``; options: of vLLM's ``FusedMoEConfig``."""
+def make_config(num_experts, projections=GATED, group_size=GROUP_SIZE):
+    return AlphaQConfig(AlphaQSpec(group_size, {MODULE: widths(num_experts, projections)}))
+
+
+def build(num_experts, parallel=None, placement="linear", projections=GATED, group_size=GROUP_SIZE, **options):
+    """The layer on one rank; parallel: what differs from ``ONE_RANK``; projections: of the bit map; options: of vLLM's
+    ``FusedMoEConfig``.
+    """
     parallel = FusedMoEParallelConfig(**{**ONE_RANK, **(parallel or {})})
     with set_current_vllm_config(VllmConfig()):
         manager = ExpertMapManager(
@@ -61,14 +63,17 @@ def build(num_experts, parallel=None, placement="linear", group_size=GROUP_SIZE,
             "in_dtype": torch.bfloat16,
         }
         moe = FusedMoEConfig(**{**arguments, **options})
-        return RoutedExperts(MODULE, torch.float32, moe, make_config(num_experts, group_size), manager)
+        # As vLLM's NemotronH names them.
+        names = () if moe.activation.is_gated else ("up_proj", "down_proj", None)
+        config = make_config(num_experts, projections, group_size)
+        return RoutedExperts(MODULE, torch.float32, moe, config, manager, *names)
 
 
-def stored_tensors(num_experts, group_size=GROUP_SIZE):
+def stored_tensors(num_experts, projections=GATED, group_size=GROUP_SIZE):
     """The checkpoint's tensors of the layer, by name below the module."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for projection, bits in widths(num_experts).items():
+    for projection, bits in widths(num_experts, projections).items():
         shape = (HIDDEN, INTERMEDIATE) if projection == "down_proj" else (INTERMEDIATE, HIDDEN)
         for e, num_bits in enumerate(bits):
             weight = torch.randn(shape, generator=generator) / 8

@@ -74,7 +74,7 @@ def test_tensor_parallel_ranks_compute_the_layer_together(size, tensors, routed)
 @pytest.mark.parametrize(("size", "seen"), [(2, 32), (3, 64)])
 def test_tensor_parallel_ranks_whose_shares_cut_groups_see_smaller_ones(size, seen, routed):
     """192 columns in groups of 64 are shared by 2 ranks as 3 groups of 32 each, by 3 as they are."""
-    tensors = stored_tensors(NUM_EXPERTS, 64)
+    tensors = stored_tensors(NUM_EXPERTS, group_size=64)
     one = load(build(NUM_EXPERTS, group_size=64), tensors)
     ranks = [load(build(NUM_EXPERTS, {"tp_size": size, "tp_rank": r}, group_size=64), tensors) for r in range(size)]
     for layer in ranks:

@@ -63,7 +63,16 @@ DATA_PARALLEL = {"dp_size": 2, "use_ep": True, "ep_size": 2}
             {}, {"hidden_dim": 80}, r"hidden_size=80 is not divisible by group_size=32", id="other-hidden-size"
         ),
         pytest.param({}, {"has_bias": True}, "expected experts without bias", id="bias"),
-        pytest.param({}, {"activation": MoEActivation.SWIGLUSTEP}, "an activation out of", id="activation"),
+        pytest.param({}, {"activation": MoEActivation.SITU}, "an activation out of", id="activation"),
+        pytest.param(
+            {}, {"activation": MoEActivation.SWIGLUSTEP, "swiglu_limit": 5.0}, "got swiglustep .*=5.0", id="limit"
+        ),
+        pytest.param(
+            {},
+            {"activation": MoEActivation.SWIGLUOAI_UNINTERLEAVE},
+            "got swigluoai_uninterleave .*=None",
+            id="no-limit",
+        ),
         pytest.param(
             {}, {"activation": MoEActivation.SWIGLUOAI}, "got swigluoai with has_bias=False", id="gpt-oss-without-bias"
         ),

@@ -17,3 +17,14 @@ def score(model, arguments):
     options = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
     (output,) = llm.generate({"prompt_token_ids": PROMPT}, options)
     return [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], PROMPT[1:], strict=True)]
+
+
+def score_without_gate(model, arguments):
+    """The same of a model whose experts have no gate, which vLLM refuses on CPUs: its own kernels there have none."""
+    from types import SimpleNamespace
+
+    from vllm.model_executor.layers.fused_moe import config
+
+    if config.current_platform.is_cpu():
+        config.current_platform = SimpleNamespace(is_cuda_alike=lambda: True, is_xpu=lambda: False)
+    return score(model, arguments)

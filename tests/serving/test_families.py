@@ -9,10 +9,11 @@ import torch
 import transformers
 
 from alphaq_vllm import convert, dequantize
+from offline.source import architectures
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
 from tests.offline.conftest import COMMON, CONFIGS
-from tests.serving.scoring import PROMPT, score
+from tests.serving.scoring import PROMPT, score, score_without_gate
 
 ON_GPU = torch.cuda.is_available()
 # What vLLM's kernels for latent attention ask for.
@@ -28,11 +29,16 @@ OPTIONS = {
     "qwen3_5_moe_text": HYBRID,
     "qwen3_next": HYBRID,
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
+    # Experts on latents; three groups of 64.
+    "nemotron_h": {"moe_latent_size": 64, "moe_intermediate_size": 192},
     # vLLM has no kernel for this family's own scores, sigmoid without groups, on CPUs.
     "minimax_m2": {"rotary_dim": 16, "use_routing_bias": True, "scoring_func": "sigmoid" if ON_GPU else "softmax"},
 }
-# The name in published checkpoints, where transformers writes another.
-ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}
+# What published checkpoints have in their configs where transformers writes something else.
+PUBLISHED = {
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"]},
+    "nemotron_h": {"hybrid_override_pattern": "E*ME", "num_hidden_layers": 4},
+}
 # vLLM and transformers differ on these models as they are, or in dtype or scores: vLLM is compared with itself.
 VLLM_ALONE = ("deepseek_v2", "deepseek_v3", "llama4", "minimax_m2", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 # vLLM's kernels for linear attention on CPUs take nothing else.
@@ -42,7 +48,7 @@ TORCHVISION = ("llama4", "qwen3_5_moe", "qwen3_5_moe_text")
 ALWAYS = ("mixtral", "qwen2_moe", "deepseek_v2", "olmoe", "gpt_oss")
 FAMILIES = (
     *ALWAYS, "deepseek_v3", "glm4_moe", "granitemoe", "granitemoeshared", "llama4", "llama4_text", "minimax_m2",
-    "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
+    "nemotron_h", "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
 )  # fmt: skip
 
 
@@ -79,9 +85,9 @@ def save_model(model_type, folder):
         if name.endswith("bias") and name != "lm_head.bias":
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    if model_type in ARCHITECTURES:
+    if published := PUBLISHED.get(model_type):
         settings = json.loads((folder / "config.json").read_bytes())
-        (folder / "config.json").write_text(json.dumps({**settings, "architectures": [ARCHITECTURES[model_type]]}))
+        (folder / "config.json").write_text(json.dumps({**settings, **published}))
 
 
 @pytest.mark.parametrize(
@@ -107,8 +113,10 @@ def test_vllm_gives_the_log_probabilities_of_the_dequantized_model(model_type, v
         # The kernels that vLLM prefers on a CPU with AMX do not take float32.
         arguments["attention_backend"] = "CPU_MLA"
 
+    by_vllm = score if architectures.FAMILIES[model_type].gated else score_without_gate
+
     def scored_by_vllm(model):
-        return torch.tensor(vllm.submit(score, model, arguments).result())
+        return torch.tensor(vllm.submit(by_vllm, model, arguments).result())
 
     reference = scored_by_vllm if model_type in VLLM_ALONE else scored_by_transformers
     served, expected, original = scored_by_vllm(checkpoint), reference(dequantized), reference(source)

@@ -30,12 +30,12 @@ def fused_moe(x: torch.Tensor, weights: MoEWeights, routing: Routing) -> torch.T
         tokens, slots = (expert_ids == expert).nonzero(as_tuple=True)
         router_weights = routing.topk_weights[tokens, slots, None]
         hidden = x[tokens].to(compute_dtype)
-        projections = [_linear(hidden, weights.w13, expert, projection).float() for projection in (0, 1)]
+        products = [_linear(hidden, weights.w13, expert, p).float() for p in range(weights.w13.num_projections)]
         if routing.apply_router_weight_on_input:
-            projections = [projection * router_weights for projection in projections]
+            products = [product * router_weights for product in products]
         if weights.w13_bias is not None:
-            projections = [p + bias for p, bias in zip(projections, weights.w13_bias[expert], strict=True)]
-        hidden = weights.gate.apply(*projections)
+            products = [product + bias for product, bias in zip(products, weights.w13_bias[expert], strict=True)]
+        hidden = weights.gate.apply(*products)
         routed = _linear(hidden.to(compute_dtype), weights.w2, expert, 0).float()
         if weights.w2_bias is not None:
             routed += weights.w2_bias[expert]

@@ -13,33 +13,37 @@ LOADS_AT_A_TIME = tl.constexpr(4)
 
 
 @triton.jit
-def _gated(gate, up, ACTIVATION: tl.constexpr, alpha, beta):
-    tl.static_assert(ACTIVATION == "silu" or ACTIVATION == "gelu" or ACTIVATION == "gelu_tanh")
-    if ACTIVATION == "silu":
-        activated = gate * tl.sigmoid(alpha * gate)
+def _activate(x, ACTIVATION: tl.constexpr, alpha):
+    if ACTIVATION == "silu" or ACTIVATION == "swiglustep":
+        activated = x * tl.sigmoid(alpha * x)
     elif ACTIVATION == "gelu":
-        activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:
+        activated = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
         # 0.5 * (1 + tanh(y)) = sigmoid(2 * y)
-        activated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    return activated * (up + beta)
+        activated = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        # NaN stays NaN.
+        activated = tl.where(x < 0, 0.0, x * x)
+    return activated
 
 
 @triton.jit(do_not_specialize=["num_routes", "num_splits"])
 def activate_kernel(
-    partial_ptr,  # [num_splits, num_routes, 2, N]: gate and up in parts to be summed
+    partial_ptr,  # [num_splits, num_routes, P, N]: gate and up, or up alone, in parts to be summed
     hidden_ptr,  # [num_routes, N] of x's dtype
     hidden_sums_ptr,  # [num_routes, N / GROUP_SIZE] float32, or None
     topk_ids_ptr,  # [num_routes]
     expert_map_ptr,  # [global experts] int32, or None
     router_weights_ptr,  # [num_routes] float32
-    bias_ptr,  # [E, 2, N], or None
+    bias_ptr,  # [E, P, N], or None
     limit,  # of the clamp, if CLAMP
     alpha,
     beta,
     num_routes,
     num_splits,
     N,
+    P: tl.constexpr,  # 2, or 1 for experts without a gate
     ACTIVATION: tl.constexpr,
     CLAMP: tl.constexpr,
     MUL_ROUTER_WEIGHT: tl.constexpr,
@@ -55,26 +59,34 @@ def activate_kernel(
         return
     offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs_n < N
-    gate = tl.zeros([BLOCK], tl.float32)
+    first = tl.zeros([BLOCK], tl.float32)
     up = tl.zeros([BLOCK], tl.float32)
     for first_split in range(0, num_splits, LOADS_AT_A_TIME):
         for i in tl.static_range(LOADS_AT_A_TIME):
-            ptrs = partial_ptr + ((first_split + i) * num_routes + route) * 2 * N + offs_n
+            ptrs = partial_ptr + ((first_split + i) * num_routes + route) * P * N + offs_n
             is_part = offs_n < tl.where(first_split + i < num_splits, N, 0)
-            gate += tl.load(ptrs, mask=is_part, other=0.0).to(tl.float32)
-            up += tl.load(ptrs + N, mask=is_part, other=0.0).to(tl.float32)
+            first += tl.load(ptrs, mask=is_part, other=0.0).to(tl.float32)
+            if P == 2:
+                up += tl.load(ptrs + N, mask=is_part, other=0.0).to(tl.float32)
     if MUL_ROUTER_WEIGHT:
         router_weight = tl.load(router_weights_ptr + route)
-        gate *= router_weight
+        first *= router_weight
         up *= router_weight
     if bias_ptr is not None:
-        bias_ptrs = bias_ptr + expert.to(tl.int64) * 2 * N + offs_n
-        gate += tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
-        up += tl.load(bias_ptrs + N, mask=mask, other=0.0).to(tl.float32)
+        bias_ptrs = bias_ptr + expert.to(tl.int64) * P * N + offs_n
+        first += tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if P == 2:
+            up += tl.load(bias_ptrs + N, mask=mask, other=0.0).to(tl.float32)
+    if CLAMP and ACTIVATION != "swiglustep":
+        first = tl.minimum(first, limit)
+    activated = _activate(first, ACTIVATION, alpha)
+    if CLAMP and ACTIVATION == "swiglustep":
+        activated = tl.minimum(activated, limit)
     if CLAMP:
-        gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
-    hidden = tl.where(mask, _gated(gate, up, ACTIVATION, alpha, beta), 0.0).to(hidden_ptr.dtype.element_ty)
+    if P == 2:
+        activated *= up + beta
+    hidden = tl.where(mask, activated, 0.0).to(hidden_ptr.dtype.element_ty)
     tl.store(hidden_ptr + route * N + offs_n, hidden, mask=mask)
     if hidden_sums_ptr is not None:
         group = tl.program_id(1) * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)

@@ -137,6 +137,7 @@ def moe_gemm_kernel(
     bias,  # the bits of two floats of 128: see BIASES
     ROUTES_PER_ROW: tl.constexpr,
     P: tl.constexpr,
+    IS_DOWN: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     WIDTHS: tl.constexpr,  # tuple of the widths that occur in num_bits, and maybe others
     QUADS: tl.constexpr,  # whether the words are in the order of quads
@@ -149,7 +150,7 @@ def moe_gemm_kernel(
 ):
     """One program per (block of rows, part of the columns and matrix, block of routes)."""
     # Before gate and up, the kernel ahead makes the blocks of routes; before down, it makes x.
-    if P == 2:
+    if not IS_DOWN:
         wait_for_previous_kernel(OVERLAP)
     block_n = tl.program_id(0)
     projection = tl.program_id(1) % P
@@ -157,7 +158,7 @@ def moe_gemm_kernel(
     block_m = tl.program_id(2)
     expert = tl.load(expert_ids_ptr + block_m)
     if expert < 0:
-        if P == 1:
+        if IS_DOWN:
             wait_for_previous_kernel(OVERLAP)
         return
     routes = tl.load(route_ids_ptr + block_m * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -179,7 +180,7 @@ def moe_gemm_kernel(
     row_values = (matrix.to(tl.int64) * N + stripe * 32) * num_groups + thread % 32 // 4 * 4
     first_group = split * groups_per_split
     end_group = tl.minimum(first_group + groups_per_split, num_groups)
-    if P == 1:
+    if IS_DOWN:
         if OVERLAP and PTX:
             num_ahead = tl.minimum(end_group - first_group, NUM_STAGES - 1)
             _prefetch(scales_ptr + row_values + first_group * 32, num_ahead, 32)

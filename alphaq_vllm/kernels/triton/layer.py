@@ -59,7 +59,8 @@ def num_routed_experts(w13: PackedExperts, expert_map: torch.Tensor | None) -> i
 
 def tokens_per_pass(top_k: int, w13: PackedExperts, itemsize: int) -> int:
     """How many tokens are taken at a time: gate and up, what they are activated to, and down fit the workspace."""
-    return max(MAX_DIRECT_ROUTES, MAX_WORKSPACE // (top_k * (3 * w13.N + w13.K) * itemsize) // 16 * 16)
+    row = (w13.num_projections + 1) * w13.N + w13.K
+    return max(MAX_DIRECT_ROUTES, MAX_WORKSPACE // (top_k * row * itemsize) // 16 * 16)
 
 
 def _moe_pass(x: torch.Tensor, out: torch.Tensor, weights: MoEWeights, routing: Routing) -> None:
@@ -76,17 +77,17 @@ def _moe_pass(x: torch.Tensor, out: torch.Tensor, weights: MoEWeights, routing: 
     blocks = make_blocks(
         x, topk_ids, expert_map, w13.num_experts, w13.group_size if needs_sums else None, tiles.block_m, launches
     )
-    gate_up = _gemm(x, blocks.x_sums, w13, blocks, num_routes, tiles, device)
+    first = _gemm(x, blocks.x_sums, w13, blocks, num_routes, tiles, device, is_down=False)
     hidden = x.new_empty(num_routes, w13.N)
     hidden_sums = x.new_empty(num_routes, w13.N // w2.group_size, dtype=torch.float32) if needs_sums else None
     block = min(512, triton.next_power_of_2(w13.N))
     activate_kernel[(num_routes, triton.cdiv(w13.N, block))](
-        gate_up, hidden, hidden_sums, topk_ids, expert_map, router_weights, weights.w13_bias,
-        0.0 if gate.limit is None else gate.limit, gate.alpha, gate.beta, num_routes, gate_up.shape[0], w13.N,
-        ACTIVATION=gate.activation, CLAMP=gate.limit is not None, MUL_ROUTER_WEIGHT=on_input,
+        first, hidden, hidden_sums, topk_ids, expert_map, router_weights, weights.w13_bias,
+        0.0 if gate.limit is None else gate.limit, gate.alpha, gate.beta, num_routes, first.shape[0], w13.N,
+        P=w13.num_projections, ACTIVATION=gate.activation, CLAMP=gate.limit is not None, MUL_ROUTER_WEIGHT=on_input,
         GROUP_SIZE=w2.group_size, BLOCK=block, **launches.next,
     )  # fmt: skip
-    routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, tiles, device)
+    routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, tiles, device, is_down=True)
     slots = triton.next_power_of_2(top_k)
     block = min(max(1, 2048 // slots), 512, triton.next_power_of_2(w2.N))
     sum_routes_kernel[(num_tokens, triton.cdiv(w2.N, block))](
@@ -103,6 +104,7 @@ def _gemm(
     num_routes: int,
     tiles: Tiles,
     device: devices.Device,
+    is_down: bool,
 ) -> torch.Tensor:
     """Each route's products with its expert's matrices in parts to be summed: ``[num_splits, num_routes, P, N]``."""
     P, tiles_n, num_blocks = experts.num_projections, triton.cdiv(experts.N, tiles.block_n), len(blocks.expert_ids)
@@ -119,7 +121,7 @@ def _gemm(
     options = {"maxnreg": tiles.maxnreg, "enable_fp_fusion": True} if device.ptx else {}
     moe_gemm_kernel[(tiles_n, P * num_splits, num_blocks)](
         x, x_sums, out, *experts.tensors, blocks.expert_ids, blocks.route_ids, num_routes, experts.N, experts.K,
-        groups_per_split, BIASES[x.dtype], ROUTES_PER_ROW=num_routes // x.shape[0], P=P,
+        groups_per_split, BIASES[x.dtype], ROUTES_PER_ROW=num_routes // x.shape[0], P=P, IS_DOWN=is_down,
         GROUP_SIZE=experts.group_size, WIDTHS=experts.widths, QUADS=device.quads, SCALE_WEIGHTS=tiles.scale_weights,
         PTX=device.ptx, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_STAGES=tiles.num_stages,
         num_warps=tiles.num_warps, **options, **Launches(device.overlap).next,

@@ -12,7 +12,11 @@ from alphaq_vllm.kernels.cpu import build
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 pytestmark = pytest.mark.skipif(not (COMPILER and EMULATOR), reason="no cross compiler or no emulator for Arm")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-QUICK = ["group-32-all-widths-torch.float32-neon_dotprod", "100-tokens-all-widths-torch.bfloat16-neon_dotprod"]
+QUICK = [
+    "group-32-all-widths-torch.float32-neon_dotprod",
+    "100-tokens-all-widths-torch.bfloat16-neon_dotprod",
+    "no-gate-all-widths-torch.float32-neon_dotprod",
+]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import torch
 
 from alphaq_vllm.kernels.cpu import build
 
+CASES = ("group-32-all-widths", "100-tokens-padding", "no-gate-100-tokens-padding")
+QUICK = [f"{case}-{build.supported()[0]}-address" for case in CASES]
 # GCC's check of shifts does not compile for vectors.
-QUICK = [f"{case}-{build.supported()[0]}-address" for case in ("group-32-all-widths", "100-tokens-padding")]
 CHECKS = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize=shift", "-fno-sanitize-recover=all"),
     "thread": ("-fsanitize=thread",),

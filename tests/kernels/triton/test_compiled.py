@@ -29,6 +29,9 @@ QUICK = {
     *("one-token-torch.float16-100", "one-expert-only-torch.bfloat16-100", "100-tokens-padding-torch.bfloat16-100"),
     *("300-tokens-torch.bfloat16-100", "one-token-torch.bfloat16-120", "16-tokens-torch.bfloat16-120"),
     *("one-expert-only-torch.bfloat16-120", "300-tokens-torch.float16-120"),
+    # The first product waits for the kernel ahead although it is of one matrix, as down's is.
+    *("no-gate-one-token-group-64-torch.bfloat16-90", "no-gate-300-tokens-group-64-torch.bfloat16-90"),
+    "no-gate-relu2-torch.float16-80",
 }
 
 

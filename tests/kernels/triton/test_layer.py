@@ -19,6 +19,10 @@ QUICK = {
     "clamped-swiglu-and-bias-torch.float16",
     "gelu-torch.bfloat16",
     "weight-on-input-torch.float16",
+    "swiglustep-torch.bfloat16",
+    "no-gate-gelu_tanh-torch.bfloat16",
+    "no-gate-bias-and-weight-on-input-torch.float16",
+    "no-gate-100-tokens-padding-torch.float16",
 }
 
 

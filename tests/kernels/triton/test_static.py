@@ -67,16 +67,22 @@ def test_other_widths_and_dtypes_compile_without_spills(sm, dtype, widths):
 
 @kernels
 @pytest.mark.parametrize(
-    ("sm", "widths", "projections"),
-    [*((sm, (2, 3, 4), 2) for sm in (80, 90, 100, 120)), (90, (2, 3, 4), 1), (90, (3, 8), 2)],
+    ("sm", "widths", "projections", "is_down"),
+    [
+        *((sm, (2, 3, 4), 2, False) for sm in (80, 90, 100, 120)),
+        *((sm, (2, 3, 4), 1, False) for sm in (80, 90)),
+        (90, (2, 3, 4), 1, True),
+        (90, (3, 8), 2, False),
+    ],
 )
-def test_mixed_widths_compile_without_spills(sm, widths, projections):
+def test_mixed_widths_compile_without_spills(sm, widths, projections, is_down):
     code = (
         "import json\n"
         "from alphaq_vllm.kernels.triton.tiles import tiles_for\n"
         "from benchmarks.sass import compile_gemm\n"
         f"for tiles in tiles_for({sm // 10}, {max(widths)}):\n"
-        f"    print(json.dumps(compile_gemm({sm}, 'bf16', tiles, {widths}, 128, {projections}).as_dict()))"
+        f"    code = compile_gemm({sm}, 'bf16', tiles, {widths}, 128, {projections}, {is_down})\n"
+        "    print(json.dumps(code.as_dict()))"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
     rows = [json.loads(line) for line in output.splitlines()]
@@ -108,9 +114,11 @@ for sm, (ids, absent) in product((80, 90, 100), (("*i32", ("expert_map_ptr", "bi
     compile(direct_blocks_kernel, **sums, BLOCK_M=16, NUM_ROUTES=256, CHUNK=16)
     compile(rank_routes_kernel, **sums, TOP_K=4)
     compile(place_routes_kernel, BLOCK_M=16, NUM_EXPERTS=64, BLOCK=256)
-    compile(activate_kernel, **activate, ACTIVATION="silu", CLAMP=True, MUL_ROUTER_WEIGHT=False)
-    compile(activate_kernel, **activate, ACTIVATION="gelu", CLAMP=False, MUL_ROUTER_WEIGHT=True)
-    compile(activate_kernel, **activate, ACTIVATION="gelu_tanh", CLAMP=False, MUL_ROUTER_WEIGHT=False)
+    compile(activate_kernel, **activate, P=2, ACTIVATION="silu", CLAMP=True, MUL_ROUTER_WEIGHT=False)
+    compile(activate_kernel, **activate, P=2, ACTIVATION="gelu", CLAMP=False, MUL_ROUTER_WEIGHT=True)
+    compile(activate_kernel, **activate, P=2, ACTIVATION="gelu_tanh", CLAMP=False, MUL_ROUTER_WEIGHT=False)
+    compile(activate_kernel, **activate, P=2, ACTIVATION="swiglustep", CLAMP=True, MUL_ROUTER_WEIGHT=False)
+    compile(activate_kernel, **activate, P=1, ACTIVATION="relu2", CLAMP=False, MUL_ROUTER_WEIGHT=True)
     compile(sum_routes_kernel, TOP_K=3, SLOTS=4, MUL_ROUTER_WEIGHT=True, BLOCK=256)
 """
 

@@ -66,21 +66,26 @@ def contents(directory):
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
-@pytest.mark.parametrize("num_bits", [2, 3])
+@pytest.mark.parametrize(("model_type", "num_bits"), [("qwen2_moe", 2), ("qwen2_moe", 3), ("nemotron_h", 3)])
 @one_thread()
 def test_gptq_changes_the_output_of_experts_less_than_the_data_free_quantizer(
-    speaking_model, calibration, tmp_path, monkeypatch, num_bits
+    speaking_model, calibration, tmp_path, monkeypatch, model_type, num_bits
 ):
-    path, seen = speaking_model("qwen2_moe"), []
+    path, seen = speaking_model(model_type), []
     route = sequential.route
     monkeypatch.setattr(sequential, "route", lambda *arguments: seen.append(route(*arguments)) or seen[-1])
     source, experts = open_model(path)
     run(path, calibration, tmp_path / "gptq", {matrix.name: num_bits for matrix in experts.matrices})
     for expert in range(experts.num_experts):
-        matrices = [matrix for matrix in experts.matrices if matrix.expert == expert][:3]
+        places = [(matrix.module, matrix.expert) for matrix in experts.matrices]
+        first = (experts.modules[0], expert)
+        matrices = [matrix for matrix, place in zip(experts.matrices, places, strict=True) if place == first]
         inputs = seen[0].inputs[seen[0].of(expert)[0]]
 
         def outputs(weights, inputs=inputs):
+            if model_type == "nemotron_h":
+                up, down = weights
+                return (inputs @ up.T).relu() ** 2 @ down.T
             gate, up, down = weights
             return (torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)) @ down.T
 
@@ -92,7 +97,7 @@ def test_gptq_changes_the_output_of_experts_less_than_the_data_free_quantizer(
         assert error < 0.6 * before
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral", "deepseek_v2", "granitemoe"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral", "deepseek_v2", "granitemoe", "nemotron_h"])
 def test_layers_are_calibrated_on_what_the_quantized_model_computes(
     speaking_model, calibration, tmp_path, monkeypatch, model_type
 ):

@@ -28,9 +28,9 @@ def logits(path, windows):
     return model(windows, use_cache=False).logits
 
 
-@pytest.mark.parametrize("model_type", CALIBRATED)
-def test_sample_draws_from_the_predictions_of_transformers(tiny_model, model_type):
-    path = tiny_model(model_type)
+@pytest.mark.parametrize("model_type", [*CALIBRATED, "latent"])
+def test_sample_draws_from_the_predictions_of_transformers(tiny_model, latent_model, model_type):
+    path = latent_model if model_type == "latent" else tiny_model(model_type)
     windows = torch.randint(3, 256, (2, 40), generator=torch.Generator().manual_seed(0))
     decoder, source, experts = open_model(path)
     shares = torch.rand(2, 40, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

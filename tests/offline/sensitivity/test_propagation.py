@@ -11,9 +11,9 @@ from offline.allocation.costs import noise
 from offline.quantizers.quantize import quantize
 from offline.sensitivity import propagation
 from offline.sensitivity.matrices import MatrixStats
-from offline.sensitivity.propagation import FLOOR, error_gains
+from offline.sensitivity.propagation import FLOOR, error_gains, expert_gains
 from offline.source.checkpoint import open_checkpoint
-from offline.source.families import find_experts
+from offline.source.families import find_experts, load_weight
 
 DOCS_MOE = Path(__file__).parents[2] / "models" / "docs-moe"
 
@@ -48,6 +48,25 @@ def test_error_gains_are_those_of_the_whole_model(gains, text, projection):
     exact, changed = outputs
     expected = ((changed - exact).square().sum() / exact.square().sum()).item() / quantized.mse
     assert gains[f"model.layers.1.mlp.experts.2.{projection}"] == pytest.approx(expected, rel=0.01)
+
+
+def test_expert_gains_without_a_gate_are_those_behind_the_projection_from_latents(latent_model):
+    source = open_checkpoint(str(latent_model))
+    up, down = expert = find_experts(source).matrices[:2]
+    generator = torch.Generator().manual_seed(0)
+    inputs, topk_weights = torch.randn(20, 64, generator=generator), torch.rand(20, generator=generator)
+    back = source.load("backbone.layers.0.mixer.fc2_latent_proj.weight").float()
+    gains = expert_gains(source, expert, inputs, topk_weights, lambda x: x.relu() ** 2, 64, back)
+    weights = {matrix: load_weight(source, matrix) for matrix in expert}
+
+    def outputs(weights):
+        return (inputs @ weights[up].T).relu() ** 2 @ weights[down].T * topk_weights[:, None]
+
+    for matrix, gain in zip(expert, gains, strict=True):
+        quantized = quantize(weights[matrix], 4, 64, "rtn")
+        changed = packing.dequantize(quantized.packed, quantized.scale, quantized.zero_point, 4)
+        error = ((outputs({**weights, matrix: changed}) - outputs(weights)) @ back.T).square().sum().item()
+        assert gain == pytest.approx(error / quantized.mse, rel=1e-3)
 
 
 def test_an_expert_that_no_token_reaches_still_counts(monkeypatch):

@@ -99,9 +99,9 @@ INLINE F32 exp(F32 x) {
   return p * (F32)((half + 127) << 23) * (F32)((power - half + 127) << 23);
 }
 
-enum Activation { SILU, GELU, GELU_TANH };
+enum Activation { SILU, GELU, GELU_TANH, RELU2, SWIGLUSTEP };
 
-// act(gate) * (up + beta), both clamped first: see gate.py.
+// act(gate) * (up + beta), both clamped first, or act(up) of experts without a gate: see gate.py.
 struct Gate {
   int activation;
   float limit;
@@ -109,22 +109,32 @@ struct Gate {
   float beta;
 
   INLINE F32 apply(F32 gate, F32 up) const {
-    gate = gate > limit ? spread<F32>(limit) : gate;
     up = up > limit ? spread<F32>(limit) : up;
     up = up < -limit ? spread<F32>(-limit) : up;
     F32 activated;
-    if (activation == SILU) {
-      activated = gate / (1.0f + exp(gate * -alpha));
-    } else if (activation == GELU_TANH) {
-      // 1 + tanh(u) is 2 * sigmoid(2 * u).
-      const F32 twice = 1.5957691216f * (gate + 0.044715f * gate * gate * gate);
-      activated = gate / (1.0f + exp(-twice));
+    if (activation == SWIGLUSTEP) {
+      activated = activate(gate);
+      activated = activated > limit ? spread<F32>(limit) : activated;
     } else {
-      for (int lane = 0; lane < LANES; ++lane) {
-        activated[lane] = gate[lane] * 0.5f * (1.0f + std::erf(gate[lane] * 0.70710678f));
-      }
+      activated = activate(gate > limit ? spread<F32>(limit) : gate);
     }
     return activated * (up + beta);
+  }
+
+  // NaN stays NaN.
+  INLINE F32 activate(F32 x) const {
+    if (activation == SILU || activation == SWIGLUSTEP) return x / (1.0f + exp(x * -alpha));
+    if (activation == RELU2) return x < 0 ? F32{} : x * x;
+    if (activation == GELU_TANH) {
+      // 1 + tanh(u) is 2 * sigmoid(2 * u).
+      const F32 twice = 1.5957691216f * (x + 0.044715f * x * x * x);
+      return x / (1.0f + exp(-twice));
+    }
+    F32 activated;
+    for (int lane = 0; lane < LANES; ++lane) {
+      activated[lane] = x[lane] * 0.5f * (1.0f + std::erf(x[lane] * 0.70710678f));
+    }
+    return activated;
   }
 };
 

@@ -53,9 +53,12 @@ struct Call {
   Threads threads;
 };
 
-// hidden [routes, N of w13] of a dtype = gated products of x with gate and up.
-inline void multiply_gate_up(const Experts& w13, const Call& call, const Routes& routes, const Operands& x,
-                             Dtype hidden_dtype, void* hidden) {
+// hidden [routes, N of w13] of a dtype = activated products of x with gate and up, or with up alone.
+//
+// Two blocks are multiplied together: gate's and up's of the same rows, or two of up.
+template <bool GATED>
+void multiply_first(const Experts& w13, const Call& call, const Routes& routes, const Operands& x, Dtype hidden_dtype,
+                    void* hidden) {
   const int64_t blocks = w13.N / ROWS;
   const int64_t per_unit = blocks_per_unit(blocks * routes.pieces.size(), call.threads.count, 4);
   const int64_t units = (blocks + per_unit - 1) / per_unit;
@@ -63,20 +66,30 @@ inline void multiply_gate_up(const Experts& w13, const Call& call, const Routes&
     const Routes::Piece piece = routes.pieces[unit / units];
     const Operand operand = x[unit / units];
     const Ready ready(operand);
-    const int64_t first = unit % units * per_unit;
-    for (int64_t block = first; block < std::min(first + per_unit, blocks); ++block) {
-      const Block gate_up[] = {w13.block(piece.expert, 0, block), w13.block(piece.expert, 1, block)};
+    const int64_t first = unit % units * per_unit, last = std::min(first + per_unit, blocks);
+    for (int64_t block = first; block < last; block += GATED ? 1 : 2) {
+      const int64_t count = GATED ? 2 : std::min<int64_t>(last - block, 2);
+      const int64_t other = GATED ? block : block + count - 1;
+      const Block pair[] = {w13.block(piece.expert, 0, block), w13.block(piece.expert, GATED, other)};
       alignas(64) float products[2][ROUTES_AT_ONCE * ROWS], biases[2][ROWS];
       float* const to[] = {products[0], products[1]};
-      multiply(gate_up, 2, operand, to);
-      for (int p = 0; p < 2; ++p) w13.load_bias(piece.expert, p, block, biases[p]);
+      multiply(pair, count, operand, to);
+      w13.load_bias(piece.expert, 0, block, biases[0]);
+      w13.load_bias(piece.expert, GATED, other, biases[1]);
       for (int64_t i = 0; i < piece.count; ++i) {
         const float weight = call.weight_on_input ? routes.weight[piece.first + i] : 1;
         const int64_t at = (piece.first + i) * w13.N + block * ROWS;
+        auto product = [&](int64_t b, int row) INLINE_LAMBDA {
+          return load<F32>(products[b] + i * ROWS + row) * weight + load<F32>(biases[b] + row);
+        };
         for (int row = 0; row < ROWS; row += LANES) {
-          const F32 gate = load<F32>(products[0] + i * ROWS + row) * weight + load<F32>(biases[0] + row);
-          const F32 up = load<F32>(products[1] + i * ROWS + row) * weight + load<F32>(biases[1] + row);
-          store_as(hidden_dtype, hidden, at + row, call.gate.apply(gate, up));
+          if constexpr (GATED) {
+            store_as(hidden_dtype, hidden, at + row, call.gate.apply(product(0, row), product(1, row)));
+          } else {
+            for (int64_t b = 0; b < count; ++b) {
+              store_as(hidden_dtype, hidden, at + b * ROWS + row, call.gate.activate(product(b, row)));
+            }
+          }
         }
       }
     }
@@ -158,8 +171,9 @@ inline Result fused_moe(const Experts& w13, const Experts& w2, const Call& call)
     const Source x{call.dtype, row_of(call.dtype, call.x, first, w13.K), count, w13.K, w13.group_size};
     const Dtype hidden_dtype = digits == HALVES ? BFLOAT16 : FLOAT32;
     void* hidden = space.take<uint8_t>(num_routes * w13.N * (digits == HALVES ? 2 : 4));
-    multiply_gate_up(w13, call, routes, Operands(call.threads, routes, x, routes.token, digits, space), hidden_dtype,
-                     hidden);
+    const Operands first_operands(call.threads, routes, x, routes.token, digits, space);
+    const auto multiply_first_of = w13.projections == 2 ? multiply_first<true> : multiply_first<false>;
+    multiply_first_of(w13, call, routes, first_operands, hidden_dtype, hidden);
     const Source h{hidden_dtype, hidden, num_routes, w2.K, w2.group_size};
     float* sums = space.take<float>(count * w2.N);
     multiply_down(w2, call, routes, Operands(call.threads, routes, h, routes.index, digits, space), count, sums,
