@@ -1,0 +1,177 @@
+"""Weights as whole numbers, several in a word of 32 bits, a scale for each group in a row: of 4 bits, but others too.
+
+compressed-tensors calls it pack-quantized. AWQ and GPTQ have the transpose, and zero points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from offline.source.quantized.joining import Parts
+from offline.source.quantized.tensor import SCALE_DTYPES, QuantizedTensor
+from offline.source.stored import StoredTensor
+
+# AWQ's order of eight codes in a word, which suits its kernels.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def unpack(words: torch.Tensor, num_bits: int, dim: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Codes from 0 up, in int32, of int32 words with as many codes as there is room for, the first in the lowest bits.
+
+    dim: along which the codes of a word lie, which becomes as many times longer; order: which code each field has.
+    """
+    count = 32 // num_bits
+    fields = torch.arange(count, dtype=torch.int32)
+    shifts = fields * num_bits
+    if order:
+        shifts = shifts[torch.tensor(order).argsort()]
+    dim %= words.ndim
+    shape = [count if i == dim + 1 else 1 for i in range(words.ndim + 1)]
+    codes = (words.unsqueeze(dim + 1) >> shifts.view(shape)) & (2**num_bits - 1)
+    return codes.flatten(dim, dim + 1)
+
+
+@dataclass(frozen=True)
+class PackedTensor(QuantizedTensor):
+    """Stored tensors that mean ``(code - 2 ** (num_bits - 1)) * scale``, or ``(code - zero_point) * scale``.
+
+    packed: ``[..., out_features, words]`` int32. scale: ``[..., out_features, groups]``. zero_point: ``[..., words,
+    groups]`` int32. order: ``[in_features]``, the group of each column. stated: two integers, the shape.
+    """
+
+    packed: StoredTensor
+    scale: StoredTensor
+    zero_point: StoredTensor | None = None
+    order: StoredTensor | None = None
+    stated: StoredTensor | None = None
+
+    def load_float32(self, index: int | None = None) -> torch.Tensor:
+        """Raises ValueError if the shape that the checkpoint states is another."""
+        if self.stated and tuple(self.stated.load().tolist()) != self.shape:
+            raise ValueError(
+                f"{self.stated.file}: expected weight_shape {self.shape} as the codes have it, got "
+                f"{self.stated.load().tolist()}: download the checkpoint again"
+            )
+        codes = unpack(self.packed.load(index), self.num_bits, -1)
+        scales = self.scale.load_float32(index)
+        zero_points: torch.Tensor | int = 2 ** (self.num_bits - 1)
+        if self.zero_point:
+            zero_points = unpack(self.zero_point.load(index), self.num_bits, -2)[..., : scales.shape[-2], :]
+        return _scaled(codes, zero_points, scales, self.order.load().long() if self.order else None)
+
+
+@dataclass(frozen=True)
+class TransposedTensor(QuantizedTensor):
+    """AWQ's and GPTQ's: the same as ``(code - zero_point) * scale``, with input features first.
+
+    packed: int32, ``[in_features, out_features / 8]`` of AWQ, ``[in_features / (32 / bits), out_features]`` of GPTQ.
+    scale: ``[groups, out_features]``. zero_point: ``[groups, out_features / (32 / bits)]`` int32, to which ``offset``
+    is added. order: ``[in_features]``, the group of each.
+    """
+
+    packed: StoredTensor
+    scale: StoredTensor
+    zero_point: StoredTensor
+    awq: bool = False
+    offset: int = 0
+    order: StoredTensor | None = None
+
+    def load_float32(self, index: int | None = None) -> torch.Tensor:
+        """As ``QuantizedTensor`` says."""
+        order = _AWQ_ORDER if self.awq else None
+        codes = unpack(self.packed.load(), self.num_bits, -1 if self.awq else 0, order)
+        zero_points = unpack(self.zero_point.load(), self.num_bits, -1, order) + self.offset
+        groups = self.order.load().long() if self.order else None
+        values = _scaled(codes.T, zero_points.T, self.scale.load_float32().T, groups).contiguous()
+        return values if index is None else values[index]
+
+
+def _scaled(
+    codes: torch.Tensor, zero_points: torch.Tensor | int, scales: torch.Tensor, groups: torch.Tensor | None
+) -> torch.Tensor:
+    """``(code - zero_point) * scale`` in float32, ``groups`` of equal size if there is no list of those of columns."""
+    if groups is None:
+        codes = codes.unflatten(-1, (scales.shape[-1], -1))
+        zeros = zero_points.unsqueeze(-1) if isinstance(zero_points, torch.Tensor) else zero_points
+        return ((codes - zeros).float() * scales.unsqueeze(-1)).flatten(-2)
+    zeros = zero_points[..., groups] if isinstance(zero_points, torch.Tensor) else zero_points
+    return (codes - zeros).float() * scales[..., groups]
+
+
+@dataclass(frozen=True)
+class PackedReader:
+    """Joins what compressed-tensors packs; schemes: bits of a code, and columns of a group or None for whole rows."""
+
+    schemes: tuple[tuple[int, int | None], ...]
+
+    def __call__(self, name: str, parts: Parts) -> tuple[str, PackedTensor] | None:
+        """As ``Reader`` says."""
+        packed, stem = parts.tensors[name], name.removesuffix("_packed")
+        if stem == name or packed.spec.dtype != torch.int32:
+            return None
+        parts.used.add(name)
+        scale = parts.take(f"{stem}_scale", name)
+        rows, words = packed.spec.shape[:-1], packed.spec.shape[-1] if packed.spec.shape else 0
+        groups = scale.spec.shape[-1] if scale.spec.shape else 0
+        fitting = {
+            bits
+            for bits, size in self.schemes
+            if groups and words * (32 // bits) == groups * (size or words * (32 // bits))
+        }
+        if len(rows) < 1 or scale.spec.shape[:-1] != rows or scale.spec.dtype not in SCALE_DTYPES or len(fitting) != 1:
+            schemes = " or ".join(f"{bits} bits in groups of {size or 'a row'}" for bits, size in self.schemes)
+            raise ValueError(
+                f"{name}: expected int32 words of {schemes or 'no kind'} with a scale for each group, as the config "
+                f"says, got shape {packed.spec.shape} with {scale.spec.dtype} scales of shape {scale.spec.shape}"
+            )
+        (bits,) = fitting
+        zero_point, order = parts.find([f"{stem}_zero_point"]), parts.find([f"{stem}_g_idx"])
+        shape = *rows, words * (32 // bits)
+        joined = PackedTensor(shape, bits, packed, scale, zero_point, order, parts.find([f"{stem}_shape"]))
+        packed_rows = -(-rows[-1] // (32 // bits))
+        _check(name, "zero points", zero_point, (torch.int32,), (*rows[:-1], packed_rows, groups))
+        _check(name, "groups", order, (torch.int32, torch.int64), shape[-1:])
+        _check(name, "shape", joined.stated, (torch.int32, torch.int64), (len(shape),))
+        return stem, joined
+
+
+@dataclass(frozen=True)
+class TransposedReader:
+    """Joins what AWQ and GPTQ pack: see ``TransposedTensor``."""
+
+    bits: int
+    awq: bool = False
+    offset: int = 0
+
+    def __call__(self, name: str, parts: Parts) -> tuple[str, TransposedTensor] | None:
+        """As ``Reader`` says."""
+        packed, stem = parts.tensors[name], name.removesuffix(".qweight")
+        if stem == name or packed.spec.dtype != torch.int32 or len(packed.spec.shape) != 2:
+            return None
+        parts.used.add(name)
+        scale, zero_point = (parts.take(f"{stem}.{part}", name) for part in ("scales", "qzeros"))
+        order = None if self.awq else parts.find([f"{stem}.g_idx"])
+        (rows, columns), count = packed.spec.shape, 32 // self.bits
+        out_features, in_features = (columns * count, rows) if self.awq else (columns, rows * count)
+        groups = scale.spec.shape[0] if scale.spec.shape else 0
+        _check(name, "scales", scale, SCALE_DTYPES, (groups, out_features))
+        _check(name, "zero points", zero_point, (torch.int32,), (groups, -(-out_features // count)))
+        _check(name, "groups", order, (torch.int32,), (in_features,))
+        if not groups or (order is None and in_features % groups):
+            raise ValueError(f"{name}: expected whole groups in {in_features} input features, got {groups} groups")
+        shape = out_features, in_features
+        return f"{stem}.weight", TransposedTensor(
+            shape, self.bits, packed, scale, zero_point, self.awq, self.offset, order
+        )
+
+
+def _check(
+    name: str, what: str, part: StoredTensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> None:
+    if part and (part.spec.dtype not in dtypes or part.spec.shape != shape):
+        raise ValueError(
+            f"{name}: expected its {what} of shape {shape} in {' or '.join(str(d) for d in dtypes)}, got "
+            f"{part.spec.dtype} of shape {part.spec.shape}: download the checkpoint again"
+        )
