@@ -58,7 +58,8 @@ class Fp8Reader:
     def __call__(self, name: str, parts: Parts) -> tuple[str, ScaledTensor] | None:
         """As ``Reader`` says."""
         weight = parts.tensors[name]
-        if weight.spec.dtype not in _CODES:
+        # Scales can be float8 too.
+        if weight.spec.dtype not in _CODES or name.endswith("_scale"):
             return None
         stem = name.removesuffix(".weight")
         names = [f"{name}{suffix}" for suffix in self.suffixes]

@@ -54,7 +54,8 @@ class PackedTensor(QuantizedTensor):
                 f"{self.stated.file}: expected weight_shape {self.shape} as the codes have it, got "
                 f"{self.stated.load().tolist()}: download the checkpoint again"
             )
-        codes = unpack(self.packed.load(index), self.num_bits, -1)
+        # The last word need not be full.
+        codes = unpack(self.packed.load(index), self.num_bits, -1)[..., : self.shape[-1]]
         scales = self.scale.load_float32(index)
         zero_points: torch.Tensor | int = 2 ** (self.num_bits - 1)
         if self.zero_point:
@@ -116,9 +117,10 @@ class PackedReader:
         rows, words = packed.spec.shape[:-1], packed.spec.shape[-1] if packed.spec.shape else 0
         groups = scale.spec.shape[-1] if scale.spec.shape else 0
         fitting = {
-            bits
+            (bits, columns)
             for bits, size in self.schemes
-            if groups and words * (32 // bits) == groups * (size or words * (32 // bits))
+            for columns in [groups * size if size else words * (32 // bits)]
+            if groups == (groups if size else 1) and columns and words == -(-columns // (32 // bits))
         }
         if len(rows) < 1 or scale.spec.shape[:-1] != rows or scale.spec.dtype not in SCALE_DTYPES or len(fitting) != 1:
             schemes = " or ".join(f"{bits} bits in groups of {size or 'a row'}" for bits, size in self.schemes)
@@ -126,9 +128,9 @@ class PackedReader:
                 f"{name}: expected int32 words of {schemes or 'no kind'} with a scale for each group, as the config "
                 f"says, got shape {packed.spec.shape} with {scale.spec.dtype} scales of shape {scale.spec.shape}"
             )
-        (bits,) = fitting
+        ((bits, columns),) = fitting
         zero_point, order = parts.find([f"{stem}_zero_point"]), parts.find([f"{stem}_g_idx"])
-        shape = *rows, words * (32 // bits)
+        shape = *rows, columns
         joined = PackedTensor(shape, bits, packed, scale, zero_point, order, parts.find([f"{stem}_shape"]))
         packed_rows = -(-rows[-1] // (32 // bits))
         _check(name, "zero points", zero_point, (torch.int32,), (*rows[:-1], packed_rows, groups))
