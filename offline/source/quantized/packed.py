@@ -48,7 +48,7 @@ class PackedTensor(QuantizedTensor):
     stated: StoredTensor | None = None
 
     def load_float32(self, index: int | None = None) -> torch.Tensor:
-        """Raises ValueError if the shape that the checkpoint states is another."""
+        """As ``QuantizedTensor`` says. Raises ValueError for another shape or other groups than there are."""
         if self.stated and tuple(self.stated.load().tolist()) != self.shape:
             raise ValueError(
                 f"{self.stated.file}: expected weight_shape {self.shape} as the codes have it, got "
@@ -60,7 +60,7 @@ class PackedTensor(QuantizedTensor):
         zero_points: torch.Tensor | int = 2 ** (self.num_bits - 1)
         if self.zero_point:
             zero_points = unpack(self.zero_point.load(index), self.num_bits, -2)[..., : scales.shape[-2], :]
-        return _scaled(codes, zero_points, scales, self.order.load().long() if self.order else None)
+        return _scaled(codes, zero_points, scales, _groups(self.order, scales.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,30 @@ class TransposedTensor(QuantizedTensor):
     order: StoredTensor | None = None
 
     def load_float32(self, index: int | None = None) -> torch.Tensor:
-        """As ``QuantizedTensor`` says."""
+        """As ``QuantizedTensor`` says. Raises ValueError for groups that are not there."""
         order = _AWQ_ORDER if self.awq else None
         codes = unpack(self.packed.load(), self.num_bits, -1 if self.awq else 0, order)
         zero_points = unpack(self.zero_point.load(), self.num_bits, -1, order) + self.offset
-        groups = self.order.load().long() if self.order else None
-        values = _scaled(codes.T, zero_points.T, self.scale.load_float32().T, groups).contiguous()
+        scales = self.scale.load_float32().T
+        values = _scaled(codes.T, zero_points.T, scales, _groups(self.order, scales.shape[-1])).contiguous()
         return values if index is None else values[index]
+
+
+def _groups(order: StoredTensor | None, number: int) -> torch.Tensor | None:
+    """The group of each column where they are not in order. Raises ValueError unless all are below ``number``."""
+    if order is None:
+        return None
+    groups = order.load().long()
+    least, greatest = (int(bound) for bound in groups.aminmax())
+    if greatest == -1:
+        # compressed-tensors' word for columns in order.
+        return None
+    if least < 0 or greatest >= number:
+        raise ValueError(
+            f"{order.file}: g_idx: expected groups from 0 to {number - 1}, got {least if least < 0 else greatest}: "
+            "download the checkpoint again"
+        )
+    return groups
 
 
 def _scaled(
@@ -134,8 +151,8 @@ class PackedReader:
         joined = PackedTensor(shape, bits, packed, scale, zero_point, order, parts.find([f"{stem}_shape"]))
         packed_rows = -(-rows[-1] // (32 // bits))
         _check(name, "zero points", zero_point, (torch.int32,), (*rows[:-1], packed_rows, groups))
-        _check(name, "groups", order, (torch.int32, torch.int64), shape[-1:])
-        _check(name, "shape", joined.stated, (torch.int32, torch.int64), (len(shape),))
+        _check(name, "g_idx", order, (torch.int32, torch.int64), shape[-1:])
+        _check(name, "weight_shape", joined.stated, (torch.int32, torch.int64), (len(shape),))
         return stem, joined
 
 
@@ -160,7 +177,7 @@ class TransposedReader:
         groups = scale.spec.shape[0] if scale.spec.shape else 0
         _check(name, "scales", scale, SCALE_DTYPES, (groups, out_features))
         _check(name, "zero points", zero_point, (torch.int32,), (groups, -(-out_features // count)))
-        _check(name, "groups", order, (torch.int32,), (in_features,))
+        _check(name, "g_idx", order, (torch.int32,), (in_features,))
         if not groups or (order is None and in_features % groups):
             raise ValueError(f"{name}: expected whole groups in {in_features} input features, got {groups} groups")
         shape = out_features, in_features

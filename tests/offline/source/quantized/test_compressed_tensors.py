@@ -155,7 +155,8 @@ BAD = {
         lambda t: t.update({f"{ALONE}.weight_scale": torch.ones(128, 4, dtype=torch.int8)}), "got .* torch.int8 scales",
     ),
     "shape of one number": (
-        lambda t: t.update({f"{ALONE}.weight_shape": torch.ones(1, dtype=torch.int64)}), r"expected its shape of shape",
+        lambda t: t.update({f"{ALONE}.weight_shape": torch.ones(1, dtype=torch.int64)}),
+        r"expected its weight_shape of shape \(2,\)",
     ),
 }  # fmt: skip
 
