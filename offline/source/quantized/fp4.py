@@ -12,12 +12,11 @@ from math import prod
 import torch
 
 from offline.source.quantized.joining import Parts
-from offline.source.quantized.tensor import QuantizedTensor, load_scale
+from offline.source.quantized.tensor import QuantizedTensor, decode_bytes, halves, load_scale
 from offline.source.stored import StoredTensor
 
 _POSITIVE = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-# The two numbers that a byte means, the lower half first, as one integer of 64 bits: they are looked up at once.
-_PAIRS = torch.cartesian_prod(*(torch.cat((_POSITIVE, -_POSITIVE)),) * 2).flip(-1).contiguous().view(torch.int64)[:, 0]
+_TABLE = halves(torch.cat((_POSITIVE, -_POSITIVE)))
 _GROUPS = {torch.uint8: 32, torch.float8_e8m0fnu: 32, torch.float8_e4m3fn: 16}
 
 
@@ -45,8 +44,7 @@ class Fp4Tensor(QuantizedTensor):
             second = second[0 if len(second) == 1 else slice(None) if index is None else index].view(-1, 1, 1)
             second = second.squeeze(0) if len(second) == 1 else second
             scales = scales / second if self.divided else scales * second
-        codes = _PAIRS.index_select(0, packed.view(torch.uint8).flatten().int()).view(torch.float32)
-        values = codes.view(*scales.shape, -1).mul_(scales.unsqueeze(-1)).flatten(-2)
+        values = decode_bytes(packed, _TABLE).view(*scales.shape, -1).mul_(scales.unsqueeze(-1)).flatten(-2)
         return values.transpose(-1, -2) if self.transposed else values
 
 

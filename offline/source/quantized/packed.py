@@ -10,27 +10,23 @@ from dataclasses import dataclass
 import torch
 
 from offline.source.quantized.joining import Parts
-from offline.source.quantized.tensor import SCALE_DTYPES, QuantizedTensor
+from offline.source.quantized.tensor import SCALE_DTYPES, QuantizedTensor, decode_bytes, halves
 from offline.source.stored import StoredTensor
 
-# AWQ's order of eight codes in a word, which suits its kernels.
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# Where AWQ has the first to the last of eight codes in a word: the order suits its kernels.
+_AWQ_FIELDS = [0, 4, 1, 5, 2, 6, 3, 7]
+_TABLE = halves(torch.arange(16))
 
 
-def unpack(words: torch.Tensor, num_bits: int, dim: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Codes from 0 up, in int32, of int32 words with as many codes as there is room for, the first in the lowest bits.
+def unpack(words: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """Codes from 0 up, in float32, of int32 words with as many as there is room for, the first in the lowest bits.
 
-    dim: along which the codes of a word lie, which becomes as many times longer; order: which code each field has.
+    The last dimension becomes as many times longer.
     """
-    count = 32 // num_bits
-    fields = torch.arange(count, dtype=torch.int32)
-    shifts = fields * num_bits
-    if order:
-        shifts = shifts[torch.tensor(order).argsort()]
-    dim %= words.ndim
-    shape = [count if i == dim + 1 else 1 for i in range(words.ndim + 1)]
-    codes = (words.unsqueeze(dim + 1) >> shifts.view(shape)) & (2**num_bits - 1)
-    return codes.flatten(dim, dim + 1)
+    if num_bits == 4:
+        return decode_bytes(words, _TABLE)
+    shifts = torch.arange(32 // num_bits, dtype=torch.int32) * num_bits
+    return ((words.unsqueeze(-1) >> shifts) & (2**num_bits - 1)).flatten(-2).float()
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,12 @@ class PackedTensor(QuantizedTensor):
                 f"{self.stated.load().tolist()}: download the checkpoint again"
             )
         # The last word need not be full.
-        codes = unpack(self.packed.load(index), self.num_bits, -1)[..., : self.shape[-1]]
+        codes = unpack(self.packed.load(index), self.num_bits)[..., : self.shape[-1]]
         scales = self.scale.load_float32(index)
         zero_points: torch.Tensor | int = 2 ** (self.num_bits - 1)
         if self.zero_point:
-            zero_points = unpack(self.zero_point.load(index), self.num_bits, -2)[..., : scales.shape[-2], :]
+            packed = self.zero_point.load(index).transpose(-1, -2)
+            zero_points = unpack(packed, self.num_bits)[..., : scales.shape[-2]].transpose(-1, -2)
         return _scaled(codes, zero_points, scales, _groups(self.order, scales.shape[-1]))
 
 
@@ -81,11 +78,14 @@ class TransposedTensor(QuantizedTensor):
 
     def load_float32(self, index: int | None = None) -> torch.Tensor:
         """As ``QuantizedTensor`` says. Raises ValueError for groups that are not there."""
-        order = _AWQ_ORDER if self.awq else None
-        codes = unpack(self.packed.load(), self.num_bits, -1 if self.awq else 0, order)
-        zero_points = unpack(self.zero_point.load(), self.num_bits, -1, order) + self.offset
+        packed, zero_points = self.packed.load(), unpack(self.zero_point.load(), self.num_bits)
+        if self.awq:
+            codes, zero_points = _awq_ordered(unpack(packed, self.num_bits)).T, _awq_ordered(zero_points)
+        else:
+            codes = unpack(packed.T, self.num_bits)
         scales = self.scale.load_float32().T
-        values = _scaled(codes.T, zero_points.T, scales, _groups(self.order, scales.shape[-1])).contiguous()
+        groups = _groups(self.order, scales.shape[-1])
+        values = _scaled(codes, (zero_points + self.offset).T, scales, groups).contiguous()
         return values if index is None else values[index]
 
 
@@ -111,11 +111,14 @@ def _scaled(
 ) -> torch.Tensor:
     """``(code - zero_point) * scale`` in float32, ``groups`` of equal size if there is no list of those of columns."""
     if groups is None:
-        codes = codes.unflatten(-1, (scales.shape[-1], -1))
         zeros = zero_points.unsqueeze(-1) if isinstance(zero_points, torch.Tensor) else zero_points
-        return ((codes - zeros).float() * scales.unsqueeze(-1)).flatten(-2)
+        return codes.unflatten(-1, (scales.shape[-1], -1)).sub(zeros).mul_(scales.unsqueeze(-1)).flatten(-2)
     zeros = zero_points[..., groups] if isinstance(zero_points, torch.Tensor) else zero_points
-    return (codes - zeros).float() * scales[..., groups]
+    return codes.sub(zeros).mul_(scales[..., groups])
+
+
+def _awq_ordered(fields: torch.Tensor) -> torch.Tensor:
+    return fields.unflatten(-1, (-1, 8))[..., _AWQ_FIELDS].flatten(-2)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -32,7 +32,7 @@ class QuantizedTensor(ABC):
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
         """The stored tensors."""
-        return tuple(part for field in fields(self) if isinstance(part := getattr(self, field.name), StoredTensor))
+        return tuple(part for part in vars(self).values() if isinstance(part, StoredTensor))
 
     @property
     def spec(self) -> TensorSpec:
@@ -57,6 +57,22 @@ class QuantizedTensor(ABC):
         """The numbers in bfloat16, flat, a matrix at a time, whatever ``max_bytes`` says: less cannot be decoded."""
         for index in range(self.shape[0]) if len(self.shape) > 2 else (None,):
             yield self.load(index).flatten()
+
+
+def halves(numbers: torch.Tensor) -> torch.Tensor:
+    """A table for ``decode_bytes``, of the numbers that the sixteen codes of four bits mean."""
+    high, low = torch.meshgrid(numbers.float(), numbers.float(), indexing="ij")
+    return torch.stack((low, high), -1).flatten().view(torch.int64)
+
+
+def decode_bytes(packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The numbers in float32 of codes of four bits, of which a byte has two, the first in its lower half.
+
+    packed: of any integer dtype, the bytes of each from the lowest up. The last dimension becomes as many times longer.
+    table: of ``halves``: the two numbers that a byte means as one integer, so that they are looked up at once.
+    """
+    numbers = table.index_select(0, packed.contiguous().view(torch.uint8).flatten().int()).view(torch.float32)
+    return numbers.view(*packed.shape[:-1], -1)
 
 
 def load_scale(scale: StoredTensor, index: int | None = None) -> torch.Tensor:
