@@ -25,8 +25,8 @@ class Fp4Tensor(QuantizedTensor):
     """A stored tensor ``codes * scale``, or with a second scale ``codes * (scale * second)`` or ``(scale / second)``.
 
     packed: ``[..., out_features, in_features / 2]`` bytes, or the same with the last dimension divided in groups.
-    scale: ``[..., out_features, groups]``. second: one float32, or one for each of stacked experts. divided: whether
-    the second one divides. transposed: whether the numbers are ``[..., in_features, out_features]``.
+    scale: ``[..., out_features, groups]``. second: one float32. divided: whether it divides. transposed:
+    whether the numbers are ``[..., in_features, out_features]``.
     """
 
     packed: StoredTensor
@@ -37,15 +37,21 @@ class Fp4Tensor(QuantizedTensor):
 
     def load_float32(self, index: int | None = None) -> torch.Tensor:
         """As ``QuantizedTensor`` says."""
-        packed, scales = self.packed.load(index), load_scale(self.scale, index)
-        if self.second:
-            second = self.second.load_float32().flatten()
-            # One for all, or for each expert.
-            second = second[0 if len(second) == 1 else slice(None) if index is None else index].view(-1, 1, 1)
-            second = second.squeeze(0) if len(second) == 1 else second
-            scales = scales / second if self.divided else scales * second
-        values = decode_bytes(packed, _TABLE).view(*scales.shape, -1).mul_(scales.unsqueeze(-1)).flatten(-2)
+        scales = self._scales(index)
+        values = decode_bytes(self.packed.load(index), _TABLE).view(*scales.shape, -1)
+        values = values.mul_(scales.unsqueeze(-1)).flatten(-2)
         return values.transpose(-1, -2) if self.transposed else values
+
+    def bound(self) -> float:
+        """As ``QuantizedTensor`` says."""
+        return 6 * float(self._scales().abs().max())
+
+    def _scales(self, index: int | None = None) -> torch.Tensor:
+        scales = load_scale(self.scale, index)
+        if self.second:
+            second = self.second.load_float32().view(())
+            scales = scales / second if self.divided else scales * second
+        return scales
 
 
 def read_mxfp4(name: str, parts: Parts) -> tuple[str, Fp4Tensor] | None:
@@ -114,7 +120,7 @@ def _join(
         raise ValueError(
             f"{name}: expected a second scale, of the whole tensor, got none: download the checkpoint again"
         )
-    if second and (second.spec.dtype != torch.float32 or prod(second.spec.shape) not in (1, prod(experts))):
+    if second and (second.spec.dtype != torch.float32 or prod(second.spec.shape) != 1):
         raise ValueError(
             f"{name}: expected one float32 as the scale of the whole tensor, got {second.spec.dtype} of shape "
             f"{second.spec.shape}: download the checkpoint again"

@@ -47,13 +47,15 @@ class Fp8Reader:
 
     suffixes: of the scale after the weight's name, first what the method calls it, for messages; blocks: rows and
     columns that may share a scale; others: whether whole tensors, rows or experts may share one too; exponents: whether
-    scales are bytes.
+    scales are bytes; transposed: whether stacked experts are ``[experts, in_features, out_features]`` and an output
+    feature has a scale, of shape ``[experts, 1, out_features]`` or ``[experts, out_features, 1]``.
     """
 
     suffixes: tuple[str, ...]
     blocks: tuple[tuple[int, int], ...] = ()
     others: bool = True
     exponents: bool = False
+    transposed: bool = False
 
     def __call__(self, name: str, parts: Parts) -> tuple[str, ScaledTensor] | None:
         """As ``Reader`` says."""
@@ -73,6 +75,8 @@ class Fp8Reader:
             raise ValueError(f"{name}: expected {kind} tensor of two or more dimensions, got shape {shape}")
         allowed = (*SCALE_DTYPES, torch.float8_e8m0fnu, *([torch.uint8] if self.exponents else []))
         if scale.spec.dtype in allowed:
+            if self.transposed and len(shape) == 3 and sorted(scale.spec.shape) == sorted((shape[0], 1, shape[2])):
+                return name, ScaledTensor(shape, 8, weight, scale, (shape[0], 1, shape[2]))
             for block in self.blocks:
                 of_blocks = _blocks(shape, block)
                 # ModelOpt has the dimensions inside a block too.

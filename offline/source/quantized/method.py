@@ -88,7 +88,7 @@ def _fp8(method: str, declared: Mapping[str, Any]) -> Quantization:
 
 
 def _fbgemm(method: str, declared: Mapping[str, Any]) -> Quantization:
-    return Quantization(method, (Fp8Reader((_PLAIN,)),))
+    return Quantization(method, (Fp8Reader((_PLAIN,), transposed=True),))
 
 
 def _mxfp4(method: str, declared: Mapping[str, Any]) -> Quantization:
@@ -117,7 +117,8 @@ def _modelopt(method: str, declared: Mapping[str, Any]) -> Quantization:
             fp8 = Fp8Reader((_PLAIN, _FUSED), ((128, 128),), others=False)
         case "MXFP8":
             fp8 = Fp8Reader((_PLAIN, _FUSED), ((1, 32),), others=False, exponents=True)
-        case "FP8" | "FP8_PER_CHANNEL_PER_TOKEN" | "NVFP4" | "MIXED_PRECISION":
+        # ``NONE`` is said of a model whose KV cache alone is quantized.
+        case "NONE" | "FP8" | "FP8_PER_CHANNEL_PER_TOKEN" | "NVFP4" | "MIXED_PRECISION":
             fp8 = Fp8Reader((_PLAIN, _FUSED))
         case _:
             return Quantization(f"{method}, {algorithm}")

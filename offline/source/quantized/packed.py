@@ -45,11 +45,7 @@ class PackedTensor(QuantizedTensor):
 
     def load_float32(self, index: int | None = None) -> torch.Tensor:
         """As ``QuantizedTensor`` says. Raises ValueError for another shape or other groups than there are."""
-        if self.stated and tuple(self.stated.load().tolist()) != self.shape:
-            raise ValueError(
-                f"{self.stated.file}: expected weight_shape {self.shape} as the codes have it, got "
-                f"{self.stated.load().tolist()}: download the checkpoint again"
-            )
+        self._check_shape()
         # The last word need not be full.
         codes = unpack(self.packed.load(index), self.num_bits)[..., : self.shape[-1]]
         scales = self.scale.load_float32(index)
@@ -58,6 +54,19 @@ class PackedTensor(QuantizedTensor):
             packed = self.zero_point.load(index).transpose(-1, -2)
             zero_points = unpack(packed, self.num_bits)[..., : scales.shape[-2]].transpose(-1, -2)
         return _scaled(codes, zero_points, scales, _groups(self.order, scales.shape[-1]))
+
+    def bound(self) -> float:
+        """As ``QuantizedTensor`` says."""
+        self._check_shape()
+        _groups(self.order, self.scale.spec.shape[-1])
+        return _bound(self.scale, self.num_bits)
+
+    def _check_shape(self) -> None:
+        if self.stated and tuple(self.stated.load().tolist()) != self.shape:
+            raise ValueError(
+                f"{self.stated.file}: expected weight_shape {self.shape} as the codes have it, got "
+                f"{self.stated.load().tolist()}: download the checkpoint again"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,16 @@ class TransposedTensor(QuantizedTensor):
         groups = _groups(self.order, scales.shape[-1])
         values = _scaled(codes, (zero_points + self.offset).T, scales, groups).contiguous()
         return values if index is None else values[index]
+
+    def bound(self) -> float:
+        """As ``QuantizedTensor`` says."""
+        _groups(self.order, self.scale.spec.shape[0])
+        return _bound(self.scale, self.num_bits)
+
+
+def _bound(scale: StoredTensor, num_bits: int) -> float:
+    """No code is further from its zero point than there are codes."""
+    return 2**num_bits * float(scale.load_float32().abs().max())
 
 
 def _groups(order: StoredTensor | None, number: int) -> torch.Tensor | None:

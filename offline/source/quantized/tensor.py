@@ -29,6 +29,13 @@ class QuantizedTensor(ABC):
     def load_float32(self, index: int | None = None) -> torch.Tensor:
         """The numbers, or those of the slice ``index`` of the first dimension, computed in float32."""
 
+    def bound(self) -> float | None:
+        """What no number exceeds in size, or NaN if a scale is; None if only reading all codes could tell.
+
+        Raises ValueError as ``load_float32`` does.
+        """
+        return None
+
     @property
     def parts(self) -> tuple[StoredTensor, ...]:
         """The stored tensors."""

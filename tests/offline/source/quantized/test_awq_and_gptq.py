@@ -83,9 +83,10 @@ def test_open_checkpoint_reads_awq_and_gptq(tiny_model, tmp_path, kind):
 def test_convert_warns_of_a_source_that_was_rounded(tiny_model, tmp_path):
     write(tmp_path / "source", tiny_model("qwen2_moe"), "awq")
     (tmp_path / "source/quant_config.json").write_text("{}")
-    summary = convert(tmp_path / "source", tmp_path / "out", bits=4, mode="uniform", quantizer="mse")
+    summary = convert(tmp_path / "source", tmp_path / "out", bits=4, mode="uniform")
     assert "awq, 4 bits for a weight of the experts; errors of both roundings add up: convert the model" in str(summary)
     assert "quant_config.json (on the source's quantization)" in summary.left
+    assert summary.quantizer == "gptq"
     validate(tmp_path / "out", source=tmp_path / "source")
 
 

@@ -237,11 +237,49 @@ def test_find_experts_names_a_second_scale_that_is_missing(tiny_model, tmp_path)
         find_experts(open_checkpoint(str(tmp_path / "source")))
 
 
-@pytest.mark.parametrize("algorithm", ["W4A8_AWQ", None])
+@pytest.mark.parametrize("algorithm", ["W4A8_AWQ", "INT8"])
 def test_find_experts_names_the_kind_of_modelopt_that_it_does_not_read(tiny_model, tmp_path, algorithm):
     path = shutil.copytree(tiny_model("qwen2_moe"), tmp_path / "source")
     (path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": algorithm}}))
-    with pytest.raises(
-        ValueError, match=rf"already quantized \(quant_method 'modelopt, {algorithm}'\)".replace("None", "NONE")
-    ):
+    with pytest.raises(ValueError, match=rf"already quantized \(quant_method 'modelopt, {algorithm}'\)"):
         find_experts(open_checkpoint(str(path)))
+
+
+@pytest.mark.parametrize(("spelling", "bits"), [("ModelOpt nvfp4", 4), ("DeepSeek-V4", 4), ("Mistral", None)])
+def test_bound_is_one_where_scales_tell_it(tiny_model, tmp_path, spelling, bits):
+    meanings = write(tmp_path / "source", tiny_model("qwen2_moe"), spelling)
+    source = open_checkpoint(str(tmp_path / "source"))
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    bound, greatest = source.tensors[name].bound(), float(meanings[name].abs().max())
+    assert bound is None if bits is None else greatest <= bound <= 2 * greatest
+
+
+def test_open_checkpoint_takes_modelopts_word_for_a_cache_alone_that_is_quantized(tiny_model, tmp_path):
+    path = shutil.copytree(tiny_model("qwen2_moe"), tmp_path / "source")
+    quantization = {"quant_algo": None, "kv_cache_quant_algo": "FP8"}
+    (path / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
+    tensors = load_file(path / SINGLE)
+    save_file({**tensors, "model.layers.0.self_attn.v_proj.v_scale": torch.ones(())}, path / SINGLE)
+    source = open_checkpoint(str(path))
+    assert set(source.tensors) == set(tensors)
+    assert len(find_experts(source).matrices) == 24
+
+
+def test_load_matrix_reads_stacked_experts_of_fbgemm(tmp_path):
+    """As transformers' experts of Llama-4: a scale for each output feature, which comes last."""
+    torch.manual_seed(0)
+    module = "model.layers.0.feed_forward.experts"
+    scales = {"gate_up_proj": torch.rand(4, 1, 128), "down_proj": torch.rand(4, 64, 1)}
+    codes = {name: torch.randn(4, 64, scale.numel() // 4).to(torch.float8_e4m3fn) for name, scale in scales.items()}
+    tensors = {f"{module}.{name}": tensor for name, tensor in codes.items()}
+    save_file({**tensors, **{f"{module}.{name}_scale": scale for name, scale in scales.items()}}, tmp_path / SINGLE)
+    config = {"model_type": "llama4_text", "num_local_experts": 4, "hidden_size": 64, "num_hidden_layers": 1}
+    config["quantization_config"] = {"quant_method": "fbgemm_fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = open_checkpoint(str(tmp_path))
+    matrices = find_experts(source).matrices
+    assert len(matrices) == 12
+    for matrix in matrices:
+        name = matrix.tensor.rpartition(".")[2]
+        values = codes[name].double() * scales[name].double().view(4, 1, -1)
+        torch.testing.assert_close(load_matrix(source, matrix).double(), matrix.view(values), rtol=2**-22, atol=0)
