@@ -50,7 +50,7 @@ def join_tensors(tensors: Mapping[str, StoredTensor], readers: Iterable[Reader])
     """The tensors of a checkpoint with each quantized one in the place of its codes, in the same order.
 
     readers: for each kind of codes that there can be.
-    Raises ValueError for codes without scales of the right shape and dtype, and for scales without codes.
+    Raises ValueError for codes without scales of the right shape and dtype, for none, and for scales without codes.
     """
     readers, parts = list(readers), Parts(tensors)
     joined: dict[str, LazyTensor] = {}
@@ -59,6 +59,8 @@ def join_tensors(tensors: Mapping[str, StoredTensor], readers: Iterable[Reader])
         name, tensor = found or (stored, tensors[stored])
         if name != stored and name in tensors:
             raise ValueError(f"{stored}: expected it in the place of {name!r}, got both: download the checkpoint again")
+        if found and 0 in tensor.spec.shape:
+            raise ValueError(f"{stored}: expected codes, got none: shape {tensor.spec.shape}: download it again")
         joined[name] = tensor
     kept = {name: tensor for name, tensor in joined.items() if name not in parts.used and not _is_of_activations(name)}
     for name in kept:

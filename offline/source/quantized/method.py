@@ -134,7 +134,7 @@ def _awq(method: str, declared: Mapping[str, Any]) -> Quantization:
 
 def _gptq(method: str, declared: Mapping[str, Any]) -> Quantization:
     bits, form = declared.get("bits"), declared.get("checkpoint_format") or "gptq"
-    if bits not in (2, 4, 8) or form not in ("gptq", "gptq_v2"):
+    if type(bits) is not int or bits not in (2, 4, 8) or form not in ("gptq", "gptq_v2"):
         return Quantization(f"{method}, {bits} bits, format {form}")
     # The first format has zero points less one.
     return Quantization(method, (TransposedReader(bits, offset=1 if form == "gptq" else 0),), rounded=True)

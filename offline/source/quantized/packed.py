@@ -93,8 +93,9 @@ class TransposedTensor(QuantizedTensor):
         else:
             codes = unpack(packed.T, self.num_bits)
         scales = self.scale.load_float32().T
-        groups = _groups(self.order, scales.shape[-1])
-        values = _scaled(codes, (zero_points + self.offset).T, scales, groups).contiguous()
+        # The last word of a row need not be full.
+        zeros = zero_points.T[: len(scales)] + self.offset
+        values = _scaled(codes, zeros, scales, _groups(self.order, scales.shape[-1])).contiguous()
         return values if index is None else values[index]
 
     def bound(self) -> float:

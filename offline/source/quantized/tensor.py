@@ -78,7 +78,9 @@ def decode_bytes(packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     packed: of any integer dtype, the bytes of each from the lowest up. The last dimension becomes as many times longer.
     table: of ``halves``: the two numbers that a byte means as one integer, so that they are looked up at once.
     """
-    numbers = table.index_select(0, packed.contiguous().view(torch.uint8).flatten().int()).view(torch.float32)
+    # Unlike ``contiguous``, this gives a dimension of one element the stride that a view needs.
+    ordered = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    numbers = table.index_select(0, ordered.flatten().int()).view(torch.float32)
     return numbers.view(*packed.shape[:-1], -1)
 
 

@@ -80,6 +80,18 @@ def test_open_checkpoint_reads_awq_and_gptq(tiny_model, tmp_path, kind):
         assert torch.equal(load_matrix(source, matrix), source.tensors[matrix.tensor].load_float32())
 
 
+def test_open_checkpoint_reads_gptq_whose_last_words_are_not_full(tmp_path):
+    codes, zeros = torch.randint(16, (64, 12)).int(), torch.randint(16, (2, 12)).int()
+    scales, padded = torch.rand(2, 12), torch.nn.functional.pad(zeros, (0, 4))
+    packed = {"qweight": gptq_pack(codes, 4, 64, 12), "qzeros": pack_cols(padded, 4, 2, 16), "scales": scales}
+    save_file({f"up_proj.{name}": tensor.contiguous() for name, tensor in packed.items()}, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": CONFIGS["gptq, second format"]}))
+    loaded = open_checkpoint(str(tmp_path)).tensors["up_proj.weight"].load_float32()
+    groups = torch.arange(64) // GROUP
+    expected = ((codes - zeros[groups]).double() * scales.double()[groups]).T
+    torch.testing.assert_close(loaded.double(), expected, rtol=2**-22, atol=0)
+
+
 def test_convert_warns_of_a_source_that_was_rounded(tiny_model, tmp_path):
     write(tmp_path / "source", tiny_model("qwen2_moe"), "awq")
     (tmp_path / "source/quant_config.json").write_text("{}")
@@ -99,6 +111,11 @@ BAD = {
     ),
     "zero points of another dtype": (
         "gptq", lambda t: t.update({f"{ALONE}.qzeros": torch.ones(4, 16, dtype=torch.int64)}), "expected its zero",
+    ),
+    "no codes": (
+        "awq",
+        lambda t: t.update({f"{ALONE}.qweight": torch.ones(0, 16).int()}),
+        r"expected codes, got none: shape \(128, 0\)",
     ),
     "groups that are not whole": (
         "awq",

@@ -19,6 +19,7 @@ INT, FLOAT = {"type": "int", "num_bits": 4}, {"type": "float", "num_bits": 8}
 FP4 = {"type": "float", "num_bits": 4}
 STATIC = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
 DYNAMIC = QuantizationArgs(num_bits=8, type="int", strategy="token", symmetric=True, dynamic=True)
+PARTS = ("_packed", "_scale", "_zero_point")
 # Format, arguments of the weights' quantization, and of the activations'.
 KINDS = {
     "int4 as Kimi": ("pack-quantized", {**INT, "strategy": "group", "group_size": 32}, None),
@@ -138,6 +139,24 @@ def test_convert_takes_int4_as_kimi_has_it(tiny_model, tmp_path, model_type, nes
     for name, weight in expected.items():
         # Half a step of 8 bits, and scales and zero points of 16 bits.
         torch.testing.assert_close(output.load(name), weight.float(), rtol=0, atol=float(weight.abs().max()) / 100)
+
+
+def test_open_checkpoint_reads_stacked_experts_with_zero_points(tmp_path):
+    # Twelve rows fill one word of zero points and half of another.
+    torch.manual_seed(3)
+    form, weights, _ = KINDS["int4 with zero points"]
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights), format=form)
+    experts = [compressed(torch.randn(12, 64), form, scheme) for _ in range(3)]
+    stored = {part: torch.stack([tensors[f"weight{part}"] for tensors, _ in experts]) for part in PARTS}
+    save_file({f"experts.up_proj{part}": tensor for part, tensor in stored.items()}, tmp_path / SINGLE)
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    source = open_checkpoint(str(tmp_path))
+    tensor = source.tensors["experts.up_proj"]
+    assert (source.fault, tensor.spec.shape) == ("", (3, 12, 64))
+    for index, (_, expected) in enumerate(experts):
+        torch.testing.assert_close(tensor.load_float32(index), expected, rtol=2**-22, atol=0)
+    assert torch.equal(tensor.load(), tensor.load_float32().bfloat16())
 
 
 BAD = {
