@@ -122,20 +122,20 @@ def refuse_quantized(method: object) -> NoReturn:
     raise ValueError(
         f"--quantization {QUANT_METHOD}: expected an AlphaQ checkpoint, or weights in bfloat16, float16 or float32 to "
         f"quantize while loading, got a checkpoint with quant_method {method!r}: run python -m offline.convert MODEL "
-        "OUT, which reads block-fp8 too, and serve OUT"
+        "OUT, which reads quantized models too, and serve OUT"
     )
 
 
 def _check_source(source: Checkpoint) -> None:
     """Raise ValueError for a checkpoint that is quantized already."""
-    if not (quantization := source.config.get("quantization_config")):
+    if source.quantization is None:
         return
-    if quantization.get("quant_method") == QUANT_METHOD:
+    if source.quantization.method == QUANT_METHOD:
         raise ValueError(
             f"{source.path}: quantization_config of --hf-overrides: expected a model that is not quantized yet, got an "
             "AlphaQ checkpoint: leave out the setting"
         )
-    refuse_quantized(quantization.get("quant_method"))
+    refuse_quantized(source.quantization.method)
 
 
 class OnlineMoEMethod(AlphaQMoEMethod):

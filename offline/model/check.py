@@ -20,7 +20,7 @@ from offline.progress import Progress
 from offline.source.architectures import experts_per_token, family_of, is_draft, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import SOURCE_DTYPES, Experts, load_matrix
-from offline.source.stored import StoredTensor
+from offline.source.quantized.tensor import QuantizedTensor
 from offline.threads import one_thread
 
 # What is greater overflows float32 as soon as it is squared, as norms do.
@@ -166,8 +166,9 @@ def first_damaged(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
     tensors = {name: checkpoint.tensors[name] for name in names if checkpoint.spec(name).dtype.is_floating_point}
     with Progress("check", sum(tensor.nbytes for tensor in tensors.values()), brief=True) as progress:
         for name, tensor in tensors.items():
-            parts = tensor.chunks(_READ_BYTES) if isinstance(tensor, StoredTensor) else (tensor.load(),)
-            if not all(map(_is_sound, parts)):
+            bound = tensor.bound() if isinstance(tensor, QuantizedTensor) else None
+            # Of few bits, scales tell all.
+            if (bound is None or not bound < LIMIT) and not all(map(_is_sound, tensor.chunks(_READ_BYTES))):
                 return name
             progress.advance(tensor.nbytes)
     return None

@@ -19,7 +19,7 @@ from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, find_experts, load_weight
 from offline.source.linear import LinearLayer, stored_linear_layers
 from offline.source.selection import of_modules
-from offline.source.stored import StoredTensor
+from offline.source.stored import LazyTensor
 from offline.threads import one_thread
 
 # A scale has 8 significant bits and a zero point 11, so no grid meets a weight more exactly than this.
@@ -104,8 +104,8 @@ def _compare_matrices(
     return {b: WidthError(int(count[b]), error[b] / energy[b] if energy[b] else 0.0) for b in count}
 
 
-def _check_equal(name: str, found: torch.Tensor, expected: torch.Tensor | StoredTensor) -> None:
-    tensor = expected.load() if isinstance(expected, StoredTensor) else expected
+def _check_equal(name: str, found: torch.Tensor, expected: torch.Tensor | LazyTensor) -> None:
+    tensor = expected if isinstance(expected, torch.Tensor) else expected.load()
     same = (found.shape, found.dtype) == (tensor.shape, tensor.dtype) and torch.equal(_bytes(found), _bytes(tensor))
     if not same:
         raise ValueError(f"{name}: expected the source's values bit for bit, got others: convert the source again")

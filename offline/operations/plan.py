@@ -32,9 +32,10 @@ from offline.quantizers.quantize import quantize
 from offline.quantizers.symmetric import quantize_symmetric
 from offline.source.architectures import with_plain_dtypes, without_code
 from offline.source.checkpoint import Checkpoint
-from offline.source.families import ExpertMatrix, Experts, load_weight
+from offline.source.families import ExpertMatrix, Experts, code_bits, load_weight
 from offline.source.hub import snapshot_of
 from offline.source.linear import LinearLayer
+from offline.source.quantized.method import without_quantization
 from offline.threads import compute_device
 from offline.writing.output import Output
 from offline.writing.writer import DEFAULT_SHARD_BYTES, Piece, Shard, copied, plan_shards, small_files, write_checkpoint
@@ -127,7 +128,8 @@ def plan(job: Job, choice: Choice, extra: Mapping[str, str]) -> Plan:
     shards = plan_shards(pieces(job, choice.bits), job.max_shard_bytes)
     spec = to_spec(choice.bits, job.experts, job.group_size)
     spec = replace(spec, linear={layer.name: linear_format for layer, linear_format in job.linear.items()})
-    config = {**without_code(with_plain_dtypes(job.source.config)), "quantization_config": spec.to_dict()}
+    plain = without_quantization(without_code(with_plain_dtypes(job.source.config)))
+    config = {**plain, "quantization_config": spec.to_dict()}
     summary = _summary(job, choice, shards)
     planned = Plan(
         job, choice.bits, shards, config, {CARD: render_card(summary, job.name, job.source.path), **extra}, summary
@@ -185,6 +187,7 @@ def _summary(job: Job, choice: Choice, shards: Sequence[Shard]) -> Summary:
     experts = job.experts
     specs = quantized_specs(experts.matrices, choice.bits, job.group_size)
     experts_after = sum(spec.nbytes for spec in specs.values())
+    quantization = job.source.quantization
     return Summary(
         source=job.model,
         family=experts.model_type,
@@ -211,6 +214,9 @@ def _summary(job: Job, choice: Choice, shards: Sequence[Shard]) -> Summary:
         linear_bits=next((stored.num_bits for stored in job.linear.values()), 16),
         code=job.source.beside.code,
         left=job.source.beside.left,
+        source_method=quantization.method if quantization else None,
+        source_bits=code_bits(job.source, experts) if quantization else None,
+        source_rounded=quantization.rounded if quantization else False,
     )
 
 

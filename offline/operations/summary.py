@@ -27,7 +27,9 @@ class Summary:
     quantized, to linear_bits; code: the source's files of Python that are taken along; left: what lies beside its
     weights and stays behind; room: the limit that the sizes keep to; seconds: that it took, or will take about if it
     is a dry run; phases: how many of them by phase, and expected, what they were thought to be before the work began;
-    found: what a user should know of the source's tensors, or nothing.
+    found: what a user should know of the source's tensors, or nothing; source_method, source_bits: how the source is
+    quantized itself, and the bits of its experts' codes, None if they are not; source_rounded: whether there is a model
+    with more.
     """
 
     source: str
@@ -65,6 +67,9 @@ class Summary:
     expected: Mapping[str, float] = field(default_factory=dict)
     dry_run: bool = False
     found: str = ""
+    source_method: str | None = None
+    source_bits: int | None = None
+    source_rounded: bool = False
 
     @property
     def serve(self) -> str:
@@ -84,6 +89,7 @@ class Summary:
         rows = [
             ("read", f"{self.source}: {self.family}, {self.layers} MoE layers of {self.experts} experts, "
                      f"{self.matrices} expert matrices"),
+            *([("source weights", self.source_weights)] if self.source_method else []),
             ("average bits", f"{self.bits:.4f} by codes, {self.stored_bits:.4f} as stored "
                              f"(with scales and zero points of groups of {self.group_size})"),
             ("size", f"{_change(self.size_before, self.size_after)}"),
@@ -114,6 +120,18 @@ class Summary:
             return self.quantizer
         author = " that the model wrote itself" if self.own_text else ""
         return f"{self.quantizer}, calibrated on {self.calibration_tokens} tokens{author}"
+
+    @property
+    def source_weights(self) -> str:
+        """How the source is quantized itself, and what follows from it."""
+        if self.source_bits is None:
+            return f"{self.source_method}, but not the experts"
+        rows = [f"{self.source_method}, {self.source_bits} bits for a weight of the experts"]
+        if self.bits > self.source_bits:
+            rows.append("more bits than that add nothing")
+        if self.source_rounded:
+            rows.append("errors of both roundings add up: convert the model that it was made from if you can")
+        return "; ".join([*rows, "what is not quantized again becomes bfloat16"])
 
     def _quantizer(self) -> str:
         text = self.quantizer_and_text

@@ -89,4 +89,4 @@ def _excluded(checkpoint: Checkpoint, spec: AlphaQSpec) -> tuple[ExpertMatrix, .
     if not any(map(pattern.match, kept)):
         return ()
     plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    return find_experts(replace(checkpoint, config=plain, tensors=kept)).matrices
+    return find_experts(replace(checkpoint, config=plain, tensors=kept, quantization=None)).matrices

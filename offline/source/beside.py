@@ -20,6 +20,8 @@ from unicodedata import category
 from offline.messages import printed
 from offline.source.hub import absent_files
 
+# What tells how the source's weights are quantized, which those of a copy are not: ModelOpt's, AutoAWQ's, AutoGPTQ's.
+QUANTIZATION = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
 # What a copy writes anew: config, index, card, sums and statistics.
 REPLACED = ("config.json", "model.safetensors.index.json", "README.md", "SHA256SUMS", "alphaq_stats.csv")
 MAX_BYTES = 100_000_000
@@ -171,6 +173,8 @@ def _reason(directory: Path, name: str, roots: set[Path]) -> str:
     roots: where the weights lie. In the Hub's cache every file is a link to one directory with the contents of all.
     """
     path = directory / name
+    if name in QUANTIZATION:
+        return "on the source's quantization"
     if not path.is_file():
         return "not a file"
     if "\\" in name or any(category(letter) in _NOT_IN_SUMS for letter in name):

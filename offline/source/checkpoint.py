@@ -1,8 +1,8 @@
 """Reading a Hugging Face checkpoint: a directory with config.json and one or more safetensors files.
 
 ``open_checkpoint`` is the one validation path. It reads every header and no tensor, so a damaged checkpoint is refused
-at once, and afterwards every tensor is known by file, place, shape and dtype. The weights of a block-fp8 checkpoint
-appear as the bfloat16 tensors that they mean.
+at once, and afterwards every tensor is known by file, place, shape and dtype. Quantized weights appear as the bfloat16
+tensors that they mean.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch
 from alphaq_vllm.format import TensorSpec
 from offline.messages import some
 from offline.source.beside import REPLACED, Beside, Sidecar, hub_patterns, look_beside, still_wanted
-from offline.source.fp8 import BlockScaledTensor, join_scales, weight_block_size
 from offline.source.header import read_header, refuse_lfs_pointer
 from offline.source.hub import NAME
-from offline.source.stored import StoredTensor
+from offline.source.quantized.joining import join_tensors
+from offline.source.quantized.method import MODELOPT_CONFIG, Quantization, find_quantization
+from offline.source.stored import LazyTensor, StoredTensor
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -35,13 +36,17 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class Checkpoint:
     """A checkpoint whose files have been found whole.
 
-    ``tensors`` is in the order of the ``files``, then of the data in each file.
+    ``tensors`` is in the order of the ``files``, then of the data in each file. quantization: that of the weights, if
+    any; fault: why they cannot be read as numbers, or nothing. It counts once the family is known, for what looks like
+    damage may be the way of a family that is not.
     """
 
     path: Path
     config: Mapping[str, Any]
     files: Sequence[Path]
-    tensors: Mapping[str, StoredTensor | BlockScaledTensor]
+    tensors: Mapping[str, LazyTensor]
+    quantization: Quantization | None = None
+    fault: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -79,9 +84,15 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     shards = {name: read_header(path / name) for name in _shard_names(path)}
     _check_placement(path, shards)
     stored = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
-    block = weight_block_size(config)
-    tensors = join_scales(stored, block) if block else stored
-    checkpoint = Checkpoint(path, config, [path / name for name in shards], tensors)
+    modelopt = _read_object(path / MODELOPT_CONFIG) if (path / MODELOPT_CONFIG).is_file() else None
+    quantization, fault = find_quantization(config, modelopt), ""
+    tensors: Mapping[str, LazyTensor] = stored
+    if quantization and quantization.readers:
+        try:
+            tensors = join_tensors(stored, quantization.readers)
+        except ValueError as error:
+            fault = str(error)
+    checkpoint = Checkpoint(path, config, [path / name for name in shards], tensors, quantization, fault)
     for sidecar in checkpoint.sidecars:
         refuse_lfs_pointer(sidecar.path)
     return checkpoint

@@ -19,8 +19,9 @@ import torch
 from offline.messages import some
 from offline.source.architectures import Family, experts_size, family_of, num_experts, num_layers, text_config
 from offline.source.checkpoint import Checkpoint
-from offline.source.fp8 import weight_block_size
 from offline.source.fused import FusedPart
+from offline.source.quantized.method import READ
+from offline.source.quantized.tensor import QuantizedTensor
 from offline.threads import compute_device
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -81,11 +82,12 @@ class Experts:
 def find_experts(source: Checkpoint) -> Experts:
     """Find the routed experts of a checkpoint that is to be converted, and check that they are complete.
 
-    Raises ValueError for a model that is quantized already, dense or unknown, for a number of experts or layers that
-    disagrees with the config, for missing or unexpected tensors, and for impossible shapes and dtypes.
+    Raises ValueError for a model that is dense or unknown, or quantized in a way that is not read, for a number of
+    experts or layers that disagrees with the config, for missing or unexpected tensors, and for impossible shapes and
+    dtypes.
     """
-    _refuse_quantized(source)
     family = family_of(source)
+    _check_quantization(source)
     expected = num_experts(source.config)
     matrices = [
         matrix
@@ -120,9 +122,16 @@ def load_weight(source: Checkpoint, matrix: ExpertMatrix) -> torch.Tensor:
 
 
 def matrix_nbytes(source: Checkpoint, matrix: ExpertMatrix) -> int:
-    """Bytes that a matrix takes in the files of its source, scales of fp8 included."""
+    """Bytes that a matrix takes in the files of its source, scales included."""
     tensor = source.tensors[matrix.tensor]
     return tensor.nbytes * matrix.numel // math.prod(tensor.spec.shape)
+
+
+def code_bits(source: Checkpoint, experts: Experts) -> int | None:
+    """The most bits that a weight of the experts has in the source, without scales; None if they are not quantized."""
+    tensors = [source.tensors[name] for name in {matrix.tensor for matrix in experts.matrices}]
+    bits = [tensor.num_bits if isinstance(tensor, QuantizedTensor) else None for tensor in tensors]
+    return None if None in bits else max(number for number in bits if number)
 
 
 def tensor_shape(matrices: Sequence[ExpertMatrix]) -> tuple[int, ...]:
@@ -151,22 +160,15 @@ def check_shapes(matrices: Iterable[ExpertMatrix], family: Family, config: Mappi
             )
 
 
-def _refuse_quantized(source: Checkpoint) -> None:
-    """Raise ValueError unless the weights are stored as numbers, or as block-fp8, which reads as numbers."""
-    config = source.config
-    quantization = config.get("quantization_config") or text_config(config).get("quantization_config")
-    if not quantization or weight_block_size(config):
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    way_out = "convert the original model"
-    if method == "mxfp4":
-        way_out = (
-            "load it in transformers with quantization_config=Mxfp4Config(dequantize=True), save it and convert that"
+def _check_quantization(source: Checkpoint) -> None:
+    """Raise ValueError unless the weights are stored as numbers, or in a way that reads as numbers."""
+    if source.quantization and not source.quantization.readers:
+        raise ValueError(
+            f"{source.path}: already quantized (quant_method {source.quantization.method!r:.80}): expected weights in "
+            f"bfloat16, float16 or float32, or quantized by {READ}: convert the original model"
         )
-    raise ValueError(
-        f"{source.path}: already quantized (quant_method {method!r}): "
-        f"expected weights in bfloat16, float16, float32 or block-fp8: {way_out}"
-    )
+    if source.fault:
+        raise ValueError(source.fault)
 
 
 def _blocks(source: Checkpoint, family: Family) -> dict[str, set[str]]:

@@ -9,11 +9,33 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from alphaq_vllm.format import TensorSpec
+
+
+class LazyTensor(Protocol):
+    """A tensor that is read from files when it is needed, whole or one slice of its first dimension at a time."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Shape and dtype of what ``load`` gives."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+
+    def load(self, index: int | None = None) -> torch.Tensor:
+        """The tensor, or the slice ``index`` of its first dimension."""
+
+    def load_float32(self, index: int | None = None) -> torch.Tensor:
+        """The same in float32."""
+
+    def chunks(self, max_bytes: int) -> Iterator[torch.Tensor]:
+        """The tensor's elements, flat, some at a time."""
 
 
 @dataclass(frozen=True)

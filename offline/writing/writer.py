@@ -27,9 +27,8 @@ from offline.parallel import run_all
 from offline.progress import Progress
 from offline.source.beside import Sidecar
 from offline.source.checkpoint import CONFIG, INDEX, Checkpoint
-from offline.source.fp8 import BlockScaledTensor
 from offline.source.header import layout
-from offline.source.stored import StoredTensor
+from offline.source.stored import LazyTensor
 from offline.writing.output import Output
 
 DEFAULT_SHARD_BYTES = 4 * 2**30
@@ -40,12 +39,12 @@ COPY_BYTES = 2**24
 class Piece:
     """Tensors that are computed and stored together: their specs, and the function that computes them.
 
-    The function can be pickled, and depends on nothing that another piece computes. A stored tensor that it returns
+    The function can be pickled, and depends on nothing that another piece computes. A source's tensor that it returns
     is copied without ever being in memory as a whole.
     """
 
     specs: Mapping[str, TensorSpec]
-    compute: Callable[[], Mapping[str, torch.Tensor | StoredTensor]]
+    compute: Callable[[], Mapping[str, torch.Tensor | LazyTensor]]
 
     @property
     def nbytes(self) -> int:
@@ -209,7 +208,7 @@ def _write_piece(task: _Task) -> None:
     with task.path.open("r+b", buffering=0) as file:
         for name, spec in task.piece.specs.items():
             tensor = tensors[name]
-            got = tensor.spec if isinstance(tensor, StoredTensor) else TensorSpec(tuple(tensor.shape), tensor.dtype)
+            got = TensorSpec(tuple(tensor.shape), tensor.dtype) if isinstance(tensor, torch.Tensor) else tensor.spec
             if got != spec:
                 raise ValueError(f"{name}: expected {spec}, got {got}")
             file.seek(task.offsets[name])
@@ -217,17 +216,17 @@ def _write_piece(task: _Task) -> None:
                 _write(file, content)
 
 
-def _contents(tensor: torch.Tensor | StoredTensor) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor, a stored one's a part at a time."""
-    if isinstance(tensor, StoredTensor):
+def _contents(tensor: torch.Tensor | LazyTensor) -> Iterator[bytes | memoryview]:
+    """The bytes of a tensor, a source's a part at a time."""
+    if isinstance(tensor, torch.Tensor):
+        yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    else:
         for chunk in tensor.chunks(COPY_BYTES):
             yield chunk.view(torch.uint8).numpy().data
-    else:
-        yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _unchanged(tensor: StoredTensor | BlockScaledTensor, name: str) -> dict[str, torch.Tensor | StoredTensor]:
-    return {name: tensor if isinstance(tensor, StoredTensor) else tensor.load()}
+def _unchanged(tensor: LazyTensor, name: str) -> dict[str, LazyTensor]:
+    return {name: tensor}
 
 
 def _temporary(final: Path) -> Path:

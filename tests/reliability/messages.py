@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 # Each owns the failures of what lies in it and in no longer path here.
 ROOMS = (
     "alphaq_vllm", "alphaq_vllm/kernels", "alphaq_vllm/kernels/cpu", "alphaq_vllm/kernels/triton", "alphaq_vllm/plugin",
-    "offline", "offline/source", "offline/model", "offline/sensitivity", "offline/quantizers", "offline/layerwise",
-    "offline/allocation", "offline/writing", "offline/operations",
+    "offline", "offline/source", "offline/source/quantized", "offline/model", "offline/sensitivity",
+    "offline/quantizers", "offline/layerwise", "offline/allocation", "offline/writing", "offline/operations",
 )  # fmt: skip
 
 

@@ -119,20 +119,16 @@ BAD_CONFIGS = {
     "unknown architecture": ({"model_type": "new_moe"}, "model_type: expected one of mixtral, .* got 'new_moe'"),
     "model_type not a string": ({"model_type": ["qwen2_moe"]}, "model_type: expected one of"),
     "already quantized": (
-        {"quantization_config": {"quant_method": "fp8"}},
-        r"already quantized \(quant_method 'fp8'\): .* convert the original model",
+        {"quantization_config": {"quant_method": "exl3"}},
+        r"already quantized \(quant_method 'exl3'\): .* convert the original model",
     ),
     "already quantized in text_config": (
-        {"text_config": {"quantization_config": {"quant_method": "awq"}}},
-        r"already quantized \(quant_method 'awq'\)",
+        {"text_config": {"quantization_config": {"quant_method": "bitsandbytes"}}},
+        r"already quantized \(quant_method 'bitsandbytes'\)",
     ),
-    "fp8 without blocks": (
-        {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}},
-        r"already quantized \(quant_method 'fp8'\)",
-    ),
-    "mxfp4": (
-        {"quantization_config": {"quant_method": "mxfp4"}},
-        r"already quantized \(quant_method 'mxfp4'\): .*=Mxfp4Config\(dequantize=True\)",
+    "awq for kernels of few tokens": (
+        {"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}},
+        r"already quantized \(quant_method 'awq, 4 bits, version gemv'\)",
     ),
     "quantization_config not an object": ({"quantization_config": "awq"}, "already quantized"),
     "no hidden_size": ({"hidden_size": None}, "expected hidden_size=None"),

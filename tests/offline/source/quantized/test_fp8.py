@@ -127,8 +127,8 @@ def test_load_matrix_reads_fused_fp8_experts(tmp_path):
 
 BAD_SCALES = {
     "missing": (lambda t: t.pop(f"{WEIGHT}{SUFFIX}"), f"{WEIGHT}: expected {WEIGHT}{SUFFIX} as the scale .* got none"),
-    "of nothing": (lambda t: t.pop(WEIGHT), f"{WEIGHT}{SUFFIX}: expected a float8 tensor '{WEIGHT}'"),
-    "of a bfloat16 weight": (lambda t: t.update({WEIGHT: t[WEIGHT].bfloat16()}), "expected a float8 tensor"),
+    "of nothing": (lambda t: t.pop(WEIGHT), f"{WEIGHT}{SUFFIX}: expected the codes of a quantized tensor"),
+    "of a bfloat16 weight": (lambda t: t.update({WEIGHT: t[WEIGHT].bfloat16()}), "expected the codes of a quantized"),
     "of another shape": (
         lambda t: t.update({f"{WEIGHT}{SUFFIX}": torch.ones(2, 1)}),
         r"_scale_inv: expected .* of shape \(1, 1\) for blocks of \(128, 128\), got torch.float32 of shape \(2, 1\)",
@@ -145,14 +145,14 @@ BAD_SCALES = {
 
 
 @pytest.mark.parametrize("name", BAD_SCALES)
-def test_open_checkpoint_refuses_a_bad_scale(sources, tmp_path, name):
+def test_find_experts_refuses_a_bad_scale(sources, tmp_path, name):
     edit, message = BAD_SCALES[name]
     tensors, config = sources((128, 128))
     tensors = dict(tensors)
     edit(tensors)
-    path = write(tmp_path / "fp8", tensors, config, (128, 128))
+    source = open_checkpoint(str(write(tmp_path / "fp8", tensors, config, (128, 128))))
     with pytest.raises(ValueError, match=message):
-        open_checkpoint(str(path))
+        find_experts(source)
 
 
 @pytest.fixture
