@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from alphaq_vllm.cores import available_cores
 from benchmarks.machine import machine
 from offline.sensitivity.spectra import hill_alpha
-from offline.threads import available_cores, one_thread
+from offline.threads import one_thread
 
 RESULTS = Path(__file__).parent / "results" / "convert.jsonl"
 HIDDEN, INTERMEDIATE, SHARED, VOCABULARY = 2048, 1408, 5632, 4096

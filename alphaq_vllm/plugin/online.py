@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from alphaq_vllm.cores import within_quota
 from alphaq_vllm.format import PACKED, QUANT_METHOD, SCALE, ZERO, AlphaQSpec, matrix_tensors
 from alphaq_vllm.plugin._compat import RoutedExperts, logger, set_weight_attrs, weight_loader
 from alphaq_vllm.plugin.moe import SHARDS, AlphaQMoEMethod
@@ -205,7 +206,7 @@ def _quantize(weight: torch.Tensor, num_bits: int, group_size: int, quantizer: s
     if weight.device.type != "cpu":
         parts = [quantize(weight, num_bits, group_size, quantizer)]
     else:
-        threads = torch.get_num_threads()
+        threads = within_quota(torch.get_num_threads())
         work = partial(_quantize_rows, num_bits=num_bits, group_size=group_size, quantizer=quantizer)
         parts = list(_pool(threads).map(work, weight.tensor_split(min(threads, len(weight)))))
     return {

@@ -67,7 +67,7 @@ def render_card(summary: Summary, name: str, source: Path) -> str:
         "vllm serve PATH_OF_THIS_DIRECTORY --quantization alphaq",
         "```",
         "",
-        "In transformers, `import alphaq_vllm` before `from_pretrained`: without it the experts are random.",
+        "In transformers, `import alphaq_vllm.transformers` before `from_pretrained`, which refuses it otherwise.",
         "",
         "`SHA256SUMS` has the checksums of all files; `python -m offline.validate PATH_OF_THIS_DIRECTORY` checks them "
         "and everything else.",
