@@ -10,7 +10,7 @@ from benchmarks.server import vllm_server
 from tests.conftest import MODEL, run_alphaq
 from tests.serving.comparison import TEXT, TWO_RANKS_ON_CPUS
 
-SETTINGS = {"bits": 3, "group_size": 64}
+SETTINGS = {"bits": 3, "noise": "measured", "group_size": 64}
 ARGUMENTS = ["--quantization", "alphaq", "--max-model-len", "1024", "--no-enable-prefix-caching"]
 DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 
