@@ -19,17 +19,13 @@ from offline.operations.options import MANUAL, PRESETS
 from offline.quantizers.quantize import QUANTIZERS
 
 _NOISE = (
-    "error that mode alphaq minimises: propagated (default where the converter can run the model, or the statistics "
-    "have it), of the layers' outputs, on text that the model writes itself; measured, of the weights; analytic, the "
-    "paper's"
+    "error to minimise: propagated (default where the converter can run the model, or the statistics have it), of the "
+    "layers' outputs, on text that the model writes itself; kurtosis (default elsewhere), of the weights, relative and "
+    "weighed by their kurtosis; measured, of the weights; analytic, of the paper"
 )
 _PRESET = (
     "paper: mode, gamma, noise and granularity as in AlphaQ's paper, from the spectra of the weights alone; measured "
     "worse than the default"
-)
-_MODE = (
-    "how widths are chosen (default alphaq where the converter can run the model, else uniform, which no choice from "
-    "weights alone beat; manual with a bit map)"
 )
 _RESERVE = "with --fit-memory, for KV cache, activations and vLLM itself (default a fifth of it)"
 _SHARES = "of experts with the greatest and the least width in mode ratio (default 0.25,0.25)"
@@ -74,7 +70,7 @@ def add_choice_options(parser: argparse.ArgumentParser, bit_map: bool) -> None:
     modes = (*MODES, MANUAL) if bit_map else MODES
     group.add_argument("--reserve", metavar="SIZE", help=_RESERVE)
     group.add_argument("--preset", choices=PRESETS, help=_PRESET)
-    group.add_argument("--mode", choices=modes, help=_MODE)
+    group.add_argument("--mode", choices=modes, help="how widths are chosen (default alphaq, or manual with a bit map)")
     group.add_argument("--candidate-bits", metavar="LIST", help="default 2,3,4")
     group.add_argument(
         "--gamma", metavar="auto|NUMBER", help="exponent of importance (default auto: by the spread of alpha)"

@@ -49,8 +49,6 @@ _USED = {
     "ratio": {"candidate_bits", "shares"},
     "random": {"bits", "candidate_bits", "granularity", "seed"},
 }
-# Fields that only make sense where widths are allocated by their cost.
-_COST = ("gamma", "noise", "granularity")
 # Settings that go by a name: the paper's are those of AlphaQ, arXiv 2606.04980.
 PRESETS = {"paper": {"mode": "alphaq", "gamma": "auto", "noise": "analytic", "granularity": "projection"}}
 
@@ -66,13 +64,13 @@ class WidthOptions:
         reserve: Of ``fit_memory``, for KV cache, activations and vLLM itself; by default a fifth.
         preset: ``paper`` sets mode, gamma, noise and granularity as the paper has them: widths from the spectra of the
             weights alone. Measured worse than the default on all models that were measured.
-        mode: ``alphaq`` (the default where the converter can run the model, or ``gamma``, ``noise`` or ``granularity``
-            is given), ``uniform`` (the default elsewhere), ``ratio`` or ``random``.
+        mode: ``alphaq`` (the default), ``uniform``, ``ratio`` or ``random``.
         candidate_bits: The widths to choose from, 1 to 8; by default 2, 3 and 4.
-        gamma: Exponent of importance, or ``auto`` (the default), by the spread of alpha.
+        gamma: Exponent of importance, or ``auto`` (the default), by the spread of alpha: a quarter of that beside
+            ``noise=propagated``, and 0 beside ``noise=kurtosis``.
         noise: The error to minimise: ``propagated`` to the layers' outputs on text that the model writes itself (the
-            default where the converter can run the model), ``measured`` of the weights (what ``alphaq`` takes
-            elsewhere), or the paper's ``analytic``.
+            default where the converter can run the model), relative and weighed by the ``kurtosis`` of the weights (the
+            default elsewhere), ``measured`` of the weights, or the paper's ``analytic``.
         granularity: What shares a width: a ``projection`` (the default) or an ``expert``.
         shares: Of the experts with the greatest and the least width in mode ``ratio``; by default 0.25 and 0.25.
         seed: Of mode ``random``; by default 0.
@@ -101,27 +99,24 @@ class WidthOptions:
     def budget(self, propagates: bool = False) -> Budget:
         """The budget; propagates: whether the errors of layers' outputs can be had, which decides the defaults.
 
-        From weights alone no map was better than uniform widths on every model that was measured (docs/quality.md).
+        Of what the weights alone say, their kurtosis was the simplest that never lost to uniform widths
+        (docs/quality.md).
         """
-        preset = self._preset()
-        given = preset | {field: value for field in _BUDGET if (value := getattr(self, field)) is not None}
-        cost = propagates or any(field in given for field in _COST)
-        mode = self.mode or given.pop("mode", "alphaq" if cost else "uniform")
+        given = self._preset() | {field: value for field in _BUDGET if (value := getattr(self, field)) is not None}
+        mode = given.pop("mode", "alphaq") if self.mode is None else self.mode
         if mode not in MODES:
             raise ValueError(f"`mode`: expected one of {', '.join(MODES)}, got {mode!r}")
         rooms = [field for field in ("target_size", "fit_memory") if getattr(self, field) is not None]
         unused = [field for field in given if field not in _USED[mode]] + ([] if "bits" in _USED[mode] else rooms)
         if unused:
             names = ", ".join(f"`{field}`" for field in unused)
-            if self.mode is None:
-                raise ValueError(f"{names}: expected together with a `mode` that uses it, got none: name it")
             raise ValueError(f"`mode={mode}`: expected only options that it uses, got also {names}")
         arguments: dict[str, Any] = {_BUDGET[field]: _READ[field](field, value) for field, value in given.items()}
         if mode == "ratio" or rooms:
             # Something else decides on the average, so no candidates must be refused for it.
             arguments["average_bits"] = max(arguments.get("widths") or Budget.widths)
         if mode == "alphaq":
-            arguments.setdefault("noise", "propagated" if propagates else "measured")
+            arguments.setdefault("noise", default_noise(propagates))
         return Budget(mode=mode, **arguments)
 
     def _preset(self) -> dict[str, Any]:
@@ -288,8 +283,12 @@ class MeasureOptions:
         """A budget that needs what is to be measured; propagates: whether that can be measured, unless told."""
         widths = Budget.widths if self.candidate_bits is None else _widths("candidate_bits", self.candidate_bits)
         average = float(widths[0]) if widths else 0.0
-        noise = self.noise or ("propagated" if propagates else "measured")
-        return Budget(average_bits=average, widths=widths, noise=noise)
+        return Budget(average_bits=average, widths=widths, noise=self.noise or default_noise(propagates))
+
+
+def default_noise(propagates: bool) -> str:
+    """The error to minimise; propagates: whether the errors of layers' outputs can be had."""
+    return "propagated" if propagates else "kurtosis"
 
 
 def with_options(

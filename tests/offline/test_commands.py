@@ -332,7 +332,7 @@ BAD = {
     "bits in ratio": (("--mode", "ratio", "--bits", "3"), "--mode ratio: .* got also --bits"),
     "a size in ratio": (("--mode", "ratio", "--target-size", "1GB"), "--mode ratio: .* got also --target-size"),
     "gamma in uniform": (("--mode", "uniform", "--gamma", "3"), "--mode uniform: .* got also --gamma"),
-    "a seed in no mode": (("--seed", "3"), "--seed: expected together with a --mode that uses it"),
+    "a seed in alphaq": (("--seed", "3"), "--mode alphaq: .* got also --seed"),
     "shares of no sense": (("--mode", "ratio", "--shares", "0.9,0.9"), "--shares: .* at most 1"),
     "one share": (("--mode", "ratio", "--shares", "0.9"), "expected two shares such as 0.25,0.25, got '0.9'"),
     "reserve without memory": (("--reserve", "1GB"), "--reserve: expected together with --fit-memory"),

@@ -10,7 +10,7 @@ from benchmarks.server import vllm_server
 from tests.conftest import MODEL, run_alphaq
 from tests.serving.comparison import TEXT, TWO_RANKS_ON_CPUS
 
-SETTINGS = {"bits": 3, "noise": "measured", "group_size": 64}
+SETTINGS = {"bits": 3, "group_size": 64}
 ARGUMENTS = ["--quantization", "alphaq", "--max-model-len", "1024", "--no-enable-prefix-caching"]
 DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 
@@ -41,7 +41,7 @@ def logprobs(cache, tmp_path_factory):
 def converted(tmp_path_factory):
     """The checkpoint that conversion makes of the model with the same settings."""
     out = tmp_path_factory.mktemp("converted") / "checkpoint"
-    options = ["--bits", "3", "--group-size", "64", "--noise", "measured", "--quantizer", "mse"]
+    options = ["--bits", "3", "--group-size", "64", "--noise", "kurtosis", "--quantizer", "mse"]
     run_alphaq("convert", MODEL, out, *options)
     return out
 

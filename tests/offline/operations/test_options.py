@@ -83,17 +83,13 @@ def test_options_are_frozen():
 @pytest.mark.parametrize(
     ("fields", "budget"),
     [
-        ({}, Budget(mode="uniform")),
-        ({"bits": "2.5", "candidate_bits": "2,3"}, Budget(average_bits=2.5, widths=(2, 3), mode="uniform")),
-        ({"fit_memory": "1GB"}, Budget(4.0, mode="uniform")),
-        ({"bits": "2.5", "gamma": "auto"}, Budget(average_bits=2.5)),
+        ({}, Budget(noise="kurtosis")),
+        ({"bits": "2.5", "gamma": "auto"}, Budget(2.5, noise="kurtosis")),
         ({"noise": "measured"}, Budget()),
-        ({"granularity": "expert"}, Budget(granularity="expert")),
-        ({"mode": "alphaq"}, Budget()),
-        ({"preset": "paper", "bits": 3}, Budget(average_bits=3.0, noise="analytic")),
-        ({"candidate_bits": "4,2,3,3", "gamma": 2}, Budget(gamma=2.0)),
+        ({"candidate_bits": "4,2,3,3", "gamma": 2}, Budget(gamma=2.0, noise="kurtosis")),
+        ({"preset": "paper", "bits": 3}, Budget(3.0, noise="analytic")),
         ({"mode": "ratio", "shares": "0.5,0.25"}, Budget(4.0, mode="ratio", shares=(0.5, 0.25))),
-        ({"target_size": "1GB", "candidate_bits": 5}, Budget(5.0, (5,), mode="uniform")),
+        ({"target_size": "1GB", "candidate_bits": 5}, Budget(5.0, (5,), noise="kurtosis")),
         ({"mode": "random", "seed": "7"}, Budget(mode="random", seed=7)),
     ],
 )
@@ -108,7 +104,7 @@ def test_what_errors_do_decides_where_it_can_be_had_unless_something_else_is_nam
     paper = Budget(mode="alphaq", gamma=None, noise="analytic", granularity="projection")
     assert ConvertOptions(preset="paper").widths(propagates=True) == paper
     assert MeasureOptions().budget(propagates=True).noise == "propagated"
-    assert MeasureOptions().budget().noise == "measured"
+    assert MeasureOptions().budget().noise == "kurtosis"
 
 
 def test_rooms_selection_and_text(tmp_path):
@@ -145,7 +141,7 @@ def test_rooms_selection_and_text(tmp_path):
         ({"bit_map": {"a": 9}}, "`bit_map`: a: expected one of the widths"),
         ({"bit_map": {"a": 3.0}}, "`bit_map`: a: expected one of the widths"),
         ({"mode": "uniform", "gamma": 3}, "`mode=uniform`: expected only options that it uses, got also `gamma`"),
-        ({"seed": 1}, "`seed`: expected together with a `mode` that uses it, got none"),
+        ({"seed": 1}, "`mode=alphaq`: expected only options that it uses, got also `seed`"),
         ({"preset": "best"}, "`preset`: expected one of paper, got 'best'"),
         (
             {"preset": "paper", "gamma": 2},
