@@ -79,8 +79,8 @@ def weights_only(rows: list[Row]) -> list[str]:
         page += [
             f"## Widths from weights alone: {measured[0]['model']}",
             "",
-            f"KL divergence with its standard error, and in brackets the mean of {len(measured[0]['control_kl'])} "
-            f"controls: as many matrices of each width, at random. {_describe(measured[-1])}",
+            "KL divergence with its standard error, and in brackets the mean of its controls: as many matrices of "
+            f"each width, at random. {_describe(measured[-1])}",
             "",
             *table(
                 ["map", *(f"{bits:g} bits" for bits in budgets)],
@@ -101,7 +101,8 @@ def beside_control(row: Row) -> str:
     '0.0463 ± 0.0007 (0.0450)'
     """
     control = row["control_kl"]
-    return f"{row['kl']:.4f} ± {row['kl_error']:.4f} ({sum(control) / len(control):.4f})"
+    beside = f" ({sum(control) / len(control):.4f})" if control else ""
+    return f"{row['kl']:.4f} ± {row['kl_error']:.4f}{beside}"
 
 
 def _setting(row: Row) -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ def test_cpu_quota(tmp_path, membership, files, quota):
 
 
 @pytest.mark.parametrize(("quota", "expected"), [(math.inf, 3), (0.5, 1), (2.5, 2), (8.0, 3)])
-def test_quota_counts(monkeypatch, quota, expected):
+def test_case_14_a_quota_counts(monkeypatch, quota, expected):
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
     monkeypatch.setattr(cores, "cpu_quota", lambda: quota)
     assert available_cores() == expected
@@ -56,7 +56,7 @@ def test_threads_keep_within_the_quota(monkeypatch, quota, expected):
     assert within_quota(8) == expected
 
 
-def test_sums_are_computed_on_as_many_threads_as_may_run(monkeypatch, tmp_path):
+def test_case_14_sums_are_computed_on_as_many_threads_as_may_run(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(checksums, "available_cores", lambda: 3)
     monkeypatch.setattr(

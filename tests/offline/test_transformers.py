@@ -183,7 +183,7 @@ def test_the_order_of_imports_does_not_matter(quantized, order):
 
 @pytest.mark.parametrize("without", ["", "import alphaq_vllm;"])
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral", "granitemoe", "gpt_oss", "llama4_text"])
-def test_without_the_import_from_pretrained_names_it(quantized, model_type, without):
+def test_case_10_without_the_import_from_pretrained_names_it(quantized, model_type, without):
     code = f"import sys; {without} from transformers import AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1])"
     command = [sys.executable, "-c", code, str(quantized(model_type))]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
