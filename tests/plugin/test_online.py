@@ -121,9 +121,9 @@ def load(layer, checkpoint, change=None):
 )
 @pytest.mark.parametrize("quantizer", ["mse", "hqq"])
 def test_a_layer_holds_the_bytes_of_the_converted_checkpoint(tmp_path, rank, quantizer):
-    convert(MODEL, tmp_path / "out", bits=3, noise="kurtosis", group_size=64, quantizer=quantizer)
+    convert(MODEL, tmp_path / "out", bits=3.5, noise="kurtosis", group_size=64, quantizer=quantizer)
     stored = AlphaQConfig.from_config(json.loads((tmp_path / "out/config.json").read_bytes())["quantization_config"])
-    config = chosen(bits=3, group_size=64, quantizer=quantizer)
+    config = chosen(bits=3.5, group_size=64, quantizer=quantizer)
     assert config.num_bits == stored.num_bits
     assert len({bits for widths in config.num_bits[MODULE].values() for bits in widths}) > 1
     expected, layer = build(stored, **rank), build(config, **rank)
