@@ -7,8 +7,7 @@
 ``plan``, ``convert``, ``measure``, ``allocate``, ``inspect``, ``validate``, ``dequantize`` and ``upload`` do what the
 commands of the same names do, with the same defaults. They are imported when they are first used.
 
-Importing this also lets ``from_pretrained`` of transformers load such checkpoints, whichever of the two is imported
-first, without importing transformers.
+``import alphaq_vllm.transformers`` lets ``from_pretrained`` of transformers load such checkpoints.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 from alphaq_vllm._offline import check_offline
-from alphaq_vllm.transformers_registry import register_when_imported
 
 if TYPE_CHECKING:
     from offline.operations.allocate import allocate as allocate
@@ -65,6 +63,3 @@ def register() -> None:
     except Exception as error:
         # vLLM shows messages of loggers below its own only.
         getLogger("vllm.alphaq").warning("This vLLM has no place for --quantization alphaq: %s", error)
-
-
-register_when_imported()

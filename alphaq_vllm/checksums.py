@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
+
+from alphaq_vllm.cores import available_cores
 
 SUMS = "SHA256SUMS"
 # What people edit in a finished checkpoint: no weight and no token depends on it.
@@ -85,7 +86,7 @@ def compare_sums(directory: Path, sum_of: Callable[[Path], str] = sha256) -> Com
         raise ValueError(f"{path}: expected a sum for every file of the checkpoint, got none for {_few(without)}")
     present = [name for name in sums if (directory / name).is_file()]
     # Python lets other threads run while it computes a sum.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         found = dict(zip(present, pool.map(sum_of, [directory / name for name in present]), strict=True))
     different = [name for name, digest in found.items() if digest != sums[name]]
     return Comparison(list(sums), [name for name in sums if name not in found], different, found)

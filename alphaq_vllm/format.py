@@ -22,6 +22,10 @@ FORMAT_VERSION = 1
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 SUPPORTED_GROUP_SIZES = (32, 64, 128)
 LINEAR_BITS = (4, 8)
+# The field of config.json in which transformers looks for the file of weights, and what stands there. A transformers
+# that does not know the format would warn and make up the experts; this is no file, so it stops and repeats it.
+WEIGHTS_FILE = "transformers_weights"
+NO_WEIGHTS_FILE = "import alphaq_vllm.transformers before from_pretrained"
 
 PACKED, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero_point"
 PACKED_DTYPE = torch.int32

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from alphaq_vllm import linear_packing, packing
-from alphaq_vllm.format import PACKED, QUANT_METHOD, SCALE, ZERO, AlphaQSpec
+from alphaq_vllm.format import PACKED, QUANT_METHOD, SCALE, WEIGHTS_FILE, ZERO, AlphaQSpec
 
 if TYPE_CHECKING:
     from offline.source.fused import FusedPart
@@ -60,12 +60,14 @@ class AlphaQHfQuantizer(HfQuantizer):
             )
 
     def update_tp_plan(self, config: Any) -> Any:
-        """Raise ValueError for ranks that share the model."""
+        """The config without what stops transformers; raises ValueError for ranks that share the model."""
         if getattr(config, "distributed_config", None) is not None:
             raise ValueError(
                 "distributed_config, tp_plan: expected none for an AlphaQ checkpoint, whose tensors cannot be shared "
                 "among ranks of transformers: use device_map, or serve it with vLLM"
             )
+        # Where transformers is told to find the weights. Absent from checkpoints that somebody edited.
+        vars(config).pop(WEIGHTS_FILE, None)
         return config
 
     # transformers declares what it passes by name as **kwargs, here and in ``convert``.

@@ -31,10 +31,11 @@ from typing import Any
 
 import torch
 
+from alphaq_vllm.cores import available_cores
 from benchmarks.generate import MODELS, generate
 from benchmarks.machine import machine
 from offline.sensitivity.spectra import hill_alpha
-from offline.threads import available_cores, one_thread
+from offline.threads import one_thread
 
 RESULTS = Path(__file__).parent / "results" / "convert.jsonl"
 # Of the matrices that alpha is timed on.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from alphaq_vllm.cores import available_cores
 from alphaq_vllm.format import stored_bits_per_weight
 from alphaq_vllm.kernels import MoEWeights, PackedExperts, Routing, fused_moe, prepare_
 from alphaq_vllm.kernels.cpu import native
@@ -35,7 +36,6 @@ from benchmarks.kernels import (
     random_inputs,
 )
 from benchmarks.machine import machine
-from offline.threads import available_cores
 
 RESULTS = Path(__file__).parent / "results" / "cpu_kernels.jsonl"
 # Calls for a median, where they do not take longer than the seconds that a setting has.

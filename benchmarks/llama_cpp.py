@@ -36,6 +36,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from alphaq_vllm.cores import available_cores
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -263,7 +265,7 @@ def measure(path: Path, threads: int, prompt: int, output: int, clients: int, re
         "llama_cpp_python": version("llama-cpp-python"),
         "gguf": version("gguf"),
         "system": llama_cpp.llama_print_system_info().decode().strip(" |"),
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "load": os.getloadavg()[0],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -276,7 +278,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, nargs="?", help="the GGUF file to write; without it, MODEL is measured")
     parser.add_argument("--type", choices=TYPES, default=TYPES[0])
     parser.add_argument("--intermediate", choices=("BF16", "Q8_0"), default="BF16")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--output", type=int, default=32, help="tokens for each client")
     parser.add_argument("--clients", type=int, default=8, help="in one batch")

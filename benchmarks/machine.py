@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from offline.threads import available_cores
+from alphaq_vllm.cores import available_cores
 
 
 def machine() -> dict[str, Any]:

@@ -41,6 +41,8 @@ from offline.source.fingerprint import fingerprint
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 # Arguments of offline.convert by name, for each preset.
 WEIGHTS_ALONE = "--noise measured --quantizer mse"
+# The default where the converter cannot run a model, and when vLLM quantizes at load.
+KURTOSIS = "--noise kurtosis --quantizer mse"
 PRESETS = {
     # What a user chooses between, all without data.
     "headline": {
@@ -48,6 +50,7 @@ PRESETS = {
         "uniform, mse": "--mode uniform --quantizer mse",
         "uniform, gptq on its own text": "--mode uniform",
         "weights alone: alpha, mse": WEIGHTS_ALONE,
+        "weights alone: kurtosis, mse": KURTOSIS,
         "default, but mse": "--quantizer mse",
         "default, but gamma 0": "--gamma 0",
         "default": "",
@@ -56,6 +59,13 @@ PRESETS = {
         "uniform, rtn": "--mode uniform --quantizer rtn",
         "weights alone: alpha, mse": WEIGHTS_ALONE,
         "default": "",
+    },
+    # Where nothing runs the model; benchmarks.weights_only has more maps, and controls.
+    "weights": {
+        "uniform, mse": "--mode uniform --quantizer mse",
+        "random, mse": "--mode random --quantizer mse",
+        "weights alone: kurtosis, mse": KURTOSIS,
+        "weights alone: the paper's, mse": "--preset paper --quantizer mse",
     },
     # What a calibration text adds.
     "calibrated": {"uniform, gptq on a text": "--mode uniform", "default, gptq on a text": ""},

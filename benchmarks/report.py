@@ -68,6 +68,43 @@ def quality(rows: list[Row], directory: Path) -> list[str]:
     return page
 
 
+def weights_only(rows: list[Row]) -> list[str]:
+    """A table for each model and text: the KL divergence of each map and, in brackets, of its control."""
+    latest = {(_setting(row), row["variant"], row["bits"]): row for row in rows}
+    page = []
+    for _, group in groupby(sorted(latest.values(), key=_setting), _setting):
+        measured = list(group)
+        budgets = sorted({row["bits"] for row in measured})
+        cells = {(row["variant"], row["bits"]): beside_control(row) for row in measured}
+        page += [
+            f"## Widths from weights alone: {measured[0]['model']}",
+            "",
+            "KL divergence with its standard error, and in brackets the mean of its controls: as many matrices of "
+            f"each width, at random. {_describe(measured[-1])}",
+            "",
+            *table(
+                ["map", *(f"{bits:g} bits" for bits in budgets)],
+                [
+                    [name, *(cells.get((name, bits), "") for bits in budgets)]
+                    for name in dict.fromkeys(row["variant"] for row in measured)
+                ],
+            ),
+            "",
+        ]
+    return page
+
+
+def beside_control(row: Row) -> str:
+    """A KL divergence, its standard error and its control's.
+
+    >>> beside_control({"kl": 0.0463, "kl_error": 0.0007, "control_kl": [0.04, 0.05]})
+    '0.0463 ± 0.0007 (0.0450)'
+    """
+    control = row["control_kl"]
+    beside = f" ({sum(control) / len(control):.4f})" if control else ""
+    return f"{row['kl']:.4f} ± {row['kl_error']:.4f}{beside}"
+
+
 def _setting(row: Row) -> tuple[Any, ...]:
     """What rows must share to be compared."""
     return tuple(row[key] for key in ("model", "fingerprint", "text_sha256", "tokens", "context", "dtype"))
@@ -372,6 +409,7 @@ def main() -> None:
         "Written by `python -m benchmarks.report` from the JSON lines in this folder.",
         "",
         *quality(read(directory / "quality.jsonl"), directory),
+        *weights_only(read(directory / "weights_only.jsonl")),
         *conversion(read(directory / "convert.jsonl")),
         *serving(read(directory / "serving.jsonl"), directory),
         *zero_shot(read(directory / "zero_shot.jsonl")),

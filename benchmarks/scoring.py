@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import alphaq_vllm  # noqa: F401 - has transformers load its checkpoints
+import alphaq_vllm.transformers  # noqa: F401 - has transformers load its checkpoints
 
 # Logits held at a time.
 MAX_LOGITS = 2**27

@@ -15,12 +15,17 @@ from alphaq_vllm.format import SUPPORTED_GROUP_SIZES
 from offline.allocation.modes import GRANULARITIES
 from offline.allocation.widths import MODES, NOISE_KINDS
 from offline.model.text import MAX_TOKENS, TOKENS_PER_FEATURE, Calibration
-from offline.operations.options import MANUAL
+from offline.operations.options import MANUAL, PRESETS
 from offline.quantizers.quantize import QUANTIZERS
 
 _NOISE = (
     "error to minimise: propagated (default where the converter can run the model, or the statistics have it), of the "
-    "layers' outputs, on text that the model writes itself; measured, of the weights; analytic, of the paper"
+    "layers' outputs, on text that the model writes itself; kurtosis (default elsewhere), of the weights, relative and "
+    "weighed by their kurtosis; measured, of the weights; analytic, of the paper"
+)
+_PRESET = (
+    "paper: mode, gamma, noise and granularity as in AlphaQ's paper, from the spectra of the weights alone; measured "
+    "worse than the default"
 )
 _RESERVE = "with --fit-memory, for KV cache, activations and vLLM itself (default a fifth of it)"
 _SHARES = "of experts with the greatest and the least width in mode ratio (default 0.25,0.25)"
@@ -64,6 +69,7 @@ def add_choice_options(parser: argparse.ArgumentParser, bit_map: bool) -> None:
         either.add_argument("--bit-map", type=Path, metavar="FILE", help='JSON file {"<matrix name>": bits}')
     modes = (*MODES, MANUAL) if bit_map else MODES
     group.add_argument("--reserve", metavar="SIZE", help=_RESERVE)
+    group.add_argument("--preset", choices=PRESETS, help=_PRESET)
     group.add_argument("--mode", choices=modes, help="how widths are chosen (default alphaq, or manual with a bit map)")
     group.add_argument("--candidate-bits", metavar="LIST", help="default 2,3,4")
     group.add_argument(

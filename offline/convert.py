@@ -23,9 +23,9 @@ from offline.operations.convert import convert
 _DESCRIPTION = """Convert a Mixture-of-Experts checkpoint so that every expert matrix has a bit-width of its own.
 
 The widths are chosen without calibration data, from the spectra of the weights and the errors that quantization causes
-on text that the model writes itself, so that their average keeps to a budget. With --noise measured --quantizer mse
-nothing runs the model: faster, and worse. Everything but the routed experts is copied unchanged, unless --linear-bits
-quantizes attention, shared experts and dense layers too."""
+on text that the model writes itself, so that their average keeps to a budget. With --noise kurtosis --quantizer mse
+nothing runs the model: faster, and worse. That is the default for models that the converter cannot run. Everything but
+the routed experts is copied unchanged, unless --linear-bits quantizes attention, shared experts and dense layers."""
 
 _EXAMPLES = """\
   python -m offline.convert Qwen/Qwen1.5-MoE-A2.7B qwen-alphaq --bits 3.5
@@ -33,6 +33,7 @@ _EXAMPLES = """\
   python -m offline.convert ./mixtral ./mixtral-alphaq --fit-memory 24GiB --reserve 5GiB --dry-run
   python -m offline.convert ./model ./model-alphaq --override '*.layers.0.*=4' --exclude '*.layers.27.*'
   python -m offline.convert ./model ./model-uniform --mode uniform --bits 3
+  python -m offline.convert ./model ./model-paper --preset paper --bits 3
   python -m offline.convert ./model ./model-alphaq --stats stats.csv --bits 3
   python -m offline.convert ./model ./model-alphaq --bit-map bit_map.json
   python -m offline.convert ./model ./model-alphaq --bits 3 --linear-bits 4"""

@@ -1,18 +1,17 @@
-"""Where the heavy work of the offline programs runs: on which device, on how many cores, on how many threads."""
+"""Where the heavy work of the offline programs runs: on which device, in how many processes, on how many threads."""
 
 from __future__ import annotations
 
-import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from alphaq_vllm.cores import available_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,40 +39,6 @@ def choose_workers(requested: int | None, numel: int) -> int:
     if compute_device().type != "cpu":
         return 1
     return requested or (available_cores() if numel >= WORTH_PROCESSES else 1)
-
-
-def available_cores() -> int:
-    """The number of cores that this process may use: by its affinity, and by the quotas of its control groups."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(cores, cpu_quota())))
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
-    """Cores whose time this process may use, by the least quota of its control group and those above; inf for none.
-
-    root, membership: where Linux mounts control groups, of version 2 or 1, and says which are this process's.
-    """
-    quota = math.inf
-    for line in membership.read_text().splitlines() if membership.is_file() else ():
-        _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        path = root / controllers / group.lstrip("/")
-        # In a container its own group may be mounted in the place of the root.
-        for directory in (path, *path.parents[: len(Path(group).parts)], root / controllers):
-            quota = min(quota, _quota_in(directory))
-    return quota
-
-
-def _quota_in(directory: Path) -> float:
-    try:
-        if (directory / "cpu.max").is_file():
-            limit, period = (directory / "cpu.max").read_text().split()
-        else:
-            limit, period = ((directory / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return math.inf if limit == "max" or int(limit) < 0 else int(limit) / int(period)
-    except (OSError, ValueError):
-        return math.inf
 
 
 @contextmanager

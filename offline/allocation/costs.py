@@ -30,6 +30,11 @@ class Sensitivity(Sized, Protocol):
         ...
 
     @property
+    def kurtosis(self) -> float:
+        """Of its weights: the fourth standardized moment."""
+        ...
+
+    @property
     def mse(self) -> Mapping[int, float]:
         """Mean squared quantization error by width."""
         ...
@@ -44,10 +49,16 @@ def noise(matrices: Sequence[Sensitivity], widths: Sequence[int], kind: str) -> 
     """Expected squared error per weight, ``[matrices, widths]`` float64.
 
     kind: ``measured``, the error of the quantizer itself; ``propagated``, as much of it as arrives at the output of the
-    layer; or ``analytic``, ``variance * 4 ** -width`` (AlphaQ, arXiv 2606.04980).
+    layer; ``kurtosis``, the error relative to the variance of the weights, times their kurtosis; or ``analytic``,
+    ``variance * 4 ** -width`` (AlphaQ, arXiv 2606.04980).
     """
-    if kind in ("measured", "propagated"):
+    if kind != "analytic":
         mse = np.array([[matrix.mse[width] for width in widths] for matrix in matrices])
-        # Gains are of whole matrices.
-        return mse if kind == "measured" else mse * [[(m.gain or 0.0) / m.numel] for m in matrices]
+        if kind == "propagated":
+            # Gains are of whole matrices.
+            mse *= [[(m.gain or 0.0) / m.numel] for m in matrices]
+        elif kind == "kurtosis":
+            # Weights without variance are stored exactly.
+            mse *= [[m.kurtosis / m.variance if m.variance else 0.0] for m in matrices]
+        return mse
     return np.outer([matrix.variance for matrix in matrices], 4.0 ** -np.array(widths))

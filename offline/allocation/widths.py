@@ -16,11 +16,11 @@ from offline.allocation.costs import Sensitivity, noise
 from offline.allocation.knapsack import auto_gamma, importance
 from offline.allocation.modes import GRANULARITIES, Sized
 
-NOISE_KINDS = ("measured", "propagated", "analytic")
+NOISE_KINDS = ("propagated", "kurtosis", "measured", "analytic")
 MODES = ("alphaq", "uniform", "ratio", "random")
-# Of gamma: where the error of a layer's output is known, that and alpha are two opinions on how sensitive a matrix is,
-# and the first is the better one. At this share they lose little where alpha misleads (see docs/quality.md).
-PROPAGATED_SHARE = 0.25
+# Of gamma, beside noise that is an opinion of its own on how sensitive a matrix is, and a better one. At a quarter the
+# two lose little where alpha misleads (see docs/quality.md).
+GAMMA_SHARES = {"propagated": 0.25, "kurtosis": 0.0}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Budget:
 
     average_bits: greatest average width, weighted by numel (mode ``ratio`` follows ``shares`` instead); widths: the
     candidates; gamma: exponent of the importance ``(alpha_median / alpha) ** gamma``, None to derive it from the spread
-    of alpha, which counts a quarter beside propagated noise; noise: one of ``NOISE_KINDS``; granularity:
+    of alpha, times the share of the noise in ``GAMMA_SHARES``; noise: one of ``NOISE_KINDS``; granularity:
     what shares a width, one of ``GRANULARITIES``; mode: one of ``MODES``; shares: of experts with the greatest and the
     least width, for mode ``ratio``; seed: for ``random``.
     """
@@ -138,7 +138,7 @@ def _allocate(
     alphas = np.array([matrix.alpha for matrix in matrices])
     gamma = budget.gamma
     if gamma is None:
-        gamma = auto_gamma(alphas, _alpha_noise(matrices)) * (PROPAGATED_SHARE if budget.needs_gains else 1)
+        gamma = auto_gamma(alphas, _alpha_noise(matrices)) * GAMMA_SHARES.get(budget.noise, 1.0)
     weights = dict(zip((matrix.name for matrix in matrices), importance(alphas, gamma), strict=True))
     weighted = np.array([weights[matrix.name] * matrix.numel for matrix in free])
     costs = weighted[:, None] * noise(free, budget.widths, budget.noise)

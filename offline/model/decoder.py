@@ -102,7 +102,7 @@ class Decoder:
         if not can_run(experts):
             raise ValueError(
                 f"{source.path}: `quantizer=gptq` and `noise=propagated` can run {', '.join(CALIBRATED)}, "
-                f"got {experts.model_type}: use `quantizer=mse` and `noise=measured`"
+                f"got {experts.model_type}: leave both out"
             )
         model = skeleton(source)
         self._decoder = model.get_decoder()

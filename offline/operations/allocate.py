@@ -29,7 +29,7 @@ def allocate(statistics: Statistics | str | Path, output: str | Path | None, opt
     """
     if not isinstance(statistics, Statistics):
         statistics = read_statistics(Path(statistics))
-    budget, room = options.budget("propagated" if statistics.has_gains else "measured"), options.room()
+    budget, room = options.budget(statistics.has_gains), options.room()
     origin, matrices = statistics.origin, statistics.matrices
     statistics.check(
         origin.fingerprint, origin.group_size, budget.measured_widths, origin.quantizer, budget.needs_gains

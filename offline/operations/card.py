@@ -23,7 +23,12 @@ _HOW = {
     "manual": "given by hand",
 }
 
-_PROPAGATED = f"{_HOW['alphaq']}, and the errors that quantization causes on text that the model wrote itself"
+# What ``alphaq`` goes by beside, or in place of, spectra.
+_NOISE = {
+    "propagated": f"{_HOW['alphaq']}, and the errors that quantization causes on text that the model wrote itself",
+    "kurtosis": "allocated without calibration data, from the errors of the weights, relative to their variance and "
+    "weighed by their kurtosis",
+}
 
 
 def render_card(summary: Summary, name: str, source: Path) -> str:
@@ -49,7 +54,7 @@ def render_card(summary: Summary, name: str, source: Path) -> str:
         f"scales and zero points of groups of {summary.group_size}",
         f"- size of the weights: {format_bytes(summary.size_before)} before, {format_bytes(summary.size_after)} now; "
         f"experts: {format_bytes(summary.experts_before)} before, {format_bytes(summary.experts_after)} now",
-        f"- widths: {_PROPAGATED if summary.noise == 'propagated' else _HOW[summary.mode]}",
+        f"- widths: {_NOISE.get(str(summary.noise), _HOW[summary.mode])}",
         f"- quantizer: {summary.quantizer_and_text}",
         f"- everything but the experts of {summary.layers} layers{_linear(summary)} is unchanged",
         "",
@@ -67,7 +72,7 @@ def render_card(summary: Summary, name: str, source: Path) -> str:
         "vllm serve PATH_OF_THIS_DIRECTORY --quantization alphaq",
         "```",
         "",
-        "In transformers, `import alphaq_vllm` before `from_pretrained`: without it the experts are random.",
+        "In transformers, `import alphaq_vllm.transformers` before `from_pretrained`, which refuses it otherwise.",
         "",
         "`SHA256SUMS` has the checksums of all files; `python -m offline.validate PATH_OF_THIS_DIRECTORY` checks them "
         "and everything else.",

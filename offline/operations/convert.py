@@ -69,7 +69,7 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     quantizer = options.quantizer or ("gptq" if runs else "mse")
     calibration = options.text(quantizer)
     given = read_statistics(Path(options.stats)) if options.stats else None
-    widths = options.widths("propagated" if (given.has_gains if given else runs) else "measured")
+    widths = options.widths(given.has_gains if given else runs)
     room, selection = options.room(), options.selection()
     experts = selection.quantized(every_expert)
     check_group_size(group_size, experts.matrices, options.tp_size)

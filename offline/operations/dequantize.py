@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from alphaq_vllm import linear_packing, packing
-from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec, LinearFormat, TensorSpec
+from alphaq_vllm.format import PACKED, SCALE, WEIGHTS_FILE, ZERO, AlphaQSpec, LinearFormat, TensorSpec
 from offline.progress import parse_bytes
 from offline.source.alphaq import check_alphaq
 from offline.source.architectures import without_code
@@ -59,7 +59,7 @@ def dequantize(
     size = sum(shard.nbytes for shard in shards)
     out = Path(out).resolve()
     check_output(out, checkpoint.path.resolve(), size, resume)
-    dropped = ("quantization_config", "dtype", "torch_dtype")
+    dropped = ("quantization_config", WEIGHTS_FILE, "dtype", "torch_dtype")
     kept = {key: value for key, value in checkpoint.config.items() if key not in dropped}
     config = {**without_code(kept), "dtype": dtype}
     settings = {"dtype": dtype, "max_shard_bytes": parse_bytes(max_shard_size)}

@@ -46,7 +46,7 @@ def measure(model: str | Path, output: str | Path | None, options: MeasureOption
     experts = find_experts(source)
     held = check_source(source, experts)
     check_group_size(options.group_size, experts.matrices)
-    budget = options.budget("propagated" if can_run(experts) else "measured")
+    budget = options.budget(can_run(experts))
     output = Path(output) if output else None
     if output and output.exists():
         found = read_statistics(output)

@@ -49,6 +49,8 @@ _USED = {
     "ratio": {"candidate_bits", "shares"},
     "random": {"bits", "candidate_bits", "granularity", "seed"},
 }
+# Settings that go by a name: the paper's are those of AlphaQ, arXiv 2606.04980.
+PRESETS = {"paper": {"mode": "alphaq", "gamma": "auto", "noise": "analytic", "granularity": "projection"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +62,15 @@ class WidthOptions:
         target_size: Greatest size of all files together, in its place.
         fit_memory: Memory of all GPUs that will serve the model, in its place.
         reserve: Of ``fit_memory``, for KV cache, activations and vLLM itself; by default a fifth.
+        preset: ``paper`` sets mode, gamma, noise and granularity as the paper has them: widths from the spectra of the
+            weights alone. Measured worse than the default on all models that were measured.
         mode: ``alphaq`` (the default), ``uniform``, ``ratio`` or ``random``.
         candidate_bits: The widths to choose from, 1 to 8; by default 2, 3 and 4.
-        gamma: Exponent of importance, or ``auto`` (the default), by the spread of alpha.
+        gamma: Exponent of importance, or ``auto`` (the default), by the spread of alpha: a quarter of that beside
+            ``noise=propagated``, and 0 beside ``noise=kurtosis``.
         noise: The error to minimise: ``propagated`` to the layers' outputs on text that the model writes itself (the
-            default where the converter can run the model), ``measured`` of the weights (the default elsewhere), or the
-            paper's ``analytic``.
+            default where the converter can run the model), relative and weighed by the ``kurtosis`` of the weights (the
+            default elsewhere), ``measured`` of the weights, or the paper's ``analytic``.
         granularity: What shares a width: a ``projection`` (the default) or an ``expert``.
         shares: Of the experts with the greatest and the least width in mode ``ratio``; by default 0.25 and 0.25.
         seed: Of mode ``random``; by default 0.
@@ -78,6 +83,7 @@ class WidthOptions:
     target_size: int | str | None = None
     fit_memory: int | str | None = None
     reserve: int | str | None = None
+    preset: str | None = None
     mode: str | None = None
     candidate_bits: Sequence[int] | int | str | None = None
     gamma: float | str | None = None
@@ -90,12 +96,16 @@ class WidthOptions:
         self.budget()
         self.room()
 
-    def budget(self, noise: str = Budget.noise) -> Budget:
-        """The budget; noise: unless the user names one."""
-        mode = "alphaq" if self.mode is None else self.mode
+    def budget(self, propagates: bool = False) -> Budget:
+        """The budget; propagates: whether the errors of layers' outputs can be had, which decides the defaults.
+
+        Of what the weights alone say, their kurtosis was the simplest that never lost to uniform widths
+        (docs/quality.md).
+        """
+        given = self._preset() | {field: value for field in _BUDGET if (value := getattr(self, field)) is not None}
+        mode = given.pop("mode", "alphaq") if self.mode is None else self.mode
         if mode not in MODES:
             raise ValueError(f"`mode`: expected one of {', '.join(MODES)}, got {mode!r}")
-        given = {field: value for field in _BUDGET if (value := getattr(self, field)) is not None}
         rooms = [field for field in ("target_size", "fit_memory") if getattr(self, field) is not None]
         unused = [field for field in given if field not in _USED[mode]] + ([] if "bits" in _USED[mode] else rooms)
         if unused:
@@ -106,8 +116,22 @@ class WidthOptions:
             # Something else decides on the average, so no candidates must be refused for it.
             arguments["average_bits"] = max(arguments.get("widths") or Budget.widths)
         if mode == "alphaq":
-            arguments.setdefault("noise", noise)
+            arguments.setdefault("noise", default_noise(propagates))
         return Budget(mode=mode, **arguments)
+
+    def _preset(self) -> dict[str, Any]:
+        """The fields that a preset sets. Raises ValueError for an unknown one, and for fields that it would set."""
+        if self.preset is None:
+            return {}
+        if self.preset not in PRESETS:
+            raise ValueError(f"`preset`: expected one of {', '.join(PRESETS)}, got {self.preset!r}")
+        preset = PRESETS[self.preset]
+        if given := [f"`{field}`" for field in preset if getattr(self, field) is not None]:
+            raise ValueError(
+                f"`preset={self.preset}`: expected to set {', '.join(f'`{field}`' for field in preset)}, got also "
+                f"{', '.join(given)}: leave out one or the other"
+            )
+        return dict(preset)
 
     def room(self) -> Room | None:
         """What takes the place of ``bits``, if anything."""
@@ -180,17 +204,17 @@ class ConvertOptions(WidthOptions):
         if self.linear_bits not in (16, *LINEAR_BITS):
             raise ValueError(f"`linear_bits`: expected one of 16, 8, 4, got {self.linear_bits!r}")
 
-    def widths(self, noise: str = Budget.noise) -> Budget | dict[str, int]:
-        """The bit map, or else the budget; noise: unless the user names one."""
+    def widths(self, propagates: bool = False) -> Budget | dict[str, int]:
+        """The bit map, or else the budget; propagates: see ``budget``."""
         if self.bit_map is None:
             if self.mode == MANUAL:
                 raise ValueError(f"`mode={MANUAL}`: expected a bit map, got none: see `bit_map`")
-            return self.budget(noise)
+            return self.budget(propagates)
         if self.mode not in (None, MANUAL):
             raise ValueError(
                 f"`mode={self.mode}`: expected no bit map, which only `mode={MANUAL}` takes: leave out one"
             )
-        fields = (*_BUDGET, "target_size", "fit_memory")
+        fields = ("preset", *_BUDGET, "target_size", "fit_memory")
         if given := [f"`{field}`" for field in fields if getattr(self, field) is not None]:
             raise ValueError(
                 f"`bit_map`: expected to be the only choice of widths, got also {', '.join(given)}: leave out one"
@@ -255,11 +279,16 @@ class MeasureOptions:
         if self.quantizer not in GRIDS:
             raise ValueError(f"`quantizer`: expected one of {', '.join(GRIDS)}, got {self.quantizer!r}")
 
-    def budget(self, noise: str = Budget.noise) -> Budget:
-        """A budget that needs what is to be measured; noise: unless the user names one."""
+    def budget(self, propagates: bool = False) -> Budget:
+        """A budget that needs what is to be measured; propagates: whether that can be measured, unless told."""
         widths = Budget.widths if self.candidate_bits is None else _widths("candidate_bits", self.candidate_bits)
         average = float(widths[0]) if widths else 0.0
-        return Budget(average_bits=average, widths=widths, noise=self.noise or noise)
+        return Budget(average_bits=average, widths=widths, noise=self.noise or default_noise(propagates))
+
+
+def default_noise(propagates: bool) -> str:
+    """The error to minimise; propagates: whether the errors of layers' outputs can be had."""
+    return "propagated" if propagates else "kurtosis"
 
 
 def with_options(

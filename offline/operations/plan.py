@@ -12,8 +12,10 @@ import torch
 
 from alphaq_vllm.checksums import SUMS, render_sums, sums_size
 from alphaq_vllm.format import (
+    NO_WEIGHTS_FILE,
     PACKED,
     SCALE,
+    WEIGHTS_FILE,
     AlphaQSpec,
     LinearFormat,
     TensorSpec,
@@ -129,7 +131,7 @@ def plan(job: Job, choice: Choice, extra: Mapping[str, str]) -> Plan:
     spec = to_spec(choice.bits, job.experts, job.group_size)
     spec = replace(spec, linear={layer.name: linear_format for layer, linear_format in job.linear.items()})
     plain = without_quantization(without_code(with_plain_dtypes(job.source.config)))
-    config = {**plain, "quantization_config": spec.to_dict()}
+    config = {**plain, WEIGHTS_FILE: NO_WEIGHTS_FILE, "quantization_config": spec.to_dict()}
     summary = _summary(job, choice, shards)
     planned = Plan(
         job, choice.bits, shards, config, {CARD: render_card(summary, job.name, job.source.path), **extra}, summary

@@ -7,6 +7,8 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 
+import torch
+
 from offline.journal import Journal
 from offline.parallel import run_all
 from offline.progress import Progress
@@ -20,13 +22,14 @@ from offline.source.families import ExpertMatrix, load_weight, matrix_nbytes
 class MatrixStats:
     """What is known of one matrix.
 
-    alpha: Hill exponent of its spectrum; variance: of its weights; mse: mean squared quantization error by width,
-    for the widths that were measured; gain: see ``error_gains``, None if it was not measured.
+    alpha: Hill exponent of its spectrum; variance, kurtosis: of its weights; mse: mean squared quantization error by
+    width, for the widths that were measured; gain: see ``error_gains``, None if it was not measured.
     """
 
     name: str
     alpha: float
     variance: float
+    kurtosis: float
     numel: int
     mse: Mapping[int, float]
     gain: float | None = None
@@ -46,7 +49,7 @@ def measure_matrices(
     journal: Journal | None = None,
     quantizer: str = "mse",
 ) -> list[MatrixStats]:
-    """Measure each matrix once, and its quantization error at each of ``widths`` (none: alpha and variance alone).
+    """Measure each matrix once, and its quantization error at each of ``widths`` (none: the other statistics alone).
 
     quantizer: whose error, one of those that ``quantize`` has; workers: processes to use, which changes no result;
     journal: where statistics are kept, and found again.
@@ -87,9 +90,23 @@ def _describe(
         name=matrix.name,
         alpha=hill_alpha(weight, block_size),
         variance=float(weight.var(correction=0)),
+        kurtosis=kurtosis(weight),
         numel=matrix.numel,
         mse=dict(zip(widths, mse, strict=True)),
     )
+
+
+def kurtosis(weight: torch.Tensor) -> float:
+    """The fourth standardized moment of a weight, any shape: 3 for Gaussian values, which is also what equal ones have.
+
+    It does not depend on the weight's scale.
+    """
+    centred = weight.float() - weight.float().mean()
+    peak = float(centred.abs().max())
+    if not peak > 0:
+        return 3.0
+    squares = (centred / peak).square()
+    return float(squares.square().mean()) / float(squares.mean()) ** 2
 
 
 def _measured(journal: Journal, widths: Sequence[int]) -> dict[str, MatrixStats]:

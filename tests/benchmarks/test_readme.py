@@ -58,7 +58,7 @@ QUALITY_TABLES = [
 
 
 def test_the_tables_of_quality_are_found():
-    assert [len(rows) for _, _, rows in QUALITY_TABLES] == [9, 25, 10, 4]
+    assert [len(rows) for _, _, rows in QUALITY_TABLES] == [10, 25, 10, 4]
     assert len(by_column(README, "stored bits")) == 1
     assert len(by_column(QUALITY, "stored bits")) == 3
 
@@ -72,6 +72,35 @@ def test_quality(file, head, rows):
             assert cell == (FIGURES[figure](row) if row else "not measured"), (file, how, column)
             if row:
                 assert float(stored_bits) == pytest.approx(row["stored_bits"], abs=0.006)
+
+
+# Text that the rows of a model are about.
+WEIGHTS_ONLY = {"docs-moe": "held-out.txt", "reference-moe": "calibration.txt"}
+
+
+def test_maps_from_weights_alone():
+    lines = results("weights_only.jsonl")
+    measured = {(row["model"], *row["text"], row["variant"], row["bits"]): row for row in lines}
+    ((head, rows),) = by_column(QUALITY, "map")
+    assert len(rows) == 12
+    for name, *cells in rows:
+        for column, cell in zip(head[1:], cells, strict=True):
+            model, bits = column.removesuffix(" bits").split(", ")
+            row = measured.get((model, WEIGHTS_ONLY[model], name, float(bits)))
+            control = f" ({sum(row['control_kl']) / len(row['control_kl']):.4f})" if row and row["control_kl"] else ""
+            assert cell == (f"{row['kl']:.4f}{control}" if row else "not measured"), (name, column)
+
+
+def test_defaults_by_way_in():
+    ((head, rows),) = by_column(QUALITY, "way in")
+    assert len(rows) == 6
+    for _, how, *cells in rows:
+        # What the converter does by itself where it can run the model.
+        named = "" if "propagated" in how else how.strip("`")
+        for column, cell in zip(head[2:], cells, strict=True):
+            bits = column.removesuffix(" bits: KL")
+            row = MEASURED.get(("docs-moe", TOKENS["docs-moe"], method(f"--bits {bits} {named}")))
+            assert cell == (FIGURES["KL"](row) if row else "not measured"), (how, column)
 
 
 def serving(machine, kind, clients):

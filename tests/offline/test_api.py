@@ -34,7 +34,7 @@ def trap(tmp_path):
     return tmp_path
 
 
-def test_script_without_a_main_guard_measures_allocates_converts_and_reads(tmp_path):
+def test_case_12_a_script_without_a_main_guard_measures_allocates_converts_and_reads(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "script.py"), str(MODEL), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

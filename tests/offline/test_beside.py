@@ -38,7 +38,7 @@ class Special(PreTrainedTokenizerFast):
     special = True
 """
 LOAD = """
-import sys, alphaq_vllm, transformers
+import sys, alphaq_vllm.transformers, transformers
 out = sys.argv[1]
 config = transformers.AutoConfig.from_pretrained(out, trust_remote_code=True)
 assert type(config) is transformers.Qwen2MoeConfig, config

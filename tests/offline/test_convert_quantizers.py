@@ -146,7 +146,7 @@ def test_command_runs_the_model_where_it_can(speaking_model, tiny_model, tmp_pat
     status, printed, _ = alphaq("convert", tiny_model("llama4_text"), tmp_path / "not", "--json")
     assert status == 0
     summary = json.loads(printed)
-    assert (summary["quantizer"], summary["calibration_tokens"], summary["noise"]) == ("mse", 0, "measured")
+    assert (summary["quantizer"], summary["calibration_tokens"], summary["noise"]) == ("mse", 0, "kurtosis")
 
 
 def test_propagated_noise_needs_statistics_that_have_it(tmp_path, alphaq):

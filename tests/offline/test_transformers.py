@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-import alphaq_vllm  # noqa: F401
-from alphaq_vllm import convert, dequantize, transformers_registry
+import alphaq_vllm.transformers  # noqa: F401
+from alphaq_vllm import convert, dequantize
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
 
@@ -167,13 +167,10 @@ def test_from_pretrained_refuses_ranks_that_share_the_model(quantized, monkeypat
 
 
 ORDERS = {
-    "alphaq-first": "import alphaq_vllm; from transformers import AutoModelForCausalLM",
-    "alphaq-last": "from transformers import AutoModelForCausalLM; import alphaq_vllm",
-    "alphaq-after-the-registry": (
-        "import transformers.quantizers.auto, alphaq_vllm; from transformers import AutoModelForCausalLM"
-    ),
-    "registry-first": (
-        "import alphaq_vllm, transformers.quantizers.auto; from transformers import AutoModelForCausalLM"
+    "alphaq-first": "import alphaq_vllm.transformers; from transformers import AutoModelForCausalLM",
+    "alphaq-last": "from transformers import AutoModelForCausalLM; import alphaq_vllm.transformers",
+    "after-the-registry": (
+        "import transformers.quantizers.auto, alphaq_vllm.transformers; from transformers import AutoModelForCausalLM"
     ),
 }
 
@@ -181,6 +178,21 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_order_of_imports_does_not_matter(quantized, order):
     code = f"import sys; {ORDERS[order]}; AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(quantized("qwen2_moe"))], check=True)
+
+
+@pytest.mark.parametrize("without", ["", "import alphaq_vllm;"])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral", "granitemoe", "gpt_oss", "llama4_text"])
+def test_case_10_without_the_import_from_pretrained_names_it(quantized, model_type, without):
+    code = f"import sys; {without} from transformers import AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(quantized(model_type))]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode
+    assert finished.stderr.strip().endswith(": import alphaq_vllm.transformers before from_pretrained")
+
+
+def test_what_else_transformers_reads_needs_no_import(quantized):
+    code = "import sys; from transformers import AutoConfig; print(AutoConfig.from_pretrained(sys.argv[1]).hidden_size)"
     subprocess.run([sys.executable, "-c", code, str(quantized("qwen2_moe"))], check=True)
 
 
@@ -198,10 +210,23 @@ def test_importing_alphaq_vllm_works_without(blocked):
     subprocess.run([sys.executable, "-c", code, blocked], check=True)
 
 
-def test_transformers_without_the_interface_is_named(quantized, monkeypatch):
-    registry = sys.modules[transformers_registry.REGISTRY]
-    monkeypatch.delattr(registry.HfQuantizer, "update_weight_conversions")
-    monkeypatch.delitem(registry.AUTO_QUANTIZATION_CONFIG_MAPPING, "alphaq")
-    transformers_registry.register(registry)
-    with pytest.raises(ImportError, match=r"AlphaQ checkpoints need transformers 5\.19 or newer, got "):
-        load(quantized("qwen2_moe"))
+def test_transformers_without_the_interface_is_named():
+    code = """
+from transformers.quantizers.base import HfQuantizer
+del HfQuantizer.update_weight_conversions
+import alphaq_vllm.transformers
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError: AlphaQ checkpoints need transformers 5.19 or newer, got " in finished.stderr
+
+
+def test_nobody_is_patched_and_nothing_waits_for_imports():
+    code = """
+import sys
+finders = list(sys.meta_path)
+import alphaq_vllm
+alphaq_vllm.register()
+assert sys.meta_path[-len(finders):] == finders
+assert not [f for f in sys.meta_path if type(f).__module__.startswith("alphaq_vllm")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

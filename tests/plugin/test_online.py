@@ -25,6 +25,7 @@ from alphaq_vllm import convert
 from alphaq_vllm.format import AlphaQSpec
 from alphaq_vllm.plugin import online
 from alphaq_vllm.plugin.config import AlphaQConfig
+from alphaq_vllm.plugin.online import choose_online
 from offline.operations import cache as cache_module
 from offline.quantizers.quantize import quantize
 from tests.offline.conftest import COMMON, CONFIGS
@@ -128,9 +129,9 @@ def load(layer, checkpoint, change=None):
     ],
 )
 def test_a_layer_holds_the_bytes_of_the_converted_checkpoint(tmp_path, rank, quantizer, group_size):
-    convert(MODEL, tmp_path / "out", bits=3, noise="measured", group_size=group_size, quantizer=quantizer)
+    convert(MODEL, tmp_path / "out", bits=3.5, noise="kurtosis", group_size=group_size, quantizer=quantizer)
     stored = AlphaQConfig.from_config(json.loads((tmp_path / "out/config.json").read_bytes())["quantization_config"])
-    config = chosen(bits=3, group_size=group_size, quantizer=quantizer)
+    config = chosen(bits=3.5, group_size=group_size, quantizer=quantizer)
     assert config.num_bits == stored.num_bits
     assert len({bits for widths in config.num_bits[MODULE].values() for bits in widths}) > 1
     expected, layer = build(stored, **rank), build(config, **rank)
@@ -237,6 +238,32 @@ def test_a_bit_map_is_served_without_measuring(tmp_path, cache):
     path.write_text(json.dumps(dict.fromkeys(names[1:], 3)))
     with pytest.raises(ValueError, match=f"bit map: expected all 72 expert matrices, got no width for {names[0]}"):
         chosen(bit_map=str(path))
+
+
+def log_of(monkeypatch, model, **settings):
+    """What the log says of a model that is quantized while it is loaded."""
+    lines = []
+    monkeypatch.setattr(online.logger, "info", lambda message, *parts: lines.append(message % parts))
+    choose_online(str(model), None, settings)
+    (line,) = lines
+    return line
+
+
+def test_the_log_says_what_converting_would_add(monkeypatch):
+    line = log_of(monkeypatch, MODEL, mode="uniform")
+    assert f"python -m offline.convert {MODEL} OUT would choose widths by the errors of the layers' outputs" in line
+
+
+def test_the_log_promises_nothing_of_a_conversion_that_cannot_run_the_model(monkeypatch):
+    monkeypatch.setattr(online, "can_run", lambda experts: False)
+    line = log_of(monkeypatch, MODEL, mode="uniform")
+    assert "OUT would write these weights once, and serving them starts faster" in line
+
+
+def test_the_papers_preset_is_that_of_convert(tmp_path):
+    convert(MODEL, tmp_path / "out", bits=3, preset="paper", quantizer="mse")
+    stored = AlphaQSpec.from_dict(json.loads((tmp_path / "out/config.json").read_bytes())["quantization_config"])
+    assert chosen(bits=3, preset="paper").num_bits == stored.num_bits != chosen(bits=3).num_bits
 
 
 def test_statistics_are_measured_once_for_all_budgets(monkeypatch, cache):

@@ -10,7 +10,7 @@ from benchmarks.server import vllm_server
 from tests.conftest import MODEL, run_alphaq
 from tests.serving.comparison import TEXT, TWO_RANKS_ON_CPUS
 
-SETTINGS = {"bits": 3, "group_size": 64}
+SETTINGS = {"bits": 3.5, "group_size": 64}
 ARGUMENTS = ["--quantization", "alphaq", "--max-model-len", "1024", "--no-enable-prefix-caching"]
 DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 
@@ -41,7 +41,7 @@ def logprobs(cache, tmp_path_factory):
 def converted(tmp_path_factory):
     """The checkpoint that conversion makes of the model with the same settings."""
     out = tmp_path_factory.mktemp("converted") / "checkpoint"
-    options = ["--bits", "3", "--group-size", "64", "--noise", "measured", "--quantizer", "mse"]
+    options = ["--bits", "3.5", "--group-size", "64", "--noise", "kurtosis", "--quantizer", "mse"]
     run_alphaq("convert", MODEL, out, *options)
     return out
 
@@ -57,7 +57,7 @@ def test_ranks_answer_like_the_dequantized_checkpoint(logprobs, converted, cache
     assert (served - expected).abs().mean() <= (0.05 if DTYPE == "bfloat16" else 1e-4)
     (statistics,) = cache.glob("*.csv")
     assert f"and saved in {statistics}" in log
-    assert "72 expert matrices at 3.0000 bits on average (3.5000 as stored)" in log
+    assert "72 expert matrices at 3.5000 bits on average (4.0000 as stored)" in log
 
 
 @pytest.mark.long

@@ -22,6 +22,7 @@ def matrices(experts, layers=1, numel=NUMEL, seed=0):
             f"model.layers.{layer}.mlp.experts.{expert}.{projection}",
             float(rng.uniform(2, 6)),
             1.0,
+            3.0,
             size,
             {bits: 4.0**-bits for bits in range(1, 9)},
         )

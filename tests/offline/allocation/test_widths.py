@@ -25,7 +25,8 @@ BITS = {matrix.name: bits for matrix, bits in zip(MATRICES, [1, 2, 3, 4, 5, 8], 
 def stats(alphas, mse=None, variance=1.0):
     mse = mse or {2: 0.1, 3: 0.03, 4: 0.008}
     return [
-        MatrixStats(matrix.name, a, variance, matrix.numel, mse) for matrix, a in zip(MATRICES, alphas, strict=True)
+        MatrixStats(matrix.name, a, variance, 3.0, matrix.numel, mse)
+        for matrix, a in zip(MATRICES, alphas, strict=True)
     ]
 
 

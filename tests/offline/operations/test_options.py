@@ -83,11 +83,13 @@ def test_options_are_frozen():
 @pytest.mark.parametrize(
     ("fields", "budget"),
     [
-        ({}, Budget()),
-        ({"bits": "2.5", "gamma": "auto"}, Budget(average_bits=2.5)),
-        ({"candidate_bits": "4,2,3,3", "gamma": 2}, Budget(gamma=2.0)),
+        ({}, Budget(noise="kurtosis")),
+        ({"bits": "2.5", "gamma": "auto"}, Budget(2.5, noise="kurtosis")),
+        ({"noise": "measured"}, Budget()),
+        ({"candidate_bits": "4,2,3,3", "gamma": 2}, Budget(gamma=2.0, noise="kurtosis")),
+        ({"preset": "paper", "bits": 3}, Budget(3.0, noise="analytic")),
         ({"mode": "ratio", "shares": "0.5,0.25"}, Budget(4.0, mode="ratio", shares=(0.5, 0.25))),
-        ({"target_size": "1GB", "candidate_bits": 5}, Budget(5.0, (5,))),
+        ({"target_size": "1GB", "candidate_bits": 5}, Budget(5.0, (5,), noise="kurtosis")),
         ({"mode": "random", "seed": "7"}, Budget(mode="random", seed=7)),
     ],
 )
@@ -95,9 +97,14 @@ def test_budget(fields, budget):
     assert ConvertOptions(**fields).widths() == budget
 
 
-def test_noise_is_the_operations_to_choose_unless_it_is_named():
-    assert ConvertOptions().widths("propagated") == Budget(noise="propagated")
-    assert ConvertOptions(noise="analytic").widths("propagated") == Budget(noise="analytic")
+def test_what_errors_do_decides_where_it_can_be_had_unless_something_else_is_named():
+    assert ConvertOptions().widths(propagates=True) == Budget(noise="propagated")
+    assert ConvertOptions(noise="analytic").widths(propagates=True) == Budget(noise="analytic")
+    assert ConvertOptions(mode="uniform").widths(propagates=True) == Budget(mode="uniform")
+    paper = Budget(mode="alphaq", gamma=None, noise="analytic", granularity="projection")
+    assert ConvertOptions(preset="paper").widths(propagates=True) == paper
+    assert MeasureOptions().budget(propagates=True).noise == "propagated"
+    assert MeasureOptions().budget().noise == "kurtosis"
 
 
 def test_rooms_selection_and_text(tmp_path):
@@ -134,6 +141,17 @@ def test_rooms_selection_and_text(tmp_path):
         ({"bit_map": {"a": 9}}, "`bit_map`: a: expected one of the widths"),
         ({"bit_map": {"a": 3.0}}, "`bit_map`: a: expected one of the widths"),
         ({"mode": "uniform", "gamma": 3}, "`mode=uniform`: expected only options that it uses, got also `gamma`"),
+        ({"seed": 1}, "`mode=alphaq`: expected only options that it uses, got also `seed`"),
+        ({"preset": "best"}, "`preset`: expected one of paper, got 'best'"),
+        (
+            {"preset": "paper", "gamma": 2},
+            "`preset=paper`: expected to set `mode`, `gamma`, `noise`, `granularity`, got",
+        ),
+        ({"preset": "paper", "mode": "alphaq"}, "`preset=paper`: expected to set `mode`"),
+        (
+            {"preset": "paper", "bit_map": {"a": 3}},
+            "`bit_map`: expected to be the only choice of widths, got also",
+        ),
         ({"override": ["*"]}, "`override`: expected PATTERN=BITS with bits out of"),
         ({"override": {"*": 9}}, "`override`: expected PATTERN=BITS with bits out of"),
         ({"quantizer": "best"}, "`quantizer`: expected one of mse, rtn, hqq, gptq, got 'best'"),

@@ -81,7 +81,7 @@ def test_an_expert_that_no_token_reaches_still_counts(monkeypatch):
 
 def test_propagated_noise_is_the_measured_noise_times_the_gain_of_a_weight():
     stats = [
-        MatrixStats("a", 3.0, 2.0, 64, {2: 0.1, 4: 0.01}, 8.0),
-        MatrixStats("b", 3.0, 1.0, 32, {2: 0.3, 4: 0.02}, 1),
+        MatrixStats("a", 3.0, 2.0, 3.0, 64, {2: 0.1, 4: 0.01}, 8.0),
+        MatrixStats("b", 3.0, 1.0, 3.0, 32, {2: 0.3, 4: 0.02}, 1),
     ]
     assert noise(stats, [2, 4], "propagated").tolist() == [[0.1 / 8, 0.01 / 8], [0.3 / 32, 0.02 / 32]]

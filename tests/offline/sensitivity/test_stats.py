@@ -12,8 +12,8 @@ from offline.source.checkpoint import open_checkpoint
 from offline.source.fingerprint import fingerprint
 
 MATRICES = [
-    MatrixStats("model.layers.0.mlp.experts.0.gate_proj", 3.1, 1 / 3, 64, {2: 0.1, 4: 1e-300}),
-    MatrixStats('a "quoted", name', 2.0, 0.0, 32, {2: 0.0, 4: 0.0}),
+    MatrixStats("model.layers.0.mlp.experts.0.gate_proj", 3.1, 1 / 3, 2.5, 64, {2: 0.1, 4: 1e-300}),
+    MatrixStats('a "quoted", name', 2.0, 0.0, 3.0, 32, {2: 0.0, 4: 0.0}),
 ]
 STATISTICS = Statistics(Origin("model", "abc", 128, 2, 1000, 900), MATRICES)
 
@@ -29,12 +29,12 @@ def test_read_statistics_returns_what_was_written(path):
     assert read_statistics(path) == STATISTICS
     assert read_statistics(path).widths == (2, 4)
     lines = path.read_text().splitlines()
-    assert lines[1] == "name,alpha,variance,numel,mse_2,mse_4"
-    assert lines[2] == f"{MATRICES[0].name},3.1,0.3333333333333333,64,0.1,1e-300"
+    assert lines[1] == "name,alpha,variance,kurtosis,numel,mse_2,mse_4"
+    assert lines[2] == f"{MATRICES[0].name},3.1,0.3333333333333333,2.5,64,0.1,1e-300"
 
 
 def test_read_statistics_without_errors(tmp_path):
-    bare = Statistics(Origin("m", "f", 64, 1, 0, 0), [MatrixStats("a", 2.5, 1.0, 64, {})])
+    bare = Statistics(Origin("m", "f", 64, 1, 0, 0), [MatrixStats("a", 2.5, 1.0, 3.0, 64, {})])
     (tmp_path / "s.csv").write_text(str(bare))
     assert read_statistics(tmp_path / "s.csv") == bare
 
@@ -46,7 +46,7 @@ def test_read_statistics_without_errors(tmp_path):
         ('"group_size": 128', '"group_size": "128"', r"line 1: .*\['group_size'\]"),
         ('"group_size": 128, ', "", r"line 1: .*\['group_size'\]"),
         ('{"source"', '{"more": 1, "source"', "line 1: .*more"),
-        ("variance,", "", "expected the columns name,alpha,variance,numel and mse_<bits>"),
+        ("variance,", "", "expected the columns name,alpha,variance,kurtosis,numel and mse_<bits>"),
         ("mse_4", "mse_9", "expected the columns"),
         (",3.1,", ",nan,", "line 3: expected positive finite numbers"),
         (",3.1,", ",0,", "line 3: expected positive finite numbers"),
