@@ -17,9 +17,10 @@ from offline.messages import some
 from offline.model.decoder import Decoder, can_run
 from offline.model.skeleton import needs
 from offline.progress import Progress
-from offline.source.architectures import experts_per_token, is_draft, text_config
+from offline.source.architectures import experts_per_token, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import SOURCE_DTYPES, Experts, load_matrix
+from offline.source.recognition import draft_tensors
 from offline.source.stored import StoredTensor
 from offline.threads import one_thread
 
@@ -98,8 +99,8 @@ def check_tensors(
                 _check_spec(checkpoint.config, name, shape, specs[name])
     for module, gate in needed.modules.items():
         _check_shape(checkpoint.config, f"{module}: gate of an expert", gate, gates[module])
-    known = others.union(*needed.tensors)
-    extra = {name: None for name in specs if name not in known and not is_draft(checkpoint, name)}
+    known = others.union(draft_tensors(checkpoint), *needed.tensors)
+    extra = {name: None for name in specs if name not in known}
     return Found(tuple(name for name in specs if name not in extra), tuple(extra))
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from offline.source.architectures import Family, family_of, num_layers
+from offline.source.architectures import FAMILIES, Family, num_layers
 from offline.source.checkpoint import Checkpoint
 from offline.source.fused import FusedPart
+from offline.source.recognition import family_of
 
 # What checkpoints call the router's weight where transformers calls it ``router.weight``.
 ROUTERS = {
@@ -49,12 +50,27 @@ def skeleton(source: Checkpoint) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    model_type = str(source.config.get("model_type"))
+    model_type = built_type(source)
     sees = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with by_transformers(source, "build"), torch.device("meta"):
-        config = CONFIG_MAPPING[model_type].from_dict(_without_leftovers(source.config))
+        config = CONFIG_MAPPING[str(model_type)].from_dict(
+            {**_without_leftovers(source.config), "model_type": model_type}
+        )
         return auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+
+
+def built_type(checkpoint: Checkpoint) -> str | None:
+    """The type of model that transformers builds for a checkpoint; None if it is not known to build what is stored.
+
+    A type that is not in the table of families may be stored under names that transformers would not give its tensors.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = checkpoint.config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    built_as = (family.built_as or str(model_type)) if family else None
+    return built_as if built_as in CONFIG_MAPPING else None
 
 
 @contextmanager
@@ -80,9 +96,7 @@ def needs(checkpoint: Checkpoint) -> Needs | None:
 
     Raises ValueError as ``skeleton`` does, and for more layers than there can be.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if checkpoint.config.get("model_type") not in CONFIG_MAPPING:
+    if built_type(checkpoint) is None:
         return None
     layers, _ = num_layers(checkpoint.config)
     # Building them would take for ever.
@@ -92,43 +106,51 @@ def needs(checkpoint: Checkpoint) -> Needs | None:
             f"{len(checkpoint.tensors)} tensors, got {layers}: correct it or download it again"
         )
     model, family = skeleton(checkpoint), family_of(checkpoint)
-    blocks = _blocks(model, family)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    router = ROUTERS.get(str(checkpoint.config["model_type"]), "router.weight")
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     modules = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
-        block = next((block for block in blocks if key.startswith(block)), "")
-        below = key.removeprefix(block)
-        name = blocks.get(block, "") + (router if block and below == "router.weight" else below)
-        module = f"{blocks[block]}experts" if block and below.startswith("experts.") else None
-        if module and name not in family.kept_tensors(module):
-            if below == "experts.gate_up_proj":
-                modules[module] = FusedPart(name, family.fused, 0).matrix_shape(tuple(tensor.shape))
+        module, experts, name = key.rpartition(".experts.")
+        if experts and name in ("gate_up_proj", "down_proj"):
+            if name == "gate_up_proj":
+                layer = re.findall(r"\d+", module)[-1]
+                modules[f"{family.block_of(layer)}.experts"] = _gate_shape(family, model, tuple(tensor.shape))
         elif not any(pattern.search(key) for pattern in ignored):
-            # Names of one tensor have one object.
-            names.setdefault(id(tensor), []).append(name)
-            tensors[id(tensor)] = tensor
-    return Needs({tuple(names[i]): tuple(tensor.shape) for i, tensor in tensors.items()}, modules)
+            tensors[key] = tensor
+    # Names of one tensor have one object.
+    first = {id(tensor): key for key, tensor in reversed(tensors.items())}
+    stored = stored_names(model, family, {key: tensors[key] for key in tensors if first[id(tensors[key])] == key})
+    names = {id(tensor): [name] for name, tensor in stored.items()}
+    for key, tensor in tensors.items():
+        if first[id(tensor)] != key:
+            names[id(tensor)] += stored_names(model, family, {key: tensor})
+    return Needs({tuple(alike): tuple(stored[alike[0]].shape) for alike in names.values()}, modules)
 
 
-def _blocks(model: nn.Module, family: Family) -> dict[str, str]:
-    """The names of the MoE blocks in transformers, with a dot, and those in checkpoints."""
-    blocks = {}
-    for name, module in model.named_modules():
-        if name.endswith(".experts") and next(module.parameters(), None) is not None:
-            layer = re.findall(r"\d+", name)[-1]
-            blocks[name.removesuffix("experts")] = family.block.replace(r"\d+", layer).replace("\\", "") + "."
-    return blocks
+def stored_names(model: Any, family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model by the names that they have in a checkpoint of the family, as transformers would save them.
+
+    tensors: by their names in the model, without those of experts.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    own = FAMILIES[model.config.model_type].prefix if model.config.model_type in FAMILIES else family.prefix
+    saved = revert_weight_conversion(model, dict(tensors))
+    return {
+        family.prefix + name.removeprefix(own) if name.startswith(own) else name: tensor
+        for name, tensor in saved.items()
+    }
+
+
+def _gate_shape(family: Family, model: Any, gate_up: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of an expert's gate by that of the model's parameter for gate and up, in either orientation."""
+    hidden_size = model.config.get_text_config().hidden_size
+    transposed = gate_up[1] == hidden_size if gate_up[2] != hidden_size else family.fused.transposed
+    return FusedPart("", replace(family.fused, transposed=transposed), 0).matrix_shape(gate_up)
 
 
 def _without_leftovers(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {
-        key: _without_leftovers(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in _LEFTOVERS
-    }
+    kept = {key: _decoded(value) for key, value in config.items() if key not in _LEFTOVERS}
     # Where it is null, vLLM computes it, and some of transformers' models do so only where it is absent.
     if "head_dim" in kept and kept["head_dim"] is None:
         del kept["head_dim"]
@@ -137,3 +159,16 @@ def _without_leftovers(config: Mapping[str, Any]) -> dict[str, Any]:
     if type(padding) is int and type(vocab_size) is int and not -vocab_size <= padding < vocab_size:
         kept["pad_token_id"] = None
     return kept
+
+
+def _decoded(value: Any) -> Any:
+    """A value of a config, with the numbers that transformers writes as objects because JSON does not have them.
+
+    >>> _decoded([0.0, {"__float__": "Infinity"}])
+    [0.0, inf]
+    """
+    if isinstance(value, list):
+        return [_decoded(part) for part in value]
+    if not isinstance(value, Mapping):
+        return value
+    return float(value["__float__"]) if value.keys() == {"__float__"} else _without_leftovers(value)

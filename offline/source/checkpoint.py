@@ -35,13 +35,15 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class Checkpoint:
     """A checkpoint whose files have been found whole.
 
-    ``tensors`` is in the order of the ``files``, then of the data in each file.
+    ``tensors`` is in the order of the ``files``, then of the data in each file. ``family`` is the type of model whose
+    experts are named like its, if the user says so.
     """
 
     path: Path
     config: Mapping[str, Any]
     files: Sequence[Path]
     tensors: Mapping[str, StoredTensor | BlockScaledTensor]
+    family: str | None = None
 
     @property
     def nbytes(self) -> int:

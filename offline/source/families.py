@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
 
 from offline.messages import some
-from offline.source.architectures import Family, family_of, num_experts, num_layers, text_config
+from offline.source.architectures import Family, num_experts, num_layers, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.fp8 import weight_block_size
 from offline.source.fused import FusedPart
+from offline.source.recognition import family_of
 from offline.threads import compute_device
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -172,7 +173,7 @@ def _refuse_quantized(source: Checkpoint) -> None:
 
 def _blocks(source: Checkpoint, family: Family) -> dict[str, set[str]]:
     """The names of the experts' tensors below each MoE block of the decoder, by layer."""
-    fused = "|".join(map(re.escape, (family.fused.gate_up, family.fused.down)))
+    fused = "|".join(map(re.escape, family.fused.tensors))
     pattern = re.compile(rf"({family.block})\.(experts\..+|{fused})")
     blocks: dict[str, set[str]] = {}
     for name in source.tensors:
@@ -192,7 +193,9 @@ def _blocks(source: Checkpoint, family: Family) -> dict[str, set[str]]:
 def _block_matrices(
     source: Checkpoint, family: Family, block: str, names: set[str], expected: int
 ) -> list[ExpertMatrix]:
-    fused = not family.individual or not names.isdisjoint((family.fused.gate_up, family.fused.down))
+    fused = not family.individual or not names.isdisjoint(family.fused.tensors)
+    if fused and names.issuperset(family.fused.tensors):
+        family = _oriented(source, family, block)
     _check_names(family, block, names, expected, fused)
     module, matrices = f"{block}.experts", []
     for expert, projection in product(range(expected), family.projections):
@@ -203,11 +206,20 @@ def _block_matrices(
     return matrices
 
 
+def _oriented(source: Checkpoint, family: Family, block: str) -> Family:
+    """The family with its fused tensors in the orientation that they have in a block."""
+    gate_up, down = (source.spec(f"{block}.{name}").shape for name in (family.fused.gate_up, family.fused.down))
+    hidden_size = text_config(source.config).get("hidden_size")
+    if type(hidden_size) is not int:
+        return family
+    return replace(family, fused=family.fused.oriented(gate_up, down, hidden_size))
+
+
 def _check_names(family: Family, block: str, names: set[str], expected: int, fused: bool) -> None:
     says = f"{block}: expected {expected} experts as config.json says"
     if expected > len(names) and not fused:
         raise ValueError(f"{says}, got only {len(names)} tensors")
-    tensors = [family.fused.gate_up, family.fused.down]
+    tensors = list(family.fused.tensors)
     if not fused:
         tensors = [f"experts.{e}.{projection}.weight" for e in range(expected) for projection in family.projections]
     missing = [name for name in tensors if name not in names]

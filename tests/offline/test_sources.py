@@ -14,15 +14,19 @@ from alphaq_vllm.format import PACKED, SCALE, SHARD_IDS, ZERO
 from offline.source.architectures import FAMILIES
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts, load_matrix
+from tests.offline.conftest import WRITTEN_AS
 
 HIDDEN = 128
 
 
 def load_model(path):
-    auto = transformers.AutoModelForCausalLM
-    if "vision_config" in json.loads((path / "config.json").read_bytes()):
+    auto, settings = transformers.AutoModelForCausalLM, json.loads((path / "config.json").read_bytes())
+    if "vision_config" in settings:
         auto = transformers.AutoModelForImageTextToText
-    return auto.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
+    config = None
+    if model_type := WRITTEN_AS.get(settings.pop("model_type")):
+        config = transformers.AutoConfig.for_model(model_type, **settings)
+    return auto.from_pretrained(path, config=config, dtype=torch.float32, experts_implementation="eager")
 
 
 def run_expert(experts, expert, x):
@@ -36,6 +40,8 @@ def run_expert(experts, expert, x):
 def activate(model_type, source, matrices, gate_up):
     """What the projections' outputs become before down_proj, after the papers and model cards."""
     gate, up = gate_up
+    if model_type.startswith("gemma4"):
+        return F.gelu(gate, approximate="tanh") * up
     if model_type != "gpt_oss":
         return F.silu(gate) * up
     bias = source.load(f"{matrices[0].module}.gate_up_proj_bias")[matrices[0].expert].float()
