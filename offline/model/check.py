@@ -6,7 +6,7 @@ The names and shapes come from transformers' own model, those of the experts fro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -20,7 +20,7 @@ from offline.progress import Progress
 from offline.source.architectures import experts_per_token, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import SOURCE_DTYPES, Experts, load_matrix
-from offline.source.recognition import draft_tensors
+from offline.source.recognition import draft_tensors, taken_for
 from offline.source.stored import StoredTensor
 from offline.threads import one_thread
 
@@ -33,12 +33,14 @@ _READ_BYTES = 2**22
 class Found:
     """What a checkpoint holds: tensors that the model ``needed``, and ``extra`` ones.
 
-    known: whether transformers knows the type of model, without which all are taken for needed.
+    known: whether transformers knows the type of model, without which all are taken for needed. family: how the family
+    was found, where the type of model does not tell it.
     """
 
     needed: tuple[str, ...]
     extra: tuple[str, ...] = ()
     known: bool = True
+    family: str = ""
 
     def __str__(self) -> str:
         """What a user should know of it, or nothing.
@@ -46,12 +48,13 @@ class Found:
         >>> str(Found(("a",), ("b", "c")))
         '2 tensors that the model does not need, kept as they are: b, c'
         """
+        parts = [self.family] if self.family else []
         if not self.known:
-            return "transformers does not know the type of model: only the experts were checked to be complete"
+            parts.append("what else the model needs is not known: only the experts were checked to be complete")
         if self.extra:
             tensors = "1 tensor" if len(self.extra) == 1 else f"{len(self.extra)} tensors"
-            return f"{tensors} that the model does not need, kept as they are: {some(self.extra)}"
-        return ""
+            parts.append(f"{tensors} that the model does not need, kept as they are: {some(self.extra)}")
+        return "; ".join(parts)
 
 
 def check_source(source: Checkpoint, experts: Experts) -> Found:
@@ -69,7 +72,7 @@ def check_source(source: Checkpoint, experts: Experts) -> Found:
     found = check_tensors(source, specs, gates, {matrix.tensor for matrix in experts.matrices})
     if found.known and can_run(experts):
         Decoder(source, experts).rehearse(source)
-    return found
+    return replace(found, family=taken_for(source))
 
 
 def check_tensors(

@@ -51,7 +51,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
     """
     start = time.monotonic()
     model, group_size = str(model), options.group_size
-    source = open_checkpoint(model, options.revision)
+    source = open_checkpoint(model, options.revision, options.family)
     every_expert = find_experts(source)
     found = check_source(source, every_expert)
     runs = can_run(every_expert)

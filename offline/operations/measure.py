@@ -40,7 +40,7 @@ def measure(model: str | Path, output: str | Path | None, options: MeasureOption
         ValueError: For a file that is of another source or other settings, and for anything wrong with the source.
         OSError: For files that cannot be read or written.
     """
-    source = open_checkpoint(str(model), options.revision)
+    source = open_checkpoint(str(model), options.revision, options.family)
     experts = find_experts(source)
     held = check_source(source, experts)
     check_group_size(options.group_size, experts.matrices)

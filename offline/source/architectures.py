@@ -60,6 +60,12 @@ class Family:
         """The name of a layer's block."""
         return self.block.replace(r"\d+", str(layer)).replace("\\", "")
 
+    @property
+    def example(self) -> str:
+        """The name of a tensor of experts."""
+        own = f"experts.0.{self.projections[0]}.weight" if self.individual else self.fused.gate_up
+        return f"{self.block_of(0)}.{own}"
+
     def part(self, module: str, projection: str) -> FusedPart:
         """Where a projection of a module's experts lies in a block with fused tensors."""
         tensor, half = self.fused.place(self.projections.index(projection))
@@ -82,6 +88,7 @@ _MLP = Family(r"model\.layers\.\d+\.mlp")
 # Serving reads either, because models that also see are published with the longer names.
 _TEXT_OF_VISION = replace(_MLP, prefixes=("model.language_model.",))
 _VISION = replace(_MLP, block=r"model\.language_model\.layers\.\d+\.mlp")
+_OWN_CODE = replace(_MLP, own_code=True)
 _W1_W3_W2 = Family(r"model\.layers\.\d+\.block_sparse_moe", projections=("w1", "w3", "w2"))
 _GRANITE = Family(
     r"model\.layers\.\d+\.block_sparse_moe",
@@ -97,6 +104,7 @@ FAMILIES = {
     "qwen2_moe": _MLP,
     "qwen3_moe": _MLP,
     "qwen3_next": _MLP,
+    "qwen3_vl_moe": replace(_VISION, individual=False),
     "qwen3_5_moe": _VISION,
     "qwen3_5_moe_text": _TEXT_OF_VISION,
     "olmoe": _MLP,
@@ -131,7 +139,13 @@ FAMILIES = {
     "mimo_v2_flash": _MLP,
     "laguna": replace(_MLP, kept=("experts.e_score_correction_bias",)),
     "axk1": _MLP,
-    "bailing_moe": replace(_MLP, own_code=True),
+    "deepseek": _OWN_CODE,
+    "bailing_moe": _OWN_CODE,
+    "bailing_moe_v2": _OWN_CODE,
+    "bailing_hybrid": _OWN_CODE,
+    "mimo_v2": _OWN_CODE,
+    "sarvam_moe": _OWN_CODE,
+    "sarvam_mla": _OWN_CODE,
     "llama4": replace(_LLAMA4, block=rf"language_model\.{_LLAMA4.block}"),
     "llama4_text": _LLAMA4,
     "gpt_oss": replace(

@@ -69,11 +69,11 @@ class Checkpoint:
         return self.tensors[name].load()
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None, family: str | None = None) -> Checkpoint:
     """Find and check a checkpoint.
 
     model: a directory, or the name of a model on the Hugging Face Hub, which is then downloaded into the usual cache;
-    revision: the branch, tag or commit there, by default the main branch.
+    revision: the branch, tag or commit there, by default the main branch; family: see ``Checkpoint``.
     Raises FileNotFoundError for what is missing and ValueError for what is damaged or contradictory.
     """
     path = _locate(model, revision)
@@ -83,7 +83,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     stored = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     block = weight_block_size(config)
     tensors = join_scales(stored, block) if block else stored
-    checkpoint = Checkpoint(path, config, [path / name for name in shards], tensors)
+    checkpoint = Checkpoint(path, config, [path / name for name in shards], tensors, family)
     for sidecar in checkpoint.sidecars:
         refuse_lfs_pointer(sidecar.path)
     return checkpoint
@@ -159,6 +159,12 @@ def _shard_names(path: Path) -> list[str]:
     if (path / SINGLE).is_file():
         return [SINGLE]
     found = sorted(file.name for file in path.glob("*.safetensors"))
+    if any(name.startswith("consolidated") for name in found):
+        raise FileNotFoundError(
+            f"{path}: expected {SINGLE} or {INDEX}, got only {some(found)}: Mistral's own files, whose tensors have "
+            "other names: take the files model*.safetensors of the same repository, or those of a copy of the model "
+            "for transformers"
+        )
     if found:
         raise FileNotFoundError(f"{path}: expected {SINGLE} or {INDEX}, got only {some(found)}: download the index")
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))

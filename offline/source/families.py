@@ -87,10 +87,11 @@ def find_experts(source: Checkpoint) -> Experts:
     """
     _refuse_quantized(source)
     family = family_of(source)
+    blocks = _blocks(source, family)
     expected = num_experts(source.config)
     matrices = [
         matrix
-        for block, names in _blocks(source, family).items()
+        for block, names in _in_decoder(source, blocks).items()
         for matrix in _block_matrices(source, family, block, names, expected)
     ]
     check_shapes(matrices, family, source.config)
@@ -172,13 +173,22 @@ def _refuse_quantized(source: Checkpoint) -> None:
 
 
 def _blocks(source: Checkpoint, family: Family) -> dict[str, set[str]]:
-    """The names of the experts' tensors below each MoE block of the decoder, by layer."""
+    """The names of the experts' tensors below each MoE block."""
     fused = "|".join(map(re.escape, family.fused.tensors))
     pattern = re.compile(rf"({family.block})\.(experts\..+|{fused})")
     blocks: dict[str, set[str]] = {}
     for name in source.tensors:
         if match := pattern.fullmatch(name):
             blocks.setdefault(match[1], set()).add(match[2])
+    if not blocks:
+        raise ValueError(
+            f"{source.path}: expected tensors such as {family.example}, got none: the model has no experts"
+        )
+    return blocks
+
+
+def _in_decoder(source: Checkpoint, blocks: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """The blocks of the decoder, by layer."""
     layers = {block: int(re.findall(r"\d+", block)[-1]) for block in blocks}
     decoder, following = num_layers(source.config)
     for block, layer in layers.items():
@@ -186,7 +196,7 @@ def _blocks(source: Checkpoint, family: Family) -> dict[str, set[str]]:
             raise ValueError(f"{block}: expected layers up to {decoder + following - 1} as config.json says, got more")
     found = {block: blocks[block] for block in sorted(blocks, key=layers.__getitem__) if layers[block] < decoder}
     if not found:
-        raise ValueError(f"{source.path}: expected tensors named {family.module}, got none: the model has no experts")
+        raise ValueError(f"{source.path}: expected experts in layers up to {decoder - 1} as config.json says, got none")
     return found
 
 

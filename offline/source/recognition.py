@@ -127,8 +127,8 @@ def _unknown(checkpoint: Checkpoint, model_type: object) -> str:
     named = f", whose experts are named like {experts[0]}" if experts else ""
     return (
         f"{checkpoint.path}: model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r:.80}, an unknown "
-        f"Mixture-of-Experts model{named}: the nearest family is {nearest}, with {_example(nearest)}; name one with "
-        "`family` if the names agree, or add a row as docs/development.md says"
+        f"Mixture-of-Experts model{named}: the nearest family is {nearest}, with {FAMILIES[nearest].example}; name one "
+        "with `family` if the names agree, or add a row as docs/development.md says"
     )
 
 
@@ -139,15 +139,6 @@ def _counts_experts(config: Mapping[str, Any]) -> bool:
 
 
 def _likeness(name: str, model_type: object, experts: list[str]) -> tuple[float, float]:
-    example = _example(name)
+    example = FAMILIES[name].example
     by_experts = max((SequenceMatcher(None, example, expert).ratio() for expert in experts[:3]), default=0.0)
     return by_experts, SequenceMatcher(None, name, str(model_type)).ratio()
-
-
-def _example(name: str) -> str:
-    """The name of a tensor of experts, as a family has it."""
-    family = FAMILIES[name]
-    block = family.block_of(0)
-    return (
-        f"{block}.experts.0.{family.projections[0]}.weight" if family.individual else f"{block}.{family.fused.gate_up}"
-    )

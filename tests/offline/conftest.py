@@ -81,6 +81,7 @@ GEMMA4 = {
     "num_kv_shared_layers": 0,
 }
 VISION = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+OWN_CODE = ("deepseek", "bailing_moe", "bailing_moe_v2", "bailing_hybrid", "mimo_v2", "sarvam_moe", "sarvam_mla")
 CONFIGS = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 128},
     "qwen3_moe": {**EXPERTS, "head_dim": 32},
@@ -149,11 +150,15 @@ CONFIGS = {
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "mimo_v2_flash": {"n_routed_experts": 4, "moe_intermediate_size": 128, "num_experts_per_tok": 2, "head_dim": 32},
     "laguna": {**EXPERTS, "head_dim": 32, "shared_expert_intermediate_size": 128},
-    "bailing_moe": {**EXPERTS, "head_dim": 32},
+    "qwen3_vl_moe": {
+        "text_config": {**COMMON, **EXPERTS, "head_dim": 32},
+        "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]},
+    },
+    **{model_type: {**EXPERTS, "head_dim": 32} for model_type in OWN_CODE},
     "llama": {},
 }
 # Types of model that transformers does not know, and one whose tensors have the same names.
-WRITTEN_AS = {"kimi_k2": "deepseek_v3", "bailing_moe": "qwen3_moe"}
+WRITTEN_AS = {"kimi_k2": "deepseek_v3", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
 
 
 @pytest.fixture(scope="session")
