@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # Starting processes takes two seconds, most of it the import of torch; measuring and quantizing this many weights takes
 # one core five.
@@ -83,3 +89,32 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], workers: int = 1) -> Iterator[Result]:
+    """Call ``function``, which needs no gradients, on every item, and yield the results in order.
+
+    workers: the number of threads; 1 calls in this thread. Each has one thread of torch, so that what is computed from
+    an item does not depend on their number. Few results wait for those before them.
+    """
+    if workers == 1:
+        with torch.no_grad():
+            yield from map(function, items)
+        return
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(workers, initializer=_begin_thread) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _begin_thread() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)

@@ -24,8 +24,8 @@ from torch import Tensor
 from alphaq_vllm import packing
 from alphaq_vllm.format import PACKED, SCALE, ZERO
 from offline.journal import sync
-from offline.model.decoder import Decoder, Routes, advance, route
-from offline.model.forward import by_expert, expert_outputs
+from offline.model.decoder import Decoder, Routes, add_outputs, advance, route
+from offline.model.forward import by_expert, expert_outputs, inner_states, project
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
 from offline.parallel import run_all
 from offline.progress import Progress
@@ -42,15 +42,19 @@ _TEXT, _WINDOWS = "text.safetensors", "windows"
 
 @dataclass(frozen=True)
 class _Task:
-    """One expert to quantize: its matrices (gate, up, down) with their widths, and the inputs that are routed to it,
-    ``[tokens, hidden_size]`` float32.
+    """One expert to quantize: its number, its matrices (gate, up, down) with their widths, and the inputs that are
+    routed to it, ``[tokens, hidden_size]`` float32, with their weights;
+    outputs: whether what comes out of it is wanted.
     """
 
+    number: int
     source: Checkpoint
     bits: Mapping[ExpertMatrix, int]
     group_size: int
     activation: Callable[[Tensor], Tensor]
     inputs: Tensor
+    topk_weights: Tensor
+    outputs: bool = False
 
 
 class SequentialGptq:
@@ -80,11 +84,30 @@ class SequentialGptq:
         length = min(self._length, self._decoder.context)
         return self._max_tokens // length * length
 
+    def writes(self, tokens: int, length: int) -> bool:
+        """Whether ``text`` begins with what ``write_text`` writes for so many tokens in windows of ``length``."""
+        return self.own_text and self._length == length and self._max_tokens >= tokens
+
     @property
     def digest(self) -> str:
         """What tells one calibration from another."""
         text = (self._length, self._max_tokens) if self._text is None else self._text.tolist()
         return hashlib.sha256(repr(text).encode()).hexdigest()
+
+    def text(self, directory: Path, workers: int = 1) -> Tensor:
+        """The calibration text, ``[windows, length]`` token ids.
+
+        directory: as of ``run``; text of the model's own is kept there; workers: to write it, which changes no token.
+        """
+        if self._text is not None:
+            return self._text
+        path = directory / _TEXT
+        if not path.exists():
+            text = write_text(self._decoder, self._source, self._experts, self._max_tokens, self._length, workers)
+            directory.mkdir(exist_ok=True)
+            _write(path, {_WINDOWS: text})
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(_WINDOWS)
 
     @one_thread()
     def run(self, widths: Mapping[str, int], group_size: int, directory: Path, workers: int = 1) -> int:
@@ -96,37 +119,35 @@ class SequentialGptq:
         """
         directory.mkdir(exist_ok=True)
         device = compute_device()
-        windows = self._own_text(directory) if self._text is None else self._text
+        windows = self.text(directory, workers)
         hidden = self._decoder.embed(self._source, windows, device)
         starved = 0
         with Progress("gptq", self._nbytes(self._experts.matrices)) as progress:
             for layer in self._decoder.layers:
                 with layer.loaded(self._source, device):
                     if layer.source_experts is None:
-                        advance(layer, hidden, None)
+                        advance(layer, hidden, workers)
                         continue
-                    routes, experts = route(layer, hidden), by_expert(self._experts, layer.source_experts)
-                    load: Callable[[ExpertMatrix], Tensor] = partial(load_weight, self._source)
-                    if experts[0][0].name in widths:
-                        tasks = self._tasks(experts, widths, group_size, layer.activation, routes)
-                        path = _path(directory, layer.source_experts)
-                        if not path.exists():
-                            results = run_all(_quantize, tasks, workers, shared=self._source)
-                            _write(path, {name: t.cpu() for _, tensors in results for name, t in tensors.items()})
-                        load = partial(_restore, directory, widths)
-                        starved += sum(not len(routes.of(expert)[0]) for expert in range(len(experts)))
-                    advance(layer, hidden, expert_outputs(experts, load, routes, layer.activation))
+                    routes = route(layer, hidden, workers)
+                experts = by_expert(self._experts, layer.source_experts)
+                # Nothing comes after the last layer.
+                last = layer is self._decoder.layers[-1]
+                load: Callable[[ExpertMatrix], Tensor] = partial(load_weight, self._source)
+                outputs = None
+                if experts[0][0].name in widths:
+                    path = _path(directory, layer.source_experts)
+                    if not path.exists():
+                        tasks = self._tasks(experts, widths, group_size, layer.activation, routes, not last)
+                        tensors, outputs = _run(tasks, routes, workers, self._source)
+                        _write(path, tensors)
+                    load = partial(_restore, directory, widths)
+                    starved += sum(not len(routes.of(expert)[0]) for expert in range(len(experts)))
+                if not last:
+                    if outputs is None:
+                        outputs = expert_outputs(experts, load, routes, layer.activation, workers)
+                    add_outputs(layer, hidden, outputs)
                 progress.advance(self._nbytes(matrix for expert in experts for matrix in expert))
         return starved
-
-    def _own_text(self, directory: Path) -> Tensor:
-        """The text that the model writes, or that an interrupted run has had it write."""
-        path = directory / _TEXT
-        if not path.exists():
-            text = write_text(self._decoder, self._source, self._experts, self._max_tokens, self._length)
-            _write(path, {_WINDOWS: text})
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(_WINDOWS)
 
     @one_thread()
     def estimate_seconds(self, widths: Mapping[str, int], group_size: int, workers: int) -> float:
@@ -136,7 +157,9 @@ class SequentialGptq:
         bits = {matrix: widths[matrix.name] for matrix in quantized[:3]}
         inputs = torch.randn(max(1, routed), quantized[0].shape[1], device=compute_device())
         start = time.monotonic()
-        _quantize(_Task(self._source, bits, group_size, torch.nn.functional.silu, inputs))
+        _quantize(
+            _Task(0, self._source, bits, group_size, torch.nn.functional.silu, inputs, inputs[:, 0], outputs=True)
+        )
         return (time.monotonic() - start) * len(quantized) / 3 / workers
 
     def _nbytes(self, matrices: Iterable[ExpertMatrix]) -> int:
@@ -149,10 +172,13 @@ class SequentialGptq:
         group_size: int,
         activation: Callable[[Tensor], Tensor],
         routes: Routes,
+        outputs: bool,
     ) -> Iterator[_Task]:
         for number, expert in enumerate(experts):
             bits = {matrix: widths[matrix.name] for matrix in expert}
-            yield _Task(self._source, bits, group_size, activation, routes.inputs[routes.of(number)[0]])
+            tokens, topk_weights = routes.of(number)
+            inputs = routes.inputs[tokens]
+            yield _Task(number, self._source, bits, group_size, activation, inputs, topk_weights, outputs)
 
 
 def load_quantized(directory: Path, matrix: ExpertMatrix) -> dict[str, Tensor]:
@@ -161,17 +187,47 @@ def load_quantized(directory: Path, matrix: ExpertMatrix) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in _names(matrix)}
 
 
-def _quantize(task: _Task) -> dict[str, Tensor]:
-    """The stored tensors of an expert's matrices; down is fitted to what comes out of the quantized gate and up."""
-    if not len(task.inputs):
-        return {name: tensor for matrix in task.bits for name, tensor in _data_free(task, matrix).items()}
+def _run(
+    tasks: Iterable[_Task], routes: Routes, workers: int, source: Checkpoint
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The stored tensors of a layer's experts, on the CPU, and what comes out of them if that is wanted, as of
+    ``expert_outputs`` with the quantized matrices.
+    """
+    stored: dict[str, Tensor] = {}
+    outputs: Tensor | None = None
+    # Results come in any order, and are added in one.
+    waiting: dict[int, Tensor] = {}
+    added = 0
+    for task, (tensors, output) in run_all(_quantize, tasks, workers, shared=source):
+        stored |= {name: tensor.cpu() for name, tensor in tensors.items()}
+        if output is None:
+            continue
+        outputs = torch.zeros_like(routes.inputs) if outputs is None else outputs
+        waiting[task.number] = output
+        while added in waiting:
+            outputs.index_add_(0, routes.of(added)[0], waiting.pop(added))
+            added += 1
+    return stored, outputs
+
+
+@torch.no_grad()
+def _quantize(task: _Task) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The stored tensors of an expert's matrices, down fitted to what comes out of the quantized gate and up; and what
+    comes out of the three, if it is wanted.
+    """
     gate, up, down = task.bits
+    if not len(task.inputs):
+        tensors = {name: tensor for matrix in task.bits for name, tensor in _data_free(task, matrix).items()}
+        return tensors, task.inputs if task.outputs else None
     factor = inverse_factor(task.inputs)
     tensors = {**_gptq(task, gate, factor), **_gptq(task, up, factor)}
     del factor
-    inner = task.activation(task.inputs @ _weight(tensors, gate, task.bits[gate]).T)
-    inner *= task.inputs @ _weight(tensors, up, task.bits[up]).T
-    return {**tensors, **_gptq(task, down, inverse_factor(inner))}
+    gate_weight, up_weight = (_weight(tensors, matrix, task.bits[matrix]) for matrix in (gate, up))
+    inner = inner_states(task.inputs, gate_weight, up_weight, task.activation)
+    tensors |= _gptq(task, down, inverse_factor(inner))
+    if not task.outputs:
+        return tensors, None
+    return tensors, project(inner, _weight(tensors, down, task.bits[down]), task.topk_weights)
 
 
 def _data_free(task: _Task, matrix: ExpertMatrix) -> dict[str, Tensor]:

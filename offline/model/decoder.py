@@ -1,11 +1,12 @@
 """Running a model one layer at a time: its skeleton by transformers, without weights; a layer's weights when needed.
 
-The weights of routed experts are never loaded here. A layer runs twice: once for what reaches its experts, and once
-more for its output, when somebody has computed what comes out of them.
+The weights of routed experts are never loaded here. A layer runs once, for what reaches its experts and for its output
+without theirs, which every family adds to the rest of the layer's output: so that somebody else can do it later.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from offline.model.sampling import draw
 from offline.model.skeleton import ROUTERS, by_transformers, skeleton
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
+from offline.threads import in_threads
 
 # Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, called with inputs, ids and weights of experts.
 CALIBRATED = (
@@ -29,10 +32,6 @@ CALIBRATED = (
 def can_run(experts: Experts) -> bool:
     """Whether ``Decoder`` knows the family."""
     return experts.model_type in CALIBRATED
-
-
-# Predictions held at a time.
-MAX_LOGITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,10 @@ class Decoder:
             hidden = hidden.to("meta")
             for layer in self.layers:
                 layer.arguments = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), layer.arguments)
-                advance(layer, hidden, None if layer.experts is None else hidden[0])
+                if layer.experts is None:
+                    advance(layer, hidden)
+                else:
+                    add_outputs(layer, hidden, route(layer, hidden).inputs)
         if any(bool(part.isnan().any()) for part in computed if isinstance(part, Tensor)):
             raise ValueError(
                 f"{source.path}: config.json: expected positions and factors that transformers can compute with, "
@@ -165,58 +167,69 @@ class Decoder:
             del layer.module.forward
 
     @torch.no_grad()
-    def sample(self, source: Checkpoint, hidden: Tensor, generator: torch.Generator) -> Tensor:
-        """A token that the model predicts after every place, ``[windows, length]``, from the last layer's output.
+    def sample(self, source: Checkpoint, hidden: Tensor, shares: Tensor, workers: int = 1) -> Tensor:
+        """Tokens that the model predicts after every place, ``[windows, length, draws]``, from the last layer's output.
 
+        shares: random, of the same shape, and workers: see ``draw``.
         Raises ValueError for predictions that are not finite.
         """
         device = hidden.device
         norm = {key: source.load(name).to(device, torch.float32) for key, name in self._norm_tensors.items()}
         self._norm.load_state_dict(norm, assign=True)
-        head = source.load(self._head).to(device, torch.float32)
-        bias = source.load(self._head_bias).to(device, torch.float32) if self._head_bias else None
-        rows = []
-        for places in hidden.flatten(0, 1).split(max(1, MAX_LOGITS // len(head))):
-            logits = nn.functional.linear(self._norm(places), head, bias) / self._logits_scaling
-            # On the CPU, whose generator gives the same numbers everywhere.
-            chances = logits.softmax(-1).cpu()
-            if not bool(chances.isfinite().all()):
-                raise ValueError(
-                    f"{source.path}: expected a model that predicts tokens, got NaN from its last layer: compare its "
-                    "files and config.json with the original"
-                )
-            rows.append(torch.multinomial(chances, 1, generator=generator)[:, 0])
-        return torch.cat(rows).view(hidden.shape[:2])
+        head = source.load(self._head).to(device)
+        bias = source.load(self._head_bias).to(device) if self._head_bias else None
+        places = self._norm(hidden).flatten(0, 1)
+        try:
+            tokens = draw(places, shares.flatten(0, 1).to(device), head, bias, self._logits_scaling, workers)
+        except FloatingPointError:
+            raise ValueError(
+                f"{source.path}: expected a model that predicts tokens, got NaN from its last layer: compare its "
+                "files and config.json with the original"
+            ) from None
+        return tokens.view(shares.shape).cpu()
 
 
 @torch.no_grad()
-def route(layer: Layer, hidden: Tensor) -> Routes:
-    """What reaches the experts of a loaded layer with the input ``hidden``, ``[windows, length, hidden_size]``."""
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
+    """What reaches the experts of a loaded layer with the input ``hidden``, ``[windows, length, hidden_size]``.
+
+    ``hidden`` becomes the layer's output but for what ``add_outputs`` adds. workers: threads to use, which changes no
+    number.
+    """
+    seen, inputs = threading.local(), torch.empty_like(hidden)
 
     def record(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        seen.append((hidden_states, top_k_index, top_k_weights))
+        seen.inputs, seen.topk = hidden_states, (top_k_index, top_k_weights)
         return torch.zeros_like(hidden_states)
 
-    for window in hidden:
-        _call(layer, window, record)
-    return Routes(*(torch.cat(tensors) for tensors in zip(*seen, strict=True)))
+    def run(number: int) -> tuple[Tensor, Tensor]:
+        hidden[number] = _call(layer, hidden[number])
+        inputs[number] = seen.inputs.view_as(inputs[number])
+        return seen.topk
+
+    layer.experts.forward = record  # type: ignore[union-attr, method-assign]
+    topk = zip(*in_threads(run, range(len(hidden)), workers), strict=True)
+    return Routes(inputs.flatten(0, 1), *(torch.cat(tensors) for tensors in topk))
+
+
+def add_outputs(layer: Layer, hidden: Tensor, expert_outputs: Tensor) -> None:
+    """Add what comes out of a layer's experts, ``[tokens, hidden_size]``, to what ``route`` has left of ``hidden``."""
+    # Granite scales it.
+    hidden.flatten(0, 1).add_(expert_outputs, alpha=getattr(layer.module, "residual_multiplier", 1))
 
 
 @torch.no_grad()
-def advance(layer: Layer, hidden: Tensor, expert_outputs: Tensor | None) -> None:
-    """Replace ``hidden``, the input of a loaded layer, by its output.
+def advance(layer: Layer, hidden: Tensor, workers: int = 1) -> None:
+    """Replace ``hidden``, the input of a loaded layer without experts, by its output; workers: as of ``route``."""
 
-    expert_outputs: ``[tokens, hidden_size]``, summed over each token's experts; None for a layer without experts.
-    """
-    parts = [None] * len(hidden) if expert_outputs is None else expert_outputs.split(hidden.shape[1])
-    for window, part in zip(hidden, parts, strict=True):
-        window.copy_(_call(layer, window, lambda *_, part=part: part))
+    def run(window: Tensor) -> None:
+        window.copy_(_call(layer, window))
+
+    for _ in in_threads(run, hidden, workers):
+        pass
 
 
-def _call(layer: Layer, window: Tensor, experts: Callable[..., Any]) -> Tensor:
-    if layer.experts is not None:
-        layer.experts.forward = experts
+def _call(layer: Layer, window: Tensor) -> Tensor:
     positional, named = layer.arguments
     return layer.module(window[None], *positional, **named)[0]
 

@@ -8,11 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from offline.model.decoder import Decoder, Layer, Routes, advance, route
+from offline.model.decoder import Decoder, Layer, Routes, add_outputs, advance, route
 from offline.progress import Progress
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
-from offline.threads import compute_device, one_thread
+from offline.threads import compute_device, in_threads, one_thread
+
+# Tokens that go through an expert at a time.
+TOKENS_AT_A_TIME = 4096
 
 # Called after a layer with experts: the layer, its matrices by expert, what reached them, and the layer's output.
 Observe = Callable[[Layer, Sequence[Sequence[ExpertMatrix]], Routes, Tensor], None]
@@ -20,11 +23,17 @@ Observe = Callable[[Layer, Sequence[Sequence[ExpertMatrix]], Routes, Tensor], No
 
 @one_thread()
 def forward(
-    decoder: Decoder, source: Checkpoint, experts: Experts, windows: Tensor, what: str, observe: Observe | None = None
+    decoder: Decoder,
+    source: Checkpoint,
+    experts: Experts,
+    windows: Tensor,
+    what: str,
+    observe: Observe | None = None,
+    workers: int = 1,
 ) -> Tensor:
     """The output of the last layer, ``[windows, length, hidden_size]`` float32, for token ids ``windows``.
 
-    experts: all of the source's; what: the name of the progress.
+    experts: all of the source's; what: the name of the progress; workers: threads to use, which changes no number.
     """
     device = compute_device()
     hidden = decoder.embed(source, windows, device)
@@ -33,10 +42,11 @@ def forward(
         for layer in decoder.layers:
             with layer.loaded(source, device):
                 if layer.source_experts is None:
-                    advance(layer, hidden, None)
+                    advance(layer, hidden, workers)
                     continue
-                matrices, routes = by_expert(experts, layer.source_experts), route(layer, hidden)
-                advance(layer, hidden, expert_outputs(matrices, load, routes, layer.activation))
+                routes = route(layer, hidden, workers)
+            matrices = by_expert(experts, layer.source_experts)
+            add_outputs(layer, hidden, expert_outputs(matrices, load, routes, layer.activation, workers))
             if observe:
                 observe(layer, matrices, routes, hidden)
             progress.advance(sum(matrix_nbytes(source, matrix) for expert in matrices for matrix in expert))
@@ -57,13 +67,32 @@ def expert_outputs(
     load: Callable[[ExpertMatrix], Tensor],
     routes: Routes,
     activation: Callable[[Tensor], Tensor],
+    workers: int = 1,
 ) -> Tensor:
     """What comes out of the experts, ``[tokens, hidden_size]``, added in the same order on every run."""
-    outputs = torch.zeros_like(routes.inputs)
-    for number, expert in enumerate(experts):
+
+    def run(number: int) -> tuple[Tensor, Tensor]:
         tokens, topk_weights = routes.of(number)
-        inputs = routes.inputs[tokens]
-        gate, up, down = (load(matrix) for matrix in expert)
-        inner = activation(inputs @ gate.T) * (inputs @ up.T)
-        outputs.index_add_(0, tokens, inner @ down.T * topk_weights[:, None])
+        gate, up, down = (load(matrix) for matrix in experts[number])
+        return tokens, project(inner_states(routes.inputs[tokens], gate, up, activation), down, topk_weights)
+
+    outputs = torch.zeros_like(routes.inputs)
+    for tokens, output in in_threads(run, range(len(experts)), workers):
+        outputs.index_add_(0, tokens, output)
     return outputs
+
+
+def inner_states(inputs: Tensor, gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """What an expert's down is applied to, ``[tokens, intermediate_size]``."""
+    inner = inputs.new_empty(len(inputs), len(gate))
+    for part, out in zip(inputs.split(TOKENS_AT_A_TIME), inner.split(TOKENS_AT_A_TIME), strict=True):
+        torch.mul(activation(part @ gate.T), part @ up.T, out=out)
+    return inner
+
+
+def project(inner: Tensor, down: Tensor, topk_weights: Tensor) -> Tensor:
+    """An expert's weighted outputs, ``[tokens, hidden_size]``."""
+    outputs = inner.new_empty(len(inner), len(down))
+    for part, out in zip(inner.split(TOKENS_AT_A_TIME), outputs.split(TOKENS_AT_A_TIME), strict=True):
+        torch.mm(part, down.T, out=out)
+    return outputs.mul_(topk_weights[:, None])

@@ -16,8 +16,8 @@ from offline.source.families import Experts
 
 # More of them than this for each input feature of the average expert hardly help (benchmarks/results, preset tokens).
 TOKENS_PER_FEATURE, MAX_TOKENS = 32, 65536
-# The passes of ``write_text``, and its seed.
-PASSES, SEED = 2, 0
+# Of ``write_text``: the tokens after which it asks the model for predictions, and its seed.
+CONTEXT_TOKENS, SEED = 4096, 0
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
 
 
@@ -96,17 +96,27 @@ def _tokenize(source: Checkpoint, texts: list[str]) -> list[int]:
     return [token for text in texts for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def write_text(decoder: Decoder, source: Checkpoint, experts: Experts, tokens: int, length: int) -> torch.Tensor:
+def write_text(
+    decoder: Decoder, source: Checkpoint, experts: Experts, tokens: int, length: int, workers: int = 1
+) -> torch.Tensor:
     """Text of the model's own, for what needs text where the user has none: ``[windows, length]`` token ids.
 
-    It starts from random tokens. Each pass runs the model once and replaces every token by one that the model predicts
+    It starts from random tokens. A pass runs the model once and replaces every token by one that the model predicts
     after those before it, all places at once. That is not the text that it would write word by word, which would take a
-    pass for every word, but its tokens are as frequent and call on the experts as often as in real text.
+    pass for every word, but its tokens are as frequent and call on the experts as often as in real text. A first pass
+    makes the contexts, and the second draws from what the model predicts in each of them as often as need be, for a
+    prediction costs much more than a draw.
+
+    workers: threads to use, which changes no token. Fewer tokens are the beginning of what more of them would be.
     """
     length = min(length, decoder.context)
-    generator = torch.Generator().manual_seed(SEED)
-    windows = torch.randint(decoder.vocab_size, (max(1, tokens // length), length), generator=generator)
-    for _ in range(PASSES):
-        hidden = forward(decoder, source, experts, windows, "text")
-        windows[:, 1:] = decoder.sample(source, hidden, generator)[:, :-1]
-    return windows
+    count = max(1, tokens // length)
+    contexts = min(count, max(1, CONTEXT_TOKENS // length))
+    generators = [torch.Generator().manual_seed(SEED + number) for number in range(contexts)]
+    windows = torch.stack([torch.randint(decoder.vocab_size, (length,), generator=each) for each in generators])
+    for draws in (1, math.ceil(count / contexts)):
+        hidden = forward(decoder, source, experts, windows, "text", workers=workers)
+        shares = [torch.rand(draws, length, generator=each, dtype=torch.float64).T for each in generators]
+        drawn = decoder.sample(source, hidden, torch.stack(shares), workers).permute(2, 0, 1)
+        windows = torch.cat((windows[:, :1].expand(draws, -1, -1), drawn[:, :, :-1]), 2).flatten(0, 1)
+    return windows[:count]

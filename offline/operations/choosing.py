@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from offline.allocation.modes import Sized
 from offline.allocation.sizes import Room
@@ -22,12 +24,13 @@ def choose_widths(
     room: Room | None,
     stats: Statistics | None,
     journal: Journal | None = None,
+    text: Callable[[], Tensor] | None = None,
 ) -> Plan:
     """Decide on the width of every matrix.
 
     widths: a budget, or bits by name; fixed: bits of some matrices that a budget leaves alone; room: takes the place of
-    the budget's average; stats: measured before, None to measure where need be; journal: see ``measure_matrices``.
-    Whatever statistics there are go with the checkpoint.
+    the budget's average; stats: measured before, None to measure where need be; journal: see ``measure_matrices``;
+    text: see ``error_gains``. Whatever statistics there are go with the checkpoint.
     """
     budget = widths if isinstance(widths, Budget) else None
     if budget and room:
@@ -36,7 +39,7 @@ def choose_widths(
         room.average_bits(others, job.experts.numel, job.group_size, budget.widths[0], budget.widths[-1])
     statistics = None
     if stats or (budget and budget.needs_alpha):
-        statistics = _statistics(job, budget, stats, journal)
+        statistics = _statistics(job, budget, stats, journal, text)
     extra = {STATS: str(statistics)} if statistics else {}
     if not isinstance(widths, Budget):
         return plan(job, Choice(widths), extra)
@@ -46,11 +49,17 @@ def choose_widths(
     return plan(job, choose(matrices, widths, fixed), extra)
 
 
-def _statistics(job: Job, budget: Budget | None, given: Statistics | None, journal: Journal | None) -> Statistics:
+def _statistics(
+    job: Job,
+    budget: Budget | None,
+    given: Statistics | None,
+    journal: Journal | None,
+    text: Callable[[], Tensor] | None,
+) -> Statistics:
     """Statistics of the matrices of this job alone, measured unless they are given; budget: what must be known for."""
     widths, gains = (budget.measured_widths, budget.needs_gains) if budget else ((), False)
     if given is None:
-        return take_statistics(job, widths, journal, gains)
+        return take_statistics(job, widths, journal, gains, text)
     given.check(fingerprint(job.source), job.group_size, widths, job.data_free_quantizer, gains)
     matrices = given.of(matrix.name for matrix in job.experts.matrices)
     return Statistics(replace(given.origin, matrices=len(matrices)), matrices)

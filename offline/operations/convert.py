@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from offline.allocation.bit_map import average_bits, check_bit_map
@@ -23,6 +24,7 @@ from offline.operations.options import ConvertOptions, with_options
 from offline.operations.plan import Job
 from offline.operations.summary import Summary
 from offline.operations.timing import estimate_seconds
+from offline.sensitivity.propagation import LENGTH, TOKENS
 from offline.sensitivity.stats import read_statistics
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import Experts, find_experts
@@ -93,7 +95,9 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
     else:
         with open_output(out, conditions(source, settings), options.resume) as output:
             results = output.directory.with_name(RESULTS) if gptq else None
-            plan = choose_widths(replace(job, calibrated=results), widths, fixed, room, given, output.journal)
+            # The model writes its text once, where both need it.
+            text = partial(gptq.text, results, workers) if gptq and results and gptq.writes(TOKENS, LENGTH) else None
+            plan = choose_widths(replace(job, calibrated=results), widths, fixed, room, given, output.journal, text)
             if gptq and results:
                 starved = gptq.run(plan.bits, group_size, results, workers)
                 plan = replace(plan, summary=replace(plan.summary, starved=starved))

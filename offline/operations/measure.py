@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from offline.allocation.widths import Choice
 from offline.journal import Journal
@@ -65,36 +67,42 @@ def measure(model: str | Path, output: str | Path | None, options: MeasureOption
     return statistics
 
 
-def take_statistics(job: Job, widths: Sequence[int], journal: Journal | None = None, gains: bool = False) -> Statistics:
+def take_statistics(
+    job: Job,
+    widths: Sequence[int],
+    journal: Journal | None = None,
+    gains: bool = False,
+    text: Callable[[], Tensor] | None = None,
+) -> Statistics:
     """Measure all matrices of a job, and their errors at ``widths``.
 
-    journal: see ``measure_matrices``; gains: whether to measure also how errors propagate.
+    journal: see ``measure_matrices``; gains: whether to measure also how errors propagate; text: see ``error_gains``.
     """
     quantizer = job.data_free_quantizer
     matrices = measure_matrices(
         job.source, job.experts.matrices, widths, job.group_size, job.workers, journal, quantizer
     )
     if gains:
-        gain = _error_gains(job, journal)
+        gain = _error_gains(job, journal, text)
         matrices = [replace(matrix, gain=gain[matrix.name]) for matrix in matrices]
     origin = Origin(job.name, fingerprint(job.source), job.group_size, len(matrices), 0, 0, quantizer)
     # The longest names in the card, and 8 bits, because the numbers in headers have the most digits then.
     longest = replace(job, quantizer="gptq", calibration_tokens=MAX_TOKENS, own_text=True)
     eight = {matrix.name: 8 for matrix in matrices}
-    text = str(Statistics(replace(origin, other_files=job.source.nbytes, other_tensors=job.source.nbytes), matrices))
-    planned = plan(longest, Choice(eight, "alphaq", noise="propagated"), {STATS: text})
+    widest = Statistics(replace(origin, other_files=job.source.nbytes, other_tensors=job.source.nbytes), matrices)
+    planned = plan(longest, Choice(eight, "alphaq", noise="propagated"), {STATS: str(widest)})
     specs = quantized_specs(job.experts.matrices, eight, job.group_size)
     experts = sum(spec.nbytes for spec in specs.values())
     others = sum(planned.sizes.values()) - experts
     return Statistics(replace(origin, other_files=others, other_tensors=planned.tensor_bytes - experts), matrices)
 
 
-def _error_gains(job: Job, journal: Journal | None) -> dict[str, float]:
+def _error_gains(job: Job, journal: Journal | None, text: Callable[[], Tensor] | None) -> dict[str, float]:
     """How errors propagate, also for experts that are left alone; journal: where that is kept, and found again."""
     known = [entry["gains"] for entry in journal.entries if "gains" in entry] if journal else []
     if known:
         return known[0]
-    gains = error_gains(job.source, find_experts(job.source), job.group_size)
+    gains = error_gains(job.source, find_experts(job.source), job.group_size, job.workers, text)
     if journal:
         journal.record({"gains": gains})
         journal.commit()

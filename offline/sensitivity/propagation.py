@@ -6,7 +6,8 @@ what weight, and what its gate, up and down make of an error: what spectra canno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,43 +16,82 @@ from alphaq_vllm import packing
 from offline.model.decoder import Decoder, Layer, Routes
 from offline.model.forward import forward
 from offline.model.text import write_text
+from offline.parallel import run_all
 from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight
 from offline.threads import one_thread
 
-TOKENS, LENGTH = 4096, 256
+TOKENS, LENGTH = 4096, 512
 # What stands for any quantization error: quick to make, and as uneven over a matrix as all of them.
 NUM_BITS, QUANTIZER = 4, "rtn"
 # An expert that no token reached still counts this much of its layer's mean: there is text that calls on it.
 FLOOR = 0.01
 
 
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """The arguments of ``expert_gains`` for one expert, and its number."""
+
+    number: int
+    source: Checkpoint
+    expert: Sequence[ExpertMatrix]
+    inputs: Tensor
+    topk_weights: Tensor
+    activation: Callable[[Tensor], Tensor]
+    group_size: int
+
+
 @one_thread()
-def error_gains(source: Checkpoint, experts: Experts, group_size: int) -> dict[str, float]:
+def error_gains(
+    source: Checkpoint,
+    experts: Experts,
+    group_size: int,
+    workers: int = 1,
+    text: Callable[[], Tensor] | None = None,
+) -> dict[str, float]:
     """By matrix name, the squared error of its layer's output that a mean squared error of 1 in its weights causes,
     relative to the square of that output.
 
-    experts: all of the source's.
+    experts: all of the source's; workers: threads and processes to use, which changes no figure; text: what
+    ``write_text`` writes for ``TOKENS`` in windows of ``LENGTH`` or more of them, if somebody writes it anyway.
     Raises ValueError as ``Decoder`` does.
     """
     decoder = Decoder(source, experts)
-    text = write_text(decoder, source, experts, TOKENS, LENGTH)
+    windows = text() if text else write_text(decoder, source, experts, TOKENS, LENGTH, workers)
+    windows = windows[: TOKENS // windows.shape[1]]
     gains: dict[str, float] = {}
 
     def observe(layer: Layer, matrices: Sequence[Sequence[ExpertMatrix]], routes: Routes, output: Tensor) -> None:
         energy = float(output.double().square().sum())
-        found: dict[str, float] = {}
-        for number, expert in enumerate(matrices):
-            tokens, topk_weights = routes.of(number)
-            inputs = routes.inputs[tokens]
-            errors = expert_gains(source, expert, inputs, topk_weights, layer.activation, group_size)
-            found |= {matrix.name: error / energy for matrix, error in zip(expert, errors, strict=True)}
+        tasks = _tasks(source, matrices, routes, layer.activation, group_size)
+        errors = {task.number: squared for task, squared in run_all(_gains, tasks, workers, shared=source)}
+        found = {
+            matrix.name: error / energy
+            for number, expert in enumerate(matrices)
+            for matrix, error in zip(expert, errors[number], strict=True)
+        }
         least = FLOOR * sum(found.values()) / len(found)
         gains.update({name: max(gain, least) for name, gain in found.items()})
 
-    forward(decoder, source, experts, text, "propagate", observe)
+    forward(decoder, source, experts, windows, "propagate", observe, workers)
     return gains
+
+
+def _tasks(
+    source: Checkpoint,
+    matrices: Sequence[Sequence[ExpertMatrix]],
+    routes: Routes,
+    activation: Callable[[Tensor], Tensor],
+    group_size: int,
+) -> Iterator[_Task]:
+    for number, expert in enumerate(matrices):
+        tokens, topk_weights = routes.of(number)
+        yield _Task(number, source, expert, routes.inputs[tokens], topk_weights, activation, group_size)
+
+
+def _gains(task: _Task) -> list[float]:
+    return expert_gains(task.source, task.expert, task.inputs, task.topk_weights, task.activation, task.group_size)
 
 
 @torch.no_grad()
@@ -71,15 +111,19 @@ def expert_gains(
         return [0.0] * len(expert)
     weights = [load_weight(source, matrix) for matrix in expert]
 
-    def outputs(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return (activation(inputs @ gate.T) * (inputs @ up.T)) @ down.T * topk_weights[:, None]
+    gate, up = (inputs @ weight.T for weight in weights[:2])
+    inner = activation(gate) * up
 
-    exact = outputs(*weights)
+    def error(place: int, weight: Tensor, changed: Tensor) -> Tensor:
+        if place == 2:
+            return inner @ (changed - weight).T
+        states = inputs @ changed.T
+        return ((activation(states) * up if place == 0 else activation(gate) * states) - inner) @ weights[2].T
+
     gains = []
     for place, weight in enumerate(weights):
         quantized = quantize(weight, NUM_BITS, group_size, QUANTIZER)
         changed = packing.dequantize(quantized.packed, quantized.scale, quantized.zero_point, NUM_BITS)
-        others = [changed if place == i else other for i, other in enumerate(weights)]
-        error = float((outputs(*others) - exact).double().square().sum())
-        gains.append(error / quantized.mse if quantized.mse else 0.0)
+        squared = float((error(place, weight, changed) * topk_weights[:, None]).double().square().sum())
+        gains.append(squared / quantized.mse if quantized.mse else 0.0)
     return gains

@@ -152,13 +152,13 @@ def test_memory_holds_the_weights_of_one_layer_and_no_experts(speaking_model, ca
     source, experts = open_model(speaking_model("qwen2_moe"))
     gptq = SequentialGptq(source, experts, calibration)
 
-    def check(layer, hidden):
+    def check(layer, hidden, workers):
         for other in gptq._decoder.layers:
             real = {name for name, tensor in other.module.state_dict().items() if not tensor.is_meta}
             assert real == (set(layer.tensors) if other is layer else set())
             assert not any(".experts." in name for name in real)
         checked.append(layer)
-        return route(layer, hidden)
+        return route(layer, hidden, workers)
 
     monkeypatch.setattr(sequential, "route", check)
     gptq.run(every_width(experts), 64, tmp_path / "gptq")

@@ -1,0 +1,70 @@
+"""Drawing tokens from what a model predicts, in little memory, on all cores.
+
+A vocabulary has many more words than a hidden state has features, so predictions are never held for many places, and
+never read more often than need be: sums over blocks of words tell in which block a token lies.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from offline.threads import in_threads
+
+# Predictions held at a time; words that a thread predicts at a time, whole blocks; and words in a block.
+MAX_PREDICTIONS, SLICE, BLOCK = 2**26, 2**13, 2**7
+
+
+@torch.no_grad()
+def draw(
+    places: Tensor, shares: Tensor, head: Tensor, bias: Tensor | None = None, scaling: float = 1.0, workers: int = 1
+) -> Tensor:
+    """Tokens drawn from ``softmax((places @ head.T + bias) / scaling)``, ``[places, draws]``.
+
+    places: ``[places, hidden_size]`` float32; shares: ``[places, draws]`` float64 in [0, 1), random: a token is the
+    first with whose probability those of all before it add up to more; head: ``[words, hidden_size]``, any floating
+    dtype; workers: threads to use, which changes no token.
+    Raises FloatingPointError for predictions that are not finite.
+    """
+    padded = math.ceil(len(head) / BLOCK) * BLOCK
+    count = max(1, MAX_PREDICTIONS // padded)
+    drawn = []
+    for some, wanted in zip(places.split(count), shares.split(count), strict=True):
+        # What a token counts beside those of its slice, and 0 for words that there are not.
+        odds = places.new_empty(len(some), padded)
+        odds[:, len(head) :] = 0
+
+        def predict(start: int, some: Tensor = some, odds: Tensor = odds) -> tuple[Tensor, Tensor]:
+            """The greatest logit of a slice, and the sums of its blocks."""
+            rows = slice(start, start + SLICE)
+            logits = nn.functional.linear(some, head[rows].float(), None if bias is None else bias[rows].float())
+            logits /= scaling
+            greatest = logits.amax(-1, keepdim=True)
+            odds[:, start : start + logits.shape[1]] = logits.sub_(greatest).exp_()
+            return greatest, odds[:, rows].unflatten(1, (-1, BLOCK)).sum(-1)
+
+        greatest, sums = zip(*in_threads(predict, range(0, len(head), SLICE), workers), strict=True)
+        peak = torch.cat(greatest, 1).amax(-1, keepdim=True)
+        if not peak.isfinite().all():
+            raise FloatingPointError("predictions of the next token are not finite")
+        blocks = torch.cat([part * (top - peak).exp() for part, top in zip(sums, greatest, strict=True)], 1)
+        block, rest = _pick(blocks, wanted)
+        within = odds.unflatten(1, (-1, BLOCK))[torch.arange(len(some), device=odds.device)[:, None], block]
+        drawn.append(block * BLOCK + _pick(within, rest[..., None])[0][..., 0])
+    return torch.cat(drawn)
+
+
+def _pick(odds: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Where along the sum of ``odds``, ``[..., n]``, shares of it, ``[..., draws]``, lie; and how far along that one of
+    the odds each lies.
+    """
+    odds = odds.double()
+    ends = odds.cumsum(-1)
+    # Never at the very end, behind which nothing lies.
+    least = torch.zeros_like(ends[..., -1:])
+    reached = torch.minimum(shares * ends[..., -1:], ends[..., -1:].nextafter(least))
+    index = torch.searchsorted(ends, reached, right=True)
+    there = odds.gather(-1, index)
+    return index, ((reached - ends.gather(-1, index) + there) / there).clamp_(0, 1)
