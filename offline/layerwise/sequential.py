@@ -145,7 +145,7 @@ class SequentialGptq:
                 if not last:
                     if outputs is None:
                         outputs = expert_outputs(experts, load, routes, layer.activation, workers)
-                    add_outputs(layer, hidden, outputs)
+                    add_outputs(layer, hidden, outputs, routes, self._source, workers)
                 progress.advance(self._nbytes(matrix for expert in experts for matrix in expert))
         return starved
 

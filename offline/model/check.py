@@ -14,7 +14,8 @@ import torch
 
 from alphaq_vllm.format import TensorSpec
 from offline.messages import some
-from offline.model.decoder import Decoder, can_run
+from offline.model.decoder import Decoder
+from offline.model.runnable import can_run
 from offline.model.skeleton import needs
 from offline.progress import Progress
 from offline.source.architectures import experts_per_token, text_config
@@ -70,7 +71,7 @@ def check_source(source: Checkpoint, experts: Experts) -> Found:
     experts_per_token(source.config)
     specs = {name: source.spec(name) for name in source.tensors}
     found = check_tensors(source, specs, gates, {matrix.tensor for matrix in experts.matrices})
-    if found.known and can_run(experts):
+    if found.known and can_run(source):
         Decoder(source, experts).rehearse(source)
     return replace(found, family=taken_for(source))
 

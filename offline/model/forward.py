@@ -46,7 +46,8 @@ def forward(
                     continue
                 routes = route(layer, hidden, workers)
             matrices = by_expert(experts, layer.source_experts)
-            add_outputs(layer, hidden, expert_outputs(matrices, load, routes, layer.activation, workers))
+            outputs = expert_outputs(matrices, load, routes, layer.activation, workers)
+            add_outputs(layer, hidden, outputs, routes, source, workers)
             if observe:
                 observe(layer, matrices, routes, hidden)
             progress.advance(sum(matrix_nbytes(source, matrix) for expert in matrices for matrix in expert))

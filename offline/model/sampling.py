@@ -19,13 +19,19 @@ MAX_PREDICTIONS, SLICE, BLOCK = 2**26, 2**13, 2**7
 
 @torch.no_grad()
 def draw(
-    places: Tensor, shares: Tensor, head: Tensor, bias: Tensor | None = None, scaling: float = 1.0, workers: int = 1
+    places: Tensor,
+    shares: Tensor,
+    head: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    workers: int = 1,
+    softcap: float | None = None,
 ) -> Tensor:
     """Tokens drawn from ``softmax((places @ head.T + bias) / scaling)``, ``[places, draws]``.
 
     places: ``[places, hidden_size]`` float32; shares: ``[places, draws]`` float64 in [0, 1), random: a token is the
     first with whose probability those of all before it add up to more; head: ``[words, hidden_size]``, any floating
-    dtype; workers: threads to use, which changes no token.
+    dtype; workers: threads to use, which changes no token; softcap: what a hyperbolic tangent bends logits to, if any.
     Raises FloatingPointError for predictions that are not finite.
     """
     padded = math.ceil(len(head) / BLOCK) * BLOCK
@@ -41,6 +47,8 @@ def draw(
             rows = slice(start, start + SLICE)
             logits = nn.functional.linear(some, head[rows].float(), None if bias is None else bias[rows].float())
             logits /= scaling
+            if softcap:
+                logits.div_(softcap).tanh_().mul_(softcap)
             greatest = logits.amax(-1, keepdim=True)
             odds[:, start : start + logits.shape[1]] = logits.sub_(greatest).exp_()
             return greatest, odds[:, rows].unflatten(1, (-1, BLOCK)).sum(-1)

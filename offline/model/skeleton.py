@@ -16,11 +16,7 @@ from offline.source.checkpoint import Checkpoint
 from offline.source.fused import FusedPart
 from offline.source.recognition import family_of
 
-# What checkpoints call the router's weight where transformers calls it ``router.weight``.
-ROUTERS = {
-    **dict.fromkeys(("granitemoe", "granitemoeshared"), "router.layer.weight"),
-    "phimoe": "gate.weight",
-}
+_MATRICES = re.compile(r"\.experts\.(?:gate_up|down)_proj$")
 # What a config keeps of the program that saved it: no tensor depends on it, nor does vLLM.
 _LEFTOVERS = {
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation",
@@ -107,39 +103,63 @@ def needs(checkpoint: Checkpoint) -> Needs | None:
         )
     model, family = skeleton(checkpoint), family_of(checkpoint)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    tensors: dict[str, Tensor] = {}
-    modules = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        module, experts, name = key.rpartition(".experts.")
-        if experts and name in ("gate_up_proj", "down_proj"):
-            if name == "gate_up_proj":
-                layer = re.findall(r"\d+", module)[-1]
-                modules[f"{family.block_of(layer)}.experts"] = _gate_shape(family, model, tuple(tensor.shape))
-        elif not any(pattern.search(key) for pattern in ignored):
-            tensors[key] = tensor
-    # Names of one tensor have one object.
-    first = {id(tensor): key for key, tensor in reversed(tensors.items())}
-    stored = stored_names(model, family, {key: tensors[key] for key in tensors if first[id(tensors[key])] == key})
-    names = {id(tensor): [name] for name, tensor in stored.items()}
+    tensors = {
+        key: tensor
+        for key, tensor in tensors_beside_experts(model).items()
+        if not any(pattern.search(key) for pattern in ignored)
+    }
+    modules = {
+        f"{family.block_of(layer_number(key))}.experts": _gate_shape(family, model, tuple(tensor.shape))
+        for key, tensor in model.state_dict(keep_vars=True).items()
+        if key.endswith(".experts.gate_up_proj")
+    }
+    names, converted = stored_names(model, family, tensors)
+    alike: dict[int, list[str]] = {}
     for key, tensor in tensors.items():
-        if first[id(tensor)] != key:
-            names[id(tensor)] += stored_names(model, family, {key: tensor})
-    return Needs({tuple(alike): tuple(stored[alike[0]].shape) for alike in names.values()}, modules)
+        if key in names:
+            # Names of one tensor have one object.
+            alike.setdefault(id(tensor), []).append(key)
+    needed = {tuple(names[key] for key in keys): tuple(tensors[keys[0]].shape) for keys in alike.values()}
+    return Needs(needed | {(name,): tuple(tensor.shape) for name, tensor in converted.items()}, modules)
 
 
-def stored_names(model: Any, family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a model by the names that they have in a checkpoint of the family, as transformers would save them.
+def stored_names(model: Any, family: Family, tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What tensors of a model are called in a checkpoint of the family, as transformers would save them.
 
     tensors: by their names in the model, without those of experts.
+    Returns the names of those that are stored as they are, by their names in the model; and what is stored in place of
+    the others, by name.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     own = FAMILIES[model.config.model_type].prefix if model.config.model_type in FAMILIES else family.prefix
-    saved = revert_weight_conversion(model, dict(tensors))
-    return {
-        family.prefix + name.removeprefix(own) if name.startswith(own) else name: tensor
-        for name, tensor in saved.items()
-    }
+
+    def named(name: str) -> str:
+        below = name.removeprefix(own)
+        return name if below == name else family.prefix + below
+
+    # Names of one tensor have one object, and cannot be told apart once they are renamed.
+    first = {id(tensor): key for key, tensor in reversed(tensors.items())}
+    saved = revert_weight_conversion(model, {key: tensors[key] for key in first.values()})
+    names = {first[id(tensor)]: named(name) for name, tensor in saved.items() if id(tensor) in first}
+    for key, tensor in tensors.items():
+        if first[id(tensor)] != key:
+            names[key] = named(next(iter(revert_weight_conversion(model, {key: tensor}))))
+    return names, {named(name): tensor for name, tensor in saved.items() if id(tensor) not in first}
+
+
+def tensors_beside_experts(model: Any) -> dict[str, Tensor]:
+    """The parameters and buffers of a model but for the matrices of its experts, by their names in it."""
+    return {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if not _MATRICES.search(key)}
+
+
+def layer_number(name: str) -> int:
+    """The number of the decoder layer that a module or a tensor is in: the first that its name has after ``layers``.
+
+    >>> layer_number("model.layers.3.mlp.experts.7")
+    3
+    """
+    return int(name.rpartition("layers.")[2].partition(".")[0])
 
 
 def _gate_shape(family: Family, model: Any, gate_up: tuple[int, ...]) -> tuple[int, int]:

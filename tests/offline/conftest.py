@@ -148,7 +148,13 @@ CONFIGS = {
     "cohere2_moe": {**EXPERTS, **SLIDING, "num_shared_experts": 1},
     "mellum": {**EXPERTS, "head_dim": 32},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
-    "mimo_v2_flash": {"n_routed_experts": 4, "moe_intermediate_size": 128, "num_experts_per_tok": 2, "head_dim": 32},
+    "mimo_v2_flash": {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 128,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    },
     "laguna": {**EXPERTS, "head_dim": 32, "shared_expert_intermediate_size": 128},
     "qwen3_vl_moe": {
         "text_config": {**COMMON, **EXPERTS, "head_dim": 32},
@@ -157,6 +163,8 @@ CONFIGS = {
     **{model_type: {**EXPERTS, "head_dim": 32} for model_type in OWN_CODE},
     "llama": {},
 }
+# Families that the converter cannot run: see ``why_not``.
+WEIGHTS_ONLY = (*OWN_CODE, "kimi_linear", "glm_moe_dsa", "llama4", "llama4_text", "gpt_oss")
 # Types of model that transformers does not know, and one whose tensors have the same names.
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
 

@@ -1,6 +1,5 @@
 """Every family as transformers itself writes it, and every way in which experts lie in files: the values are right."""
 
-import json
 import shutil
 
 import pytest
@@ -14,19 +13,9 @@ from alphaq_vllm.format import PACKED, SCALE, SHARD_IDS, ZERO
 from offline.source.architectures import FAMILIES
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts, load_matrix
-from tests.offline.conftest import WRITTEN_AS
+from tests.offline.model.whole import whole_model
 
 HIDDEN = 128
-
-
-def load_model(path):
-    auto, settings = transformers.AutoModelForCausalLM, json.loads((path / "config.json").read_bytes())
-    if "vision_config" in settings:
-        auto = transformers.AutoModelForImageTextToText
-    config = None
-    if model_type := WRITTEN_AS.get(settings.pop("model_type")):
-        config = transformers.AutoConfig.for_model(model_type, **settings)
-    return auto.from_pretrained(path, config=config, dtype=torch.float32, experts_implementation="eager")
 
 
 def run_expert(experts, expert, x):
@@ -52,7 +41,7 @@ def activate(model_type, source, matrices, gate_up):
 @torch.no_grad()
 def assert_experts_are_the_models(path):
     """Each expert that is found in the checkpoint computes what transformers computes with it."""
-    source, model = open_checkpoint(str(path)), load_model(path)
+    source, model = open_checkpoint(str(path)), whole_model(path)
     experts = find_experts(source)
     modules = [module for name, module in model.named_modules() if name.endswith(".experts")]
     assert len(modules) == len(experts.modules) > 0
