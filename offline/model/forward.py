@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from offline.model.decoder import Decoder, Layer, Routes, add_outputs, advance, route
+from offline.model.decoder import Decoder
+from offline.model.layer import Layer, Routes, add_outputs, advance, route
 from offline.progress import Progress
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes

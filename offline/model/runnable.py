@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def computed_buffers(decoder: Any) -> dict[str, Tensor]:
 
     What transformers does not compute stays NaN.
     """
-    buffers = {}
+    buffers: dict[str, Tensor] = {}
     for name, module in decoder.named_modules():
         own = [key for key in module._non_persistent_buffers_set if module._buffers[key] is not None]
         for key in own:
@@ -79,6 +80,13 @@ def computed_buffers(decoder: Any) -> dict[str, Tensor]:
                 decoder._init_weights(module)
         buffers |= {f"{name}.{key}".removeprefix("."): module._buffers[key] for key in own}
     return buffers
+
+
+def place_buffers(module: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put buffers into a module, by name, on a device."""
+    for name, buffer in buffers.items():
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent)._buffers[leaf] = buffer.to(device)
 
 
 def _is_plain(experts: nn.Module) -> bool:

@@ -139,7 +139,7 @@ def stored_names(model: Any, family: Family, tensors: Mapping[str, Tensor]) -> t
         return name if below == name else family.prefix + below
 
     # Names of one tensor have one object, and cannot be told apart once they are renamed.
-    first = {id(tensor): key for key, tensor in reversed(tensors.items())}
+    first = {id(tensor): key for key, tensor in reversed(list(tensors.items()))}
     saved = revert_weight_conversion(model, {key: tensors[key] for key in first.values()})
     names = {first[id(tensor)]: named(name) for name, tensor in saved.items() if id(tensor) in first}
     for key, tensor in tensors.items():
