@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
-from typing import Any
+from typing import Any, NoReturn
 
 from offline.source.architectures import FAMILIES, Family, num_layers, text_config
 from offline.source.checkpoint import Checkpoint
@@ -45,11 +45,15 @@ def known_type(checkpoint: Checkpoint) -> str:
     if isinstance(model_type, str) and model_type in FAMILIES:
         return model_type
     _refuse_wrapped(checkpoint)
-    if isinstance(model_type, str) and model_type not in REASONS:
-        for name, family in FAMILIES.items():
-            if not family.own_code and _prefixes_of(checkpoint.tensors, family) & set(_PREFIXES):
-                return name
-    raise ValueError(_unknown(checkpoint, model_type))
+    alike = (
+        name
+        for name, family in FAMILIES.items()
+        if not family.own_code and _prefixes_of(checkpoint.tensors, family) & set(_PREFIXES)
+    )
+    found = next(alike, None) if isinstance(model_type, str) and model_type not in REASONS else None
+    if found is None:
+        _refuse_unknown(checkpoint, model_type)
+    return found
 
 
 def taken_for(checkpoint: Checkpoint) -> str:
@@ -114,18 +118,19 @@ def _prefixes_of(names: Iterable[str], family: Family) -> set[str]:
     return {match[1] for name in names if (match := pattern.fullmatch(name))}
 
 
-def _unknown(checkpoint: Checkpoint, model_type: object) -> str:
+def _refuse_unknown(checkpoint: Checkpoint, model_type: object) -> NoReturn:
+    """Raise ValueError for a model that is dense, or of a type that is not known or not supported."""
     if isinstance(model_type, str) and model_type in REASONS:
-        return f"{checkpoint.path}: model_type {model_type!r} is not supported: {REASONS[model_type]}"
+        raise ValueError(f"{checkpoint.path}: model_type {model_type!r} is not supported: {REASONS[model_type]}")
     experts = sorted(name for name in checkpoint.tensors if _EXPERT_WORDS.search(name))
     if isinstance(model_type, str) and not experts and not _counts_experts(checkpoint.config):
-        return (
+        raise ValueError(
             f"{checkpoint.path}: model_type {model_type!r} is a dense model, without routed experts: "
             "expected a Mixture-of-Experts model"
         )
     nearest = max(FAMILIES, key=lambda name: _likeness(name, model_type, experts))
     named = f", whose experts are named like {experts[0]}" if experts else ""
-    return (
+    raise ValueError(
         f"{checkpoint.path}: model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r:.80}, an unknown "
         f"Mixture-of-Experts model{named}: the nearest family is {nearest}, with {FAMILIES[nearest].example}; name one "
         "with `family` if the names agree, or add a row as docs/development.md says"
