@@ -30,7 +30,8 @@ OPTIONS = {
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "kimi_k2": {**MLA, "topk_method": "noaux_tc"},
     "glm4_moe_lite": MLA,
-    "afmoe": {"score_func": "sigmoid", "route_scale": 1.0, "route_norm": True},
+    "afmoe": {"score_func": "sigmoid", "route_scale": 1.0, "route_norm": True, "n_group": 1, "topk_group": 1},
+    "cohere2_moe": {"logit_scale": 1.0},
     # vLLM has no kernel for this family's own scores, sigmoid without groups, on CPUs.
     "minimax_m2": {"rotary_dim": 16, "use_routing_bias": True, "scoring_func": "sigmoid" if ON_GPU else "softmax"},
 }
@@ -39,7 +40,7 @@ ARCHITECTURES = {"phimoe": "PhiMoEForCausalLM"}
 # vLLM and transformers differ on these models as they are, or in dtype or scores: vLLM is compared with itself.
 VLLM_ALONE = (
     "deepseek_v2", "deepseek_v3", "llama4", "minimax_m2", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "kimi_k2",
-    "glm4_moe_lite", "granitemoehybrid", "jamba", "laguna", "afmoe", "ernie4_5_moe", "lfm2_moe",
+    "glm4_moe_lite", "granitemoehybrid", "afmoe", "ernie4_5_moe", "lfm2_moe",
 )  # fmt: skip
 # vLLM's kernels for linear attention on CPUs take nothing else.
 BFLOAT16 = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
@@ -49,7 +50,7 @@ ALWAYS = ("mixtral", "qwen2_moe", "deepseek_v2", "olmoe", "gpt_oss")
 FAMILIES = (
     *ALWAYS, "deepseek_v3", "glm4_moe", "granitemoe", "granitemoeshared", "llama4", "llama4_text", "minimax_m2",
     "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "kimi_k2", "glm4_moe_lite", "dots1",
-    "solar_open", "gemma4_text", "lfm2_moe", "granitemoehybrid", "granitemoe_swa", "jamba", "laguna", "ernie4_5_moe",
+    "solar_open", "gemma4_text", "lfm2_moe", "granitemoehybrid", "granitemoe_swa", "ernie4_5_moe",
     "hunyuan_v1_moe", "afmoe", "exaone_moe", "cohere2_moe", "mellum", "flex_olmo",
 )  # fmt: skip
 
