@@ -49,7 +49,7 @@ TORCHVISION = ("llama4", "qwen3_5_moe", "qwen3_5_moe_text")
 ALWAYS = ("mixtral", "qwen2_moe", "deepseek_v2", "olmoe", "gpt_oss")
 FAMILIES = (
     *ALWAYS, "deepseek_v3", "glm4_moe", "granitemoe", "granitemoeshared", "llama4", "llama4_text", "minimax_m2",
-    "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "kimi_k2", "glm4_moe_lite", "dots1",
+    "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "kimi_k2", "glm4_moe_lite",
     "solar_open", "gemma4_text", "lfm2_moe", "granitemoehybrid", "granitemoe_swa", "ernie4_5_moe",
     "hunyuan_v1_moe", "afmoe", "exaone_moe", "cohere2_moe", "mellum", "flex_olmo",
 )  # fmt: skip
