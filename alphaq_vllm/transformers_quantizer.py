@@ -76,8 +76,8 @@ class AlphaQHfQuantizer(HfQuantizer):
     ) -> None:
         # Only here, because vLLM imports this module too, and needs none of these.
         from offline.source.alphaq import check_alphaq
-        from offline.source.architectures import family_of
         from offline.source.checkpoint import open_checkpoint
+        from offline.source.recognition import family_of
 
         checkpoint = open_checkpoint(str(Path(checkpoint_files[0]).parent))
         check_alphaq(checkpoint)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offline.messages import some
-from offline.source.architectures import family_of
 from offline.source.checkpoint import Checkpoint
+from offline.source.recognition import family_of
 
 # What llm-compressor calls the matrices of an expert in every model.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

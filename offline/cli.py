@@ -135,6 +135,13 @@ def add_revision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
 
 
+def add_family(parser: argparse.ArgumentParser) -> None:
+    """Add whose experts have the same names, for a type of model that is not in the table of families."""
+    parser.add_argument(
+        "--family", metavar="TYPE", help="type of model whose experts have the same names (default: found by them)"
+    )
+
+
 def add_group_size(parser: argparse.ArgumentParser) -> None:
     """Add the group size."""
     parser.add_argument("--group-size", type=int, choices=SUPPORTED_GROUP_SIZES, help="default 128")

@@ -10,6 +10,7 @@ from alphaq_vllm.format import LINEAR_BITS
 from offline.cli import (
     Parser,
     add_choice_options,
+    add_family,
     add_group_size,
     add_output_options,
     add_quantizer_options,
@@ -70,6 +71,7 @@ def build_parser() -> Parser:
     add_quantizer_options(parser)
     add_group_size(parser)
     add_revision(parser)
+    add_family(parser)
     parser.add_argument(
         "--linear-bits",
         type=int,

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from offline.allocation.widths import NOISE_KINDS
-from offline.cli import Parser, add_group_size, add_json_option, add_revision, add_workers, given, run
+from offline.cli import Parser, add_family, add_group_size, add_json_option, add_revision, add_workers, given, run
 from offline.operations.measure import measure
 from offline.quantizers.grids import GRIDS
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--quantizer", choices=GRIDS, help="whose error is measured (default mse)")
     add_group_size(parser)
     add_revision(parser)
+    add_family(parser)
     add_workers(parser)
     add_json_option(parser)
     args = parser.parse_args(arguments)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from offline.cli import spelled
-from offline.model.decoder import CALIBRATED
 from offline.source.architectures import FAMILIES
+from tests.offline.conftest import WEIGHTS_ONLY
 from tests.reliability.messages import failures
 
 ROOT = Path(__file__).parents[1]
@@ -71,4 +71,4 @@ def test_readme_lists_the_families():
     table = (ROOT / "README.md").read_text().partition("| family |")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| [^|]+ \| (`[^|]+`) \| ([^|]+) \| [^|]+ \|$", table, re.MULTILINE)
     listed = {name: path for names, path in rows for name in re.findall(r"`(\w+)`", names)}
-    assert listed == {name: "propagated + gptq" if name in CALIBRATED else "kurtosis + mse" for name in FAMILIES}
+    assert listed == {name: "kurtosis + mse" if name in WEIGHTS_ONLY else "propagated + gptq" for name in FAMILIES}

@@ -27,7 +27,7 @@ from alphaq_vllm.plugin.moe import SHARDS, AlphaQMoEMethod
 from offline.allocation.bit_map import check_bit_map
 from offline.allocation.widths import Budget
 from offline.model.check import check_source, check_values
-from offline.model.decoder import can_run
+from offline.model.runnable import can_run
 from offline.operations.cache import cached_statistics
 from offline.operations.choosing import choose_widths
 from offline.operations.options import ConvertOptions, options_from
@@ -103,7 +103,7 @@ def choose_online(model: str, revision: str | None, settings: Mapping[str, Any])
         format_bytes(plan.tensor_bytes),
         how,
         time.monotonic() - start,
-        _converted_instead(model, can_run(every_expert)),
+        _converted_instead(model, can_run(source)),
     )
     return Online(to_spec(plan.bits, experts, group_size), quantizer)
 

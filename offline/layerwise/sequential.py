@@ -23,8 +23,9 @@ from torch import Tensor
 from alphaq_vllm import packing
 from alphaq_vllm.format import PACKED, SCALE, ZERO
 from offline.journal import sync
-from offline.model.decoder import Decoder, Routes, add_outputs, advance, route
+from offline.model.decoder import Decoder
 from offline.model.forward import by_expert, expert_outputs, inner_states, project
+from offline.model.layer import Routes, add_outputs, advance, route
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
 from offline.parallel import run_all
 from offline.progress import Progress
@@ -143,7 +144,7 @@ class SequentialGptq:
                 if not last:
                     if outputs is None:
                         outputs = expert_outputs(experts, load, routes, layer.activation, workers)
-                    add_outputs(layer, hidden, routes, outputs)
+                    add_outputs(layer, hidden, outputs, routes, self._source, workers)
                 progress.advance(self._nbytes(matrix for expert in experts for matrix in expert))
         return starved
 

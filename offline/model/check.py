@@ -6,7 +6,7 @@ The names and shapes come from transformers' own model, those of the experts fro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -14,13 +14,15 @@ import torch
 
 from alphaq_vllm.format import TensorSpec
 from offline.messages import some
-from offline.model.decoder import Decoder, can_run
+from offline.model.decoder import Decoder
+from offline.model.runnable import can_run
 from offline.model.skeleton import needs
 from offline.progress import Progress
-from offline.source.architectures import experts_per_token, family_of, is_draft, text_config
+from offline.source.architectures import experts_per_token, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import SOURCE_DTYPES, Experts, load_matrix
 from offline.source.quantized.tensor import QuantizedTensor
+from offline.source.recognition import draft_tensors, family_of, taken_for
 from offline.threads import one_thread
 
 # What is greater overflows float32 as soon as it is squared, as norms do.
@@ -32,12 +34,14 @@ _READ_BYTES = 2**22
 class Found:
     """What a checkpoint holds: tensors that the model ``needed``, and ``extra`` ones.
 
-    known: whether transformers knows the type of model, without which all are taken for needed.
+    known: whether transformers knows the type of model, without which all are taken for needed. family: how the family
+    was found, where the type of model does not tell it.
     """
 
     needed: tuple[str, ...]
     extra: tuple[str, ...] = ()
     known: bool = True
+    family: str = ""
 
     def __str__(self) -> str:
         """What a user should know of it, or nothing.
@@ -45,12 +49,13 @@ class Found:
         >>> str(Found(("a",), ("b", "c")))
         '2 tensors that the model does not need, kept as they are: b, c'
         """
+        parts = [self.family] if self.family else []
         if not self.known:
-            return "transformers does not know the type of model: only the experts were checked to be complete"
+            parts.append("what else the model needs is not known: only the experts were checked to be complete")
         if self.extra:
             tensors = "1 tensor" if len(self.extra) == 1 else f"{len(self.extra)} tensors"
-            return f"{tensors} that the model does not need, kept as they are: {some(self.extra)}"
-        return ""
+            parts.append(f"{tensors} that the model does not need, kept as they are: {some(self.extra)}")
+        return "; ".join(parts)
 
 
 def check_source(source: Checkpoint, experts: Experts) -> Found:
@@ -66,9 +71,9 @@ def check_source(source: Checkpoint, experts: Experts) -> Found:
     experts_per_token(source.config)
     specs = {name: source.spec(name) for name in source.tensors}
     found = check_tensors(source, specs, first, {matrix.tensor for matrix in experts.matrices})
-    if found.known and can_run(experts):
+    if found.known and can_run(source):
         Decoder(source, experts).rehearse(source)
-    return found
+    return replace(found, family=taken_for(source))
 
 
 def check_tensors(
@@ -99,8 +104,8 @@ def check_tensors(
     which = "gate" if family_of(checkpoint).gated else "up"
     for module, shape in needed.modules.items():
         _check_shape(checkpoint.config, f"{module}: {which} of an expert", shape, first[module])
-    known = others.union(*needed.tensors)
-    extra = {name: None for name in specs if name not in known and not is_draft(checkpoint, name)}
+    known = others.union(draft_tensors(checkpoint), *needed.tensors)
+    extra = {name: None for name in specs if name not in known}
     return Found(tuple(name for name in specs if name not in extra), tuple(extra))
 
 

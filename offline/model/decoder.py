@@ -1,95 +1,28 @@
 """Running a model one layer at a time: its skeleton by transformers, without weights; a layer's weights when needed.
 
-The weights of routed experts are never loaded here. A layer runs once, for what reaches its experts and for its output
-without theirs, which every family adds to the rest of the layer's output: so that somebody else can do it later.
+The weights of routed experts are never loaded here.
 """
 
 from __future__ import annotations
-
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from offline.model.layer import Layer, advance, recorder, route
+from offline.model.runnable import (
+    computed_buffers,
+    experts_module,
+    last_norm,
+    latent_projection,
+    place_buffers,
+    why_not,
+)
 from offline.model.sampling import draw
-from offline.model.skeleton import ROUTERS, by_transformers, skeleton
-from offline.source.architectures import family_of
+from offline.model.skeleton import by_transformers, skeleton, stored_names, tensors_beside_experts
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
-from offline.threads import in_threads
-
-# Families whose experts compute ``down(act_fn(gate(x)) * up(x))``, or ``down(act_fn(up(x)))`` without a gate, and are
-# called with inputs, ids and weights of experts.
-CALIBRATED = (
-    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "olmoe", "deepseek_v2", "deepseek_v3",
-    "glm4_moe", "minimax_m2", "granitemoe", "granitemoeshared", "phimoe", "nemotron_h",
-)  # fmt: skip
-
-
-def can_run(experts: Experts) -> bool:
-    """Whether ``Decoder`` knows the family."""
-    return experts.model_type in CALIBRATED
-
-
-@dataclass(frozen=True)
-class Routes:
-    """What reaches the experts of a layer: ``inputs`` ``[tokens, features]``, ``topk_ids`` and ``topk_weights``
-    ``[tokens, k]``.
-
-    back: ``[hidden_size, features]``, what the sum of their outputs is multiplied with where they compute on latents.
-    """
-
-    inputs: Tensor
-    topk_ids: Tensor
-    topk_weights: Tensor
-    back: Tensor | None = None
-
-    def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """The tokens of one expert, int64, and their weights, float32."""
-        tokens, slots = torch.where(self.topk_ids == expert)
-        return tokens, self.topk_weights[tokens, slots].float()
-
-
-@dataclass
-class Layer:
-    """A decoder layer.
-
-    tensors: the source's tensor for each parameter and buffer of the module but its experts'; experts: the module of
-    routed experts and source_experts its name in the source, if it has one; back: what projects the sum of their
-    outputs from latents, if anything does; arguments: what it is called with besides its input.
-    """
-
-    module: nn.Module
-    tensors: Mapping[str, str]
-    experts: nn.Module | None
-    source_experts: str | None
-    back: nn.Linear | None = None
-    arguments: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
-
-    @property
-    def activation(self) -> Callable[[Tensor], Tensor]:
-        """What is applied to the output of gate, or of up without one."""
-        from transformers.activations import SiLUActivation
-
-        function = self.experts.act_fn  # type: ignore[union-attr]
-        # Torch's own function reaches another process without an import of transformers there.
-        return nn.functional.silu if isinstance(function, SiLUActivation) else function  # type: ignore[return-value]
-
-    @contextmanager
-    def loaded(self, source: Checkpoint, device: torch.device) -> Iterator[None]:
-        """Have the weights in memory, in float32."""
-        weights = {key: source.load(name).to(device, torch.float32) for key, name in self.tensors.items()}
-        self.module.load_state_dict(weights, strict=False, assign=True)
-        del weights
-        try:
-            yield
-        finally:
-            self.module.to("meta")
+from offline.source.recognition import family_of
 
 
 class Decoder:
@@ -99,32 +32,43 @@ class Decoder:
     """
 
     def __init__(self, source: Checkpoint, experts: Experts) -> None:
-        if not can_run(experts):
+        if reason := why_not(source):
             raise ValueError(
-                f"{source.path}: `quantizer=gptq` and `noise=propagated` can run {', '.join(CALIBRATED)}, "
-                f"got {experts.model_type}: leave both out"
+                f"{source.path}: `quantizer=gptq` and `noise=propagated` run the model, which cannot be done with "
+                f"{experts.model_type}: {reason}: leave both out"
             )
-        model = skeleton(source)
+        model, family = skeleton(source), family_of(source)
         self._decoder = model.get_decoder()
-        self._rotary = getattr(self._decoder, "rotary_emb", None)
-        if self._rotary is not None:
-            # Its frequencies are computed, not loaded.
-            self._decoder.rotary_emb = self._rotary = type(self._rotary)(config=self._decoder.config)
-        family = family_of(source)
-        names = {module: family.in_checkpoint(name) for name, module in model.named_modules()}
-        embedding = f"{names[self._decoder.get_input_embeddings()]}.weight"
-        self._norm_name = "norm" if hasattr(self._decoder, "norm") else "norm_f"
-        norm, head = self._decoder.get_submodule(self._norm_name), model.get_output_embeddings()
-        self._norm, self._norm_tensors = norm, {key: f"{names[norm]}.{key}" for key in norm.state_dict()}
+        buffers = computed_buffers(self._decoder)
+        self._buffers = {name: buffer for name, buffer in buffers.items() if not name.startswith("layers.")}
+        stored, _ = stored_names(model, family, tensors_beside_experts(model))
+        names = {module: name for name, module in model.named_modules()}
+        table, head = self._decoder.get_input_embeddings(), model.get_output_embeddings()
+        embedding, prediction = stored[f"{names[table]}.weight"], stored[f"{names[head]}.weight"]
         # A model that ties the two may have either.
-        self._embedding = embedding if embedding in source.tensors else f"{names[head]}.weight"
-        self._head = f"{names[head]}.weight" if f"{names[head]}.weight" in source.tensors else embedding
-        self._head_bias = f"{names[head]}.bias" if f"{names[head]}.bias" in source.tensors else None
-        # What Granite divides its predictions by.
-        self._logits_scaling = getattr(self._decoder.config, "logits_scaling", 1.0)
-        self.vocab_size: int = self._decoder.config.vocab_size
-        self.context: int = self._decoder.config.max_position_embeddings
-        self.layers = [_layer(module, f"{names[module]}.", experts) for module in self._decoder.layers]
+        self._embedding = embedding if embedding in source.tensors else prediction
+        self._head = prediction if prediction in source.tensors else embedding
+        bias = stored.get(f"{names[head]}.bias")
+        self._head_bias = bias if bias in source.tensors else None
+        self._norm_name, self._norm = last_norm(self._decoder)
+        self._norm_tensors = {key: stored[f"{names[self._norm]}.{key}"] for key in self._norm.state_dict()}
+        config = self._decoder.config
+        # Gemma multiplies what comes out of its table, within the table's module.
+        self._embedding_scale = float(getattr(table, "scalar_embed_scale", 1.0))
+        # What Granite divides its predictions by, Cohere multiplies them by, and Gemma bends them to.
+        self._logits_scaling = getattr(config, "logits_scaling", 1.0) / (getattr(config, "logit_scale", None) or 1.0)
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.vocab_size: int = config.vocab_size
+        self.context: int = config.max_position_embeddings
+        self.layers = []
+        for number, module in enumerate(self._decoder.layers):
+            prefix, name = f"{names[module]}.", f"{family.block_of(number)}.experts"
+            tensors = {key.removeprefix(prefix): n for key, n in stored.items() if key.startswith(prefix)}
+            own = f"layers.{number}."
+            kept = {key.removeprefix(own): buffer for key, buffer in buffers.items() if key.startswith(own)}
+            routed = experts_module(module) if name in experts.modules else None
+            back = latent_projection(module) if routed else None
+            self.layers.append(Layer(module, tensors, routed, name if routed else None, back, kept))
 
     @torch.no_grad()
     def rehearse(self, source: Checkpoint) -> None:
@@ -147,8 +91,7 @@ class Decoder:
                 if layer.experts is None:
                     advance(layer, hidden)
                 else:
-                    routes = route(layer, hidden)
-                    add_outputs(layer, hidden, routes, routes.inputs)
+                    route(layer, hidden)
         if any(bool(part.isnan().any()) for part in computed if isinstance(part, Tensor)):
             raise ValueError(
                 f"{source.path}: config.json: expected positions and factors that transformers can compute with, "
@@ -162,16 +105,16 @@ class Decoder:
         Learns what else the layers are called with, which depends on the length of the windows alone.
         """
         hidden = nn.functional.embedding(windows, source.load(self._embedding)).to(device, torch.float32)
+        hidden *= self._embedding_scale
         self._enter(hidden)
         return hidden
 
     def _enter(self, hidden: Tensor) -> None:
         """Replace rows of the embedding table, ``[windows, length, hidden_size]``, by the input of the first layer."""
         for layer in self.layers:
-            layer.module.forward = _recorder(layer)  # type: ignore[method-assign]
+            layer.module.forward = recorder(layer)  # type: ignore[method-assign]
         setattr(self._decoder, self._norm_name, nn.Identity())
-        if self._rotary is not None:
-            self._rotary.to(hidden.device)
+        place_buffers(self._decoder, self._buffers, hidden.device)
         for window in hidden:
             # Some families scale what comes out of the table.
             window.copy_(self._decoder(inputs_embeds=window[None], use_cache=False).last_hidden_state[0])
@@ -191,85 +134,6 @@ class Decoder:
         head = source.load(self._head).to(device)
         bias = source.load(self._head_bias).to(device) if self._head_bias else None
         places = self._norm(hidden).flatten(0, 1)
-        tokens = draw(places, shares.flatten(0, 1).to(device), head, bias, self._logits_scaling, workers)
+        drawn_by = shares.flatten(0, 1).to(device)
+        tokens = draw(places, drawn_by, head, bias, self._logits_scaling, workers, self._softcap)
         return tokens.view(shares.shape).cpu()
-
-
-@torch.no_grad()
-def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
-    """What reaches the experts of a loaded layer with the input ``hidden``, ``[windows, length, hidden_size]``.
-
-    ``hidden`` becomes the layer's output but for what ``add_outputs`` adds. workers: threads to use, which changes no
-    number.
-    """
-    seen = threading.local()
-
-    def record(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        seen.inputs, seen.topk = hidden_states, (top_k_index, top_k_weights)
-        return torch.zeros_like(hidden_states)
-
-    def run(number: int) -> tuple[Tensor, Tensor]:
-        hidden[number] = _call(layer, hidden[number])
-        inputs[number] = seen.inputs.view_as(inputs[number])
-        return seen.topk
-
-    features = hidden.shape[2] if layer.back is None else layer.back.in_features
-    inputs = hidden.new_empty(*hidden.shape[:2], features)
-    layer.experts.forward = record  # type: ignore[union-attr, method-assign]
-    topk = zip(*in_threads(run, range(len(hidden)), workers), strict=True)
-    back = None if layer.back is None else layer.back.weight.detach()
-    topk_ids, topk_weights = (torch.cat(tensors) for tensors in topk)
-    return Routes(inputs.flatten(0, 1), topk_ids, topk_weights, back)
-
-
-def add_outputs(layer: Layer, hidden: Tensor, routes: Routes, expert_outputs: Tensor) -> None:
-    """Add what comes out of a layer's experts, ``[tokens, features]``, to what ``route`` has left of ``hidden``."""
-    if routes.back is not None:
-        expert_outputs = expert_outputs @ routes.back.T
-    # Granite scales it.
-    hidden.flatten(0, 1).add_(expert_outputs, alpha=getattr(layer.module, "residual_multiplier", 1))
-
-
-@torch.no_grad()
-def advance(layer: Layer, hidden: Tensor, workers: int = 1) -> None:
-    """Replace ``hidden``, the input of a loaded layer without experts, by its output; workers: as of ``route``."""
-
-    def run(window: Tensor) -> None:
-        window.copy_(_call(layer, window))
-
-    for _ in in_threads(run, hidden, workers):
-        pass
-
-
-def _call(layer: Layer, window: Tensor) -> Tensor:
-    positional, named = layer.arguments
-    return layer.module(window[None], *positional, **named)[0]
-
-
-def _recorder(layer: Layer) -> Callable[..., Tensor]:
-    def record(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
-        layer.arguments = positional, named
-        return hidden_states
-
-    return record
-
-
-def _layer(module: nn.Module, prefix: str, experts: Experts) -> Layer:
-    """prefix: the name of the layer in the source, with a dot."""
-    source_experts = next((name for name in experts.modules if name.startswith(prefix)), None)
-    keys = list(module.state_dict())
-    if source_experts is None:
-        return Layer(module, {key: prefix + key for key in keys}, None, None)
-    name = next(name for name, _ in module.named_modules() if name.split(".")[-1] == "experts")
-    block, source_block = name.removesuffix("experts"), source_experts.removeprefix(prefix).removesuffix("experts")
-    renamed = {f"{block}router.weight": block + ROUTERS.get(experts.model_type, "router.weight")}
-    tensors = {}
-    for key in keys:
-        if not key.startswith(f"{name}."):
-            source_key = renamed.get(key, key)
-            below = source_key.removeprefix(block)
-            tensors[key] = prefix + (source_key if below == source_key else source_block + below)
-    back = getattr(module.get_submodule(block.removesuffix(".")), "fc2_latent_proj", None)
-    # Where there are no latents, it is an identity.
-    back = back if isinstance(back, nn.Linear) else None
-    return Layer(module, tensors, module.get_submodule(name), source_experts, back)

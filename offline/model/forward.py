@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from offline.model.decoder import Decoder, Layer, Routes, add_outputs, advance, route
+from offline.model.decoder import Decoder
+from offline.model.layer import Layer, Routes, add_outputs, advance, route
 from offline.progress import Progress
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
@@ -46,7 +47,8 @@ def forward(
                     continue
                 routes = route(layer, hidden, workers)
             matrices = by_expert(experts, layer.source_experts)
-            add_outputs(layer, hidden, routes, expert_outputs(matrices, load, routes, layer.activation, workers))
+            outputs = expert_outputs(matrices, load, routes, layer.activation, workers)
+            add_outputs(layer, hidden, outputs, routes, source, workers)
             if observe:
                 observe(layer, matrices, routes, hidden)
             progress.advance(sum(matrix_nbytes(source, matrix) for expert in matrices for matrix in expert))

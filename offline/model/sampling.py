@@ -20,20 +20,26 @@ MAX_PREDICTIONS, SLICE, BLOCK = 2**26, 2**13, 2**7
 
 @torch.no_grad()
 def draw(
-    places: Tensor, shares: Tensor, head: Tensor, bias: Tensor | None = None, scaling: float = 1.0, workers: int = 1
+    places: Tensor,
+    shares: Tensor,
+    head: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    workers: int = 1,
+    softcap: float | None = None,
 ) -> Tensor:
     """Tokens drawn from ``softmax((places @ head.T + bias) / scaling)``, ``[places, draws]``.
 
     places: ``[places, hidden_size]`` float32; shares: ``[places, draws]`` float64 in [0, 1), random: a token is the
     first with whose probability those of all before it add up to more; head: ``[words, hidden_size]``, any floating
-    dtype; workers: threads to use, which changes no token.
+    dtype; workers: threads to use, which changes no token; softcap: what a hyperbolic tangent bends logits to, if any.
     Raises ValueError for predictions that are not finite.
     """
     count = max(1, MAX_PREDICTIONS // _padded(head))
     drawn = []
     with Progress("text", places.nbytes, brief=True) as progress:
         for some, wanted in zip(places.split(count), shares.split(count), strict=True):
-            drawn.append(_draw(some, wanted, head, bias, scaling, workers))
+            drawn.append(_draw(some, wanted, head, bias, scaling, workers, softcap))
             progress.advance(some.nbytes)
     return torch.cat(drawn)
 
@@ -43,7 +49,15 @@ def _padded(head: Tensor) -> int:
     return math.ceil(len(head) / BLOCK) * BLOCK
 
 
-def _draw(places: Tensor, shares: Tensor, head: Tensor, bias: Tensor | None, scaling: float, workers: int) -> Tensor:
+def _draw(
+    places: Tensor,
+    shares: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    workers: int,
+    softcap: float | None,
+) -> Tensor:
     """``draw`` for places whose predictions are held together."""
     # What a token counts beside those of its slice, and 0 for words that there are not.
     odds = places.new_empty(len(places), _padded(head))
@@ -54,6 +68,8 @@ def _draw(places: Tensor, shares: Tensor, head: Tensor, bias: Tensor | None, sca
         rows = slice(start, start + SLICE)
         logits = nn.functional.linear(places, head[rows].float(), None if bias is None else bias[rows].float())
         logits /= scaling
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
         greatest = logits.amax(-1, keepdim=True)
         odds[:, start : start + logits.shape[1]] = logits.sub_(greatest).exp_()
         return greatest, odds[:, rows].unflatten(1, (-1, BLOCK)).sum(-1)

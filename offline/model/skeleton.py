@@ -5,21 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from offline.source.architectures import Family, family_of, num_layers
+from offline.source.architectures import FAMILIES, Family, experts_size, num_layers
 from offline.source.checkpoint import Checkpoint
 from offline.source.fused import FusedPart
+from offline.source.recognition import family_of
 
-# What checkpoints call the router's weight where transformers calls it ``router.weight``.
-ROUTERS = {
-    **dict.fromkeys(("granitemoe", "granitemoeshared"), "router.layer.weight"),
-    "phimoe": "gate.weight",
-}
+_MATRICES = re.compile(r"\.experts\.(?:gate_up|up|down)_proj$")
 # What a config keeps of the program that saved it: no tensor depends on it, nor does vLLM.
 _LEFTOVERS = {
     "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation",
@@ -49,12 +46,27 @@ def skeleton(source: Checkpoint) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    model_type = str(source.config.get("model_type"))
+    model_type = built_type(source)
     sees = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with by_transformers(source, "build"), torch.device("meta"):
-        config = CONFIG_MAPPING[model_type].from_dict(_without_leftovers(source.config))
+        config = CONFIG_MAPPING[str(model_type)].from_dict(
+            {**_without_leftovers(source.config), "model_type": model_type}
+        )
         return auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+
+
+def built_type(checkpoint: Checkpoint) -> str | None:
+    """The type of model that transformers builds for a checkpoint; None if it is not known to build what is stored.
+
+    A type that is not in the table of families may be stored under names that transformers would not give its tensors.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = checkpoint.config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    built_as = (family.built_as or str(model_type)) if family else None
+    return built_as if built_as in CONFIG_MAPPING else None
 
 
 @contextmanager
@@ -80,9 +92,7 @@ def needs(checkpoint: Checkpoint) -> Needs | None:
 
     Raises ValueError as ``skeleton`` does, and for more layers than there can be.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if checkpoint.config.get("model_type") not in CONFIG_MAPPING:
+    if built_type(checkpoint) is None:
         return None
     layers, _ = num_layers(checkpoint.config)
     # Building them would take for ever.
@@ -92,40 +102,78 @@ def needs(checkpoint: Checkpoint) -> Needs | None:
             f"{len(checkpoint.tensors)} tensors, got {layers}: correct it or download it again"
         )
     model, family = skeleton(checkpoint), family_of(checkpoint)
-    blocks = _blocks(model, family)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    router = ROUTERS.get(str(checkpoint.config["model_type"]), "router.weight")
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
-    modules = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        block = next((block for block in blocks if key.startswith(block)), "")
-        below = key.removeprefix(block)
-        name = blocks[block] + (router if below == "router.weight" else below) if block else family.in_checkpoint(key)
-        module = f"{blocks[block]}experts" if block and below.startswith("experts.") else None
-        if module and name not in family.kept_tensors(module):
-            if below == ("experts.gate_up_proj" if family.gated else "experts.up_proj"):
-                part = FusedPart(name, family.fused, 0 if family.gated else None)
-                modules[module] = part.matrix_shape(tuple(tensor.shape))
-        elif not any(pattern.search(key) for pattern in ignored):
+    tensors = {
+        key: tensor
+        for key, tensor in tensors_beside_experts(model).items()
+        if not any(pattern.search(key) for pattern in ignored)
+    }
+    modules = {
+        f"{family.block_of(layer_number(key))}.experts": _first_shape(family, model, tuple(tensor.shape))
+        for key, tensor in model.state_dict(keep_vars=True).items()
+        if key.endswith(".experts.gate_up_proj" if family.gated else ".experts.up_proj")
+    }
+    names, converted = stored_names(model, family, tensors)
+    alike: dict[int, list[str]] = {}
+    for key, tensor in tensors.items():
+        if key in names:
             # Names of one tensor have one object.
-            names.setdefault(id(tensor), []).append(name)
-            tensors[id(tensor)] = tensor
-    return Needs({tuple(names[i]): tuple(tensor.shape) for i, tensor in tensors.items()}, modules)
+            alike.setdefault(id(tensor), []).append(key)
+    needed = {tuple(names[key] for key in keys): tuple(tensors[keys[0]].shape) for keys in alike.values()}
+    return Needs(needed | {(name,): tuple(tensor.shape) for name, tensor in converted.items()}, modules)
 
 
-def _blocks(model: nn.Module, family: Family) -> dict[str, str]:
-    """The names of the MoE blocks in transformers, with a dot, and those in checkpoints."""
-    blocks = {}
-    for name, module in model.named_modules():
-        if name.endswith(".experts") and next(module.parameters(), None) is not None:
-            layer = re.findall(r"\d+", name)[-1]
-            blocks[name.removesuffix("experts")] = family.block.replace(r"\d+", layer).replace("\\", "") + "."
-    return blocks
+def stored_names(model: Any, family: Family, tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What tensors of a model are called in a checkpoint of the family, as transformers would save them.
+
+    tensors: by their names in the model, without those of experts.
+    Returns the names of those that are stored as they are, by their names in the model; and what is stored in place of
+    the others, by name.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    own = FAMILIES[model.config.model_type].prefix if model.config.model_type in FAMILIES else family.prefix
+
+    def named(name: str) -> str:
+        below = name.removeprefix(own)
+        return name if below == name else family.prefix + below
+
+    # Names of one tensor have one object, and cannot be told apart once they are renamed.
+    first = {id(tensor): key for key, tensor in reversed(list(tensors.items()))}
+    saved = revert_weight_conversion(model, {key: tensors[key] for key in first.values()})
+    names = {first[id(tensor)]: named(name) for name, tensor in saved.items() if id(tensor) in first}
+    for key, tensor in tensors.items():
+        if first[id(tensor)] != key:
+            names[key] = named(next(iter(revert_weight_conversion(model, {key: tensor}))))
+    return names, {named(name): tensor for name, tensor in saved.items() if id(tensor) not in first}
+
+
+def tensors_beside_experts(model: Any) -> dict[str, Tensor]:
+    """The parameters and buffers of a model but for the matrices of its experts, by their names in it."""
+    return {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if not _MATRICES.search(key)}
+
+
+def layer_number(name: str) -> int:
+    """The number of the decoder layer that a module or a tensor is in: the first that its name has after ``layers``.
+
+    >>> layer_number("model.layers.3.mlp.experts.7")
+    3
+    """
+    return int(name.rpartition("layers.")[2].partition(".")[0])
+
+
+def _first_shape(family: Family, model: Any, fused: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of an expert's gate, or up without one, by that of the model's parameter that holds it, in either
+    orientation.
+    """
+    size = experts_size(model.config.get_text_config().to_dict())
+    transposed = fused[1] == size if fused[2] != size else family.fused.transposed
+    half = 0 if family.gated else None
+    return FusedPart("", replace(family.fused, transposed=transposed), half).matrix_shape(fused)
 
 
 def _without_leftovers(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: _read(value) for key, value in config.items() if key not in _LEFTOVERS}
+    kept = {key: _decoded(value) for key, value in config.items() if key not in _LEFTOVERS}
     # Where it is null, vLLM computes it, and some of transformers' models do so only where it is absent.
     if "head_dim" in kept and kept["head_dim"] is None:
         del kept["head_dim"]
@@ -136,10 +184,14 @@ def _without_leftovers(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _read(value: Any) -> Any:
-    """A value of a config; JSON has no infinity, for which transformers writes an object."""
+def _decoded(value: Any) -> Any:
+    """A value of a config, with the numbers that transformers writes as objects because JSON does not have them.
+
+    >>> _decoded([0.0, {"__float__": "Infinity"}])
+    [0.0, inf]
+    """
     if isinstance(value, list):
-        return [_read(item) for item in value]
+        return [_decoded(part) for part in value]
     if not isinstance(value, Mapping):
         return value
     return float(value["__float__"]) if value.keys() == {"__float__"} else _without_leftovers(value)

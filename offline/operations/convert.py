@@ -18,7 +18,7 @@ from offline.allocation.sizes import Room
 from offline.allocation.widths import Budget, average_left
 from offline.layerwise.sequential import SequentialGptq
 from offline.model.check import check_source, check_values
-from offline.model.decoder import can_run
+from offline.model.runnable import can_run
 from offline.model.text import Calibration
 from offline.operations.choosing import choose_widths
 from offline.operations.options import ConvertOptions, with_options
@@ -62,10 +62,10 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
 
 def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> Summary:
     start, group_size = time.monotonic(), options.group_size
-    source = open_checkpoint(model, options.revision)
+    source = open_checkpoint(model, options.revision, options.family)
     every_expert = find_experts(source)
     found = check_source(source, every_expert)
-    runs = can_run(every_expert)
+    runs = can_run(source)
     quantizer = options.quantizer or ("gptq" if runs else "mse")
     calibration = options.text(quantizer)
     given = read_statistics(Path(options.stats)) if options.stats else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from offline.allocation.widths import Choice
 from offline.journal import Journal
 from offline.model.check import check_source, check_values
-from offline.model.decoder import can_run
+from offline.model.runnable import can_run
 from offline.model.text import MAX_TOKENS
 from offline.operations.options import MeasureOptions, with_options
 from offline.operations.plan import Job, plan, quantized_specs
@@ -42,11 +42,11 @@ def measure(model: str | Path, output: str | Path | None, options: MeasureOption
         ValueError: For a file that is of another source or other settings, and for anything wrong with the source.
         OSError: For files that cannot be read or written.
     """
-    source = open_checkpoint(str(model), options.revision)
+    source = open_checkpoint(str(model), options.revision, options.family)
     experts = find_experts(source)
     held = check_source(source, experts)
     check_group_size(options.group_size, experts.matrices)
-    budget = options.budget(can_run(experts))
+    budget = options.budget(can_run(source))
     output = Path(output) if output else None
     if output and output.exists():
         found = read_statistics(output)

@@ -165,6 +165,8 @@ class ConvertOptions(WidthOptions):
         group_size: Input columns that share a scale and a zero point: 32, 64 or 128.
         linear_bits: Of linear layers outside the experts: 16 leaves them alone, 8 or 4.
         revision: Of a model on the Hub: a branch, a tag or a commit; by default its main branch.
+        family: A type of model in the table of families whose experts have the same names; by default found by the
+            model's own type, or else by the names.
         tp_size: Ranks of tensor parallelism that the result must split among.
         max_shard_size: Of the data in one file.
         dry_run: Decide everything, estimate the time, and write nothing.
@@ -187,6 +189,7 @@ class ConvertOptions(WidthOptions):
     group_size: int = 128
     linear_bits: int = 16
     revision: str | None = None
+    family: str | None = None
     tp_size: int = 1
     max_shard_size: int | str = DEFAULT_SHARD_BYTES
     dry_run: bool = False
@@ -261,6 +264,8 @@ class MeasureOptions:
         quantizer: Whose error: ``mse``, ``rtn`` or ``hqq``.
         group_size: Input columns that share a scale and a zero point: 32, 64 or 128.
         revision: Of a model on the Hub: a branch, a tag or a commit; by default its main branch.
+        family: A type of model in the table of families whose experts have the same names; by default found by the
+            model's own type, or else by the names.
         workers: Processes to use, which changes no figure; by default as many as help.
 
     Raises:
@@ -272,6 +277,7 @@ class MeasureOptions:
     quantizer: str = "mse"
     group_size: int = 128
     revision: str | None = None
+    family: str | None = None
     workers: int | None = None
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from alphaq_vllm.format import LINEAR_BITS, SUPPORTED_GROUP_SIZES, stored_bits_per_weight
 from offline.model.check import check_source
-from offline.model.decoder import can_run
+from offline.model.runnable import can_run
 from offline.operations.plan import Job
 from offline.operations.serving import Gpus, cache_bytes_per_token, divide, parse_gpus
 from offline.operations.timing import seconds_without_weights
@@ -117,7 +117,7 @@ def _describe(job: Job, bits: float, gpus: Gpus | None) -> dict[str, Any]:
     matrix = experts.matrices[0]
     return {
         "model_type": experts.model_type,
-        "runs": can_run(experts),
+        "runs": can_run(source),
         "files": len(source.files),
         "size": source.nbytes,
         "layers": len(experts.modules),

@@ -13,8 +13,9 @@ from alphaq_vllm.format import SHARD_IDS, SUPPORTED_GROUP_SIZES, LinearFormat, s
 from alphaq_vllm.ranks import SHARE, fitting_ranks, shared_group_size
 from offline.operations.plan import Job
 from offline.progress import parse_bytes
-from offline.source.architectures import is_draft, text_config
+from offline.source.architectures import text_config
 from offline.source.linear import LinearLayer
+from offline.source.recognition import draft_tensors
 
 Parallel = Literal["tensor", "expert"]
 # Of a GPU's memory, what vLLM leaves to other programs.
@@ -79,10 +80,10 @@ def divide(job: Job, bits: float, ranks: int, parallel: Parallel) -> Divided:
     _check_heads(job.source.config, ranks)
     experts, group_size = _expert_bytes(job, bits, ranks, parallel)
     linear = {layer.tensor: layer for layer in job.linear}
-    replaced = {matrix.tensor for matrix in job.experts.matrices}
+    left_out = {matrix.tensor for matrix in job.experts.matrices} | draft_tensors(job.source)
     others = Fraction(0)
     for name in job.source.tensors:
-        if name not in replaced and not is_draft(job.source, name):
+        if name not in left_out:
             layer = linear.get(name)
             nbytes = _linear_bytes(layer, job.linear[layer]) if layer else _plain(job, name)
             others += nbytes * _share(job.source.config, name, ranks)

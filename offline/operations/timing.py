@@ -11,8 +11,9 @@ import torch
 from offline.allocation.bit_map import average_bits
 from offline.allocation.widths import Budget
 from offline.layerwise.sequential import SequentialGptq
-from offline.model.decoder import Decoder, route
+from offline.model.decoder import Decoder
 from offline.model.forward import by_expert, inner_states, project
+from offline.model.layer import route
 from offline.model.text import CONTEXT_TOKENS
 from offline.operations.plan import Job
 from offline.quantizers.quantize import quantize
@@ -127,6 +128,8 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
     start = time.monotonic()
     with layer.loaded(source, device):
         load = time.monotonic() - start
+        # The first run also finds out what the layer does with its experts.
+        route(layer, hidden.clone())
         window = _seconds(lambda: route(layer, hidden.clone())) * LENGTH / length
     first = by_expert(experts, str(layer.source_experts))[0]
     weights: list[torch.Tensor] = []

@@ -15,10 +15,10 @@ from alphaq_vllm.format import AlphaQSpec, TensorSpec, matrix_tensors
 from offline.model.check import Found, check_tensors, first_damaged
 from offline.operations.compare import compare
 from offline.source.alphaq import check_alphaq
-from offline.source.architectures import family_of, is_draft
 from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import ExpertMatrix, find_experts
 from offline.source.linear import stored_linear_layers
+from offline.source.recognition import draft_tensors, family_of
 
 
 def validate(model: str | Path, source: str | Path | None = None) -> dict[str, Any]:
@@ -78,11 +78,11 @@ def _check_complete(checkpoint: Checkpoint, widths: Mapping[ExpertMatrix, int]) 
 
 def _excluded(checkpoint: Checkpoint, spec: AlphaQSpec) -> tuple[ExpertMatrix, ...]:
     """The matrices of modules of experts that are stored as in the source, checked to be complete."""
-    modules = tuple(f"{module}." for module in spec.num_bits)
+    modules, drafts = tuple(f"{module}." for module in spec.num_bits), draft_tensors(checkpoint)
     kept = {
         name: tensor
         for name, tensor in checkpoint.tensors.items()
-        if not name.startswith(modules) and not is_draft(checkpoint, name)
+        if not name.startswith(modules) and name not in drafts
     }
     family = family_of(checkpoint)
     pattern = re.compile(rf"{family.block}\.(experts\.|{re.escape(family.fused.gate_up)})")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from alphaq_vllm import packing
-from offline.model.decoder import Decoder, Layer, Routes
+from offline.model.decoder import Decoder
 from offline.model.forward import activate, forward
+from offline.model.layer import Layer, Routes
 from offline.model.text import write_text
 from offline.parallel import run_all
 from offline.quantizers.quantize import quantize

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec, TensorSpec, matrix_tensors
 from offline.messages import some
-from offline.source.architectures import Family, experts_size, family_of, num_experts
+from offline.source.architectures import Family, experts_size, num_experts
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix
 from offline.source.linear import stored_linear_layers
+from offline.source.recognition import family_of
 
 
 def check_alphaq(checkpoint: Checkpoint) -> dict[ExpertMatrix, int]:

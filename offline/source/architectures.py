@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from offline.source.checkpoint import Checkpoint
 from offline.source.fused import FusedLayout, FusedPart
 
-_NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 _MTP_LAYERS_KEYS = ("num_nextn_predict_layers", "num_mtp_modules")
 
 
@@ -23,7 +23,9 @@ class Family:
     block: pattern of the MoE blocks, each with a module ``experts``; projections: gate, up and down, or up and down of
     experts without a gate, in this order, by the names that vLLM loads; fused: how the experts lie in a block with
     fused tensors; individual: whether transformers also reads one tensor per matrix; kept: tensors of a block's experts
-    that are not quantized; decoder: what checkpoints call the module that transformers calls ``model``.
+    that are not quantized; prefixes: what else the names of layers may begin with, for vLLM and transformers to load
+    them; built_as: the type of model that transformers builds, if it does not know this one by name; own_code: whether
+    the config's code comes with the model, because neither transformers nor vLLM has it.
     """
 
     block: str
@@ -31,7 +33,9 @@ class Family:
     fused: FusedLayout = field(default_factory=FusedLayout)
     individual: bool = True
     kept: tuple[str, ...] = ()
-    decoder: str = "model"
+    prefixes: tuple[str, ...] = ()
+    built_as: str | None = None
+    own_code: bool = False
 
     @property
     def module(self) -> str:
@@ -48,16 +52,37 @@ class Family:
         """The projection whose input is the intermediate one."""
         return self.projections[-1]
 
-    def in_checkpoint(self, name: str) -> str:
-        """What checkpoints call a tensor beside the experts that transformers calls ``name``."""
-        return re.sub(r"^model\.", f"{self.decoder}.", name)
+    @property
+    def prefix(self) -> str:
+        """What the names of layers begin with, with a dot."""
+        return self.block.partition("layers")[0].replace("\\", "")
+
+    @property
+    def below_layer(self) -> str:
+        """Pattern of the name of a block below its layer, with a dot before it; empty if that is the layer itself."""
+        return self.block.partition(r"\d+")[2]
+
+    def under(self, prefix: str) -> Family:
+        """The same with names of layers that begin with ``prefix``."""
+        return replace(self, block=rf"{re.escape(prefix)}layers\.\d+{self.below_layer}")
+
+    def block_of(self, layer: int | str) -> str:
+        """The name of a layer's block."""
+        return self.block.replace(r"\d+", str(layer)).replace("\\", "")
+
+    @property
+    def example(self) -> str:
+        """The name of a tensor of experts."""
+        own = f"experts.0.{self.projections[0]}.weight" if self.individual else self.fused.gate_up
+        return f"{self.block_of(0)}.{own}"
 
     def part(self, module: str, projection: str) -> FusedPart:
         """Where a projection of a module's experts lies in a block with fused tensors."""
-        place = self.projections.index(projection)
-        is_down = projection == self.down
-        half = place if self.gated and not is_down else None
-        return FusedPart(_below_block(module, self.fused.down if is_down else self.fused.gate_up), self.fused, half)
+        if self.gated:
+            tensor, half = self.fused.place(self.projections.index(projection))
+        else:
+            tensor, half = self.fused.down if projection == self.down else self.fused.gate_up, None
+        return FusedPart(_below_block(module, tensor), self.fused, half)
 
     def native_part(self, module: str, projection: str) -> FusedPart | None:
         """The same if fused tensors are all that transformers reads of this family, else None."""
@@ -73,29 +98,67 @@ def _below_block(module: str, name: str) -> str:
 
 
 _MLP = Family(r"model\.layers\.\d+\.mlp")
+# Serving reads either, because models that also see are published with the longer names.
+_TEXT_OF_VISION = replace(_MLP, prefixes=("model.language_model.",))
+_VISION = replace(_MLP, block=r"model\.language_model\.layers\.\d+\.mlp")
+_OWN_CODE = replace(_MLP, own_code=True)
 _W1_W3_W2 = Family(r"model\.layers\.\d+\.block_sparse_moe", projections=("w1", "w3", "w2"))
 _GRANITE = Family(
     r"model\.layers\.\d+\.block_sparse_moe",
     fused=FusedLayout(gate_up="input_linear.weight", down="output_linear.weight"),
     individual=False,
 )
-_LLAMA4 = Family(r"model\.layers\.\d+\.feed_forward", fused=FusedLayout(transposed=True), individual=False)
+_FEED_FORWARD = Family(r"model\.layers\.\d+\.feed_forward")
+_LLAMA4 = replace(_FEED_FORWARD, fused=FusedLayout(transposed=True), individual=False)
+_GEMMA4 = Family(r"model\.layers\.\d+", individual=False, prefixes=("model.language_model.",))
 
 FAMILIES = {
     "mixtral": _W1_W3_W2,
     "qwen2_moe": _MLP,
     "qwen3_moe": _MLP,
     "qwen3_next": _MLP,
-    "qwen3_5_moe": replace(_MLP, block=r"model\.language_model\.layers\.\d+\.mlp"),
-    "qwen3_5_moe_text": _MLP,
+    "qwen3_vl_moe": replace(_VISION, individual=False),
+    "qwen3_5_moe": _VISION,
+    "qwen3_5_moe_text": _TEXT_OF_VISION,
     "olmoe": _MLP,
+    "flex_olmo": _MLP,
     "deepseek_v2": _MLP,
     "deepseek_v3": _MLP,
+    "deepseek_v32": _MLP,
+    "kimi_k2": replace(_MLP, built_as="deepseek_v3"),
+    "kimi_linear": _W1_W3_W2,
     "glm4_moe": _MLP,
+    "glm4_moe_lite": _MLP,
+    "glm_moe_dsa": _MLP,
+    "gemma4": replace(_GEMMA4, block=r"model\.language_model\.layers\.\d+", prefixes=()),
+    "gemma4_text": _GEMMA4,
     "phimoe": _W1_W3_W2,
     "minimax_m2": _W1_W3_W2,
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
+    "granitemoehybrid": _GRANITE,
+    "granitemoe_swa": replace(_GRANITE, fused=FusedLayout()),
+    "lfm2_moe": replace(_FEED_FORWARD, projections=("w1", "w3", "w2")),
+    "jamba": _FEED_FORWARD,
+    "ernie4_5_moe": _MLP,
+    "hunyuan_v1_moe": _MLP,
+    "hy_v3": _MLP,
+    "afmoe": _MLP,
+    "exaone_moe": _MLP,
+    "cohere2_moe": _MLP,
+    "solar_open": _MLP,
+    "mellum": _MLP,
+    "dots1": _MLP,
+    "mimo_v2_flash": _MLP,
+    "laguna": replace(_MLP, kept=("experts.e_score_correction_bias",)),
+    "axk1": _MLP,
+    "deepseek": _OWN_CODE,
+    "bailing_moe": _OWN_CODE,
+    "bailing_moe_v2": _OWN_CODE,
+    "bailing_hybrid": _OWN_CODE,
+    "mimo_v2": _OWN_CODE,
+    "sarvam_moe": _OWN_CODE,
+    "sarvam_mla": _OWN_CODE,
     "llama4": replace(_LLAMA4, block=rf"language_model\.{_LLAMA4.block}"),
     "llama4_text": _LLAMA4,
     "gpt_oss": replace(
@@ -108,35 +171,34 @@ FAMILIES = {
         r"backbone\.layers\.\d+\.mixer",
         projections=("up_proj", "down_proj"),
         fused=FusedLayout(gate_up="experts.up_proj"),
-        decoder="backbone",
     ),
 }
 
 
-def family_of(checkpoint: Checkpoint) -> Family:
-    """The family of a checkpoint. Raises ValueError for a dense model and for an unknown architecture."""
-    model_type = checkpoint.config.get("model_type")
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
-    if isinstance(model_type, str) and not any(".experts." in name for name in checkpoint.tensors):
-        raise ValueError(
-            f"{checkpoint.path}: model_type {model_type!r} is a dense model, without routed experts: "
-            "expected a Mixture-of-Experts model"
-        )
-    raise ValueError(f"{checkpoint.path}: model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r:.80}")
+def has_own_code(config: Mapping[str, Any]) -> bool:
+    """Whether a model can be loaded only with the code of its config that comes with it."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return family is None or family.own_code
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the code that it names, for a copy of the model.
 
-    transformers has every family of the table itself. That code is not taken along, and with ``trust_remote_code`` it
-    would be looked for.
+    That code is not taken along, and with ``trust_remote_code`` it would be looked for. Only where nobody else has the
+    config's class, its code stays named, and is taken along.
     """
-    return {
-        key: without_code(value) if isinstance(value, Mapping) else value
+    return _without_code(config, ("AutoConfig",) if has_own_code(config) else ())
+
+
+def _without_code(config: Mapping[str, Any], kept: tuple[str, ...]) -> dict[str, Any]:
+    code = config.get("auto_map")
+    names = {key: code[key] for key in kept if key in code} if isinstance(code, Mapping) else {}
+    plain = {
+        key: _without_code(value, ()) if isinstance(value, Mapping) else value
         for key, value in config.items()
         if key != "auto_map"
     }
+    return {**plain, "auto_map": names} if names else plain
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -167,7 +229,7 @@ def with_plain_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
 def num_experts(config: Mapping[str, Any]) -> int:
     """The number of routed experts in each module. Raises ValueError unless the config says one."""
     config = text_config(config)
-    numbers = {key: config[key] for key in _NUM_EXPERTS_KEYS if config.get(key) is not None}
+    numbers = {key: _one(config[key]) for key in _NUM_EXPERTS_KEYS if config.get(key) is not None}
     if not numbers:
         raise ValueError(f"config.json: expected {' or '.join(_NUM_EXPERTS_KEYS)}, got none")
     for key, number in numbers.items():
@@ -178,17 +240,21 @@ def num_experts(config: Mapping[str, Any]) -> int:
     return next(iter(numbers.values()))
 
 
+def _one(number: Any) -> Any:
+    """The one number that a list repeats for every layer, as HunYuan's do."""
+    return number[0] if isinstance(number, list) and number and all(other == number[0] for other in number) else number
+
+
 def experts_per_token(config: Mapping[str, Any]) -> int:
     """The number of routed experts that compute each token; if the config does not say it, a usual one.
 
     Raises ValueError for what is not a number of experts.
     """
-    experts = num_experts(config)
-    number = text_config(config).get("num_experts_per_tok", min(2, experts))
+    experts, config = num_experts(config), text_config(config)
+    key = next((key for key in _EXPERTS_PER_TOKEN_KEYS if key in config), _EXPERTS_PER_TOKEN_KEYS[0])
+    number = _one(config.get(key, min(2, experts)))
     if type(number) is not int or not 1 <= number <= experts:
-        raise ValueError(
-            f"config.json: num_experts_per_tok: expected a number of experts from 1 to {experts}, got {number!r:.80}"
-        )
+        raise ValueError(f"config.json: {key}: expected a number of experts from 1 to {experts}, got {number!r:.80}")
     return number
 
 
@@ -213,12 +279,3 @@ def num_layers(config: Mapping[str, Any]) -> tuple[int, int]:
         raise ValueError(f"config.json: num_hidden_layers: expected a number of layers from 1 up, got {number!r:.80}")
     following = [config[key] for key in _MTP_LAYERS_KEYS if type(config.get(key)) is int]
     return number, max([0, *following])
-
-
-def is_draft(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor belongs to a layer for multi-token prediction, which only drafts."""
-    layers = family_of(checkpoint).block.partition(r"\d+")[0].replace("\\", "")
-    number = name.removeprefix(layers).partition(".")[0]
-    decoder, following = num_layers(checkpoint.config)
-    follows = name.startswith(layers) and number.isdecimal() and decoder <= int(number) < decoder + following
-    return name.startswith("mtp.") or follows

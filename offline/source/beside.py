@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from unicodedata import category
 
 from offline.messages import printed
+from offline.source.architectures import has_own_code
 from offline.source.hub import absent_files
 
 # What tells how the source's weights are quantized, which those of a copy are not: ModelOpt's, AutoAWQ's, AutoGPTQ's.
@@ -191,7 +192,7 @@ def _code(directory: Path, names: Sequence[str], types: Iterable[str]) -> set[st
     """
     named = {f"{kind.split('.')[0]}.py" for kind in types}
     for file in _SETTINGS:
-        named |= {f"{place.split('.')[0]}.py" for place in _input_classes(_read(directory / file))}
+        named |= {f"{place.split('.')[0]}.py" for place in _classes(_read(directory / file))}
     code: set[str] = set()
     new = {name for name in names if name in named or _is_of(name, _CODE)}
     while new:
@@ -220,14 +221,15 @@ def _values(modules: Any, key: str) -> set[str]:
     return {value for entry in entries if isinstance(value := entry.get(key), str)}
 
 
-def _input_classes(settings: Any) -> list[str]:
+def _classes(settings: Any) -> list[str]:
     """The classes that settings name in their ``auto_map``, a name each or a list of names and nulls, but for those of
-    the model itself.
+    the model, and for that of its config where others have it.
     """
     auto_map = settings.get("auto_map") if isinstance(settings, Mapping) else None
     if not isinstance(auto_map, Mapping):
         return []
-    values = [value for key, value in auto_map.items() if not key.startswith(("AutoConfig", "AutoModel"))]
+    others = ("AutoModel",) if "model_type" in settings and has_own_code(settings) else ("AutoConfig", "AutoModel")
+    values = [value for key, value in auto_map.items() if not key.startswith(others)]
     return [
         name for value in values for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)
     ]

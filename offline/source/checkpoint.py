@@ -38,7 +38,8 @@ class Checkpoint:
 
     ``tensors`` is in the order of the ``files``, then of the data in each file. quantization: that of the weights, if
     any; fault: why they cannot be read as numbers, or nothing. It counts once the family is known, for what looks like
-    damage may be the way of a family that is not.
+    damage may be the way of a family that is not. family: the type of model whose experts are named like its, if the
+    user says so.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor]
     quantization: Quantization | None = None
     fault: str = ""
+    family: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -72,11 +74,11 @@ class Checkpoint:
         return self.tensors[name].load()
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None, family: str | None = None) -> Checkpoint:
     """Find and check a checkpoint.
 
     model: a directory, or the name of a model on the Hugging Face Hub, which is then downloaded into the usual cache;
-    revision: the branch, tag or commit there, by default the main branch.
+    revision: the branch, tag or commit there, by default the main branch; family: see ``Checkpoint``.
     Raises FileNotFoundError for what is missing and ValueError for what is damaged or contradictory.
     """
     path = _locate(model, revision)
@@ -92,7 +94,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
             tensors = join_tensors(stored, quantization.readers)
         except ValueError as error:
             fault = str(error)
-    checkpoint = Checkpoint(path, config, [path / name for name in shards], tensors, quantization, fault)
+    checkpoint = Checkpoint(path, config, [path / name for name in shards], tensors, quantization, fault, family)
     for sidecar in checkpoint.sidecars:
         refuse_lfs_pointer(sidecar.path)
     return checkpoint
@@ -168,6 +170,12 @@ def _shard_names(path: Path) -> list[str]:
     if (path / SINGLE).is_file():
         return [SINGLE]
     found = sorted(file.name for file in path.glob("*.safetensors"))
+    if any(name.startswith("consolidated") for name in found):
+        raise FileNotFoundError(
+            f"{path}: expected {SINGLE} or {INDEX}, got only {some(found)}: Mistral's own files, whose tensors have "
+            "other names: take the files model*.safetensors of the same repository, or those of a copy of the model "
+            "for transformers"
+        )
     if found:
         raise FileNotFoundError(f"{path}: expected {SINGLE} or {INDEX}, got only {some(found)}: download the index")
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))

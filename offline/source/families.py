@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
 
 from offline.messages import some
-from offline.source.architectures import Family, experts_size, family_of, num_experts, num_layers, text_config
+from offline.source.architectures import Family, experts_size, num_experts, num_layers, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.fused import FusedPart
 from offline.source.quantized.method import READ
 from offline.source.quantized.tensor import QuantizedTensor
+from offline.source.recognition import family_of
 from offline.threads import compute_device
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -88,10 +89,11 @@ def find_experts(source: Checkpoint) -> Experts:
     """
     family = family_of(source)
     _check_quantization(source)
+    blocks = _blocks(source, family)
     expected = num_experts(source.config)
     matrices = [
         matrix
-        for block, names in _blocks(source, family).items()
+        for block, names in _in_decoder(source, blocks).items()
         for matrix in _block_matrices(source, family, block, names, expected)
     ]
     check_shapes(matrices, family, source.config)
@@ -172,13 +174,22 @@ def _check_quantization(source: Checkpoint) -> None:
 
 
 def _blocks(source: Checkpoint, family: Family) -> dict[str, set[str]]:
-    """The names of the experts' tensors below each MoE block of the decoder, by layer."""
-    fused = "|".join(map(re.escape, (family.fused.gate_up, family.fused.down)))
+    """The names of the experts' tensors below each MoE block."""
+    fused = "|".join(map(re.escape, family.fused.tensors))
     pattern = re.compile(rf"({family.block})\.(experts\..+|{fused})")
     blocks: dict[str, set[str]] = {}
     for name in source.tensors:
         if match := pattern.fullmatch(name):
             blocks.setdefault(match[1], set()).add(match[2])
+    if not blocks:
+        raise ValueError(
+            f"{source.path}: expected tensors such as {family.example}, got none: the model has no experts"
+        )
+    return blocks
+
+
+def _in_decoder(source: Checkpoint, blocks: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """The blocks of the decoder, by layer."""
     layers = {block: int(re.findall(r"\d+", block)[-1]) for block in blocks}
     decoder, following = num_layers(source.config)
     for block, layer in layers.items():
@@ -186,14 +197,16 @@ def _blocks(source: Checkpoint, family: Family) -> dict[str, set[str]]:
             raise ValueError(f"{block}: expected layers up to {decoder + following - 1} as config.json says, got more")
     found = {block: blocks[block] for block in sorted(blocks, key=layers.__getitem__) if layers[block] < decoder}
     if not found:
-        raise ValueError(f"{source.path}: expected tensors named {family.module}, got none: the model has no experts")
+        raise ValueError(f"{source.path}: expected experts in layers up to {decoder - 1} as config.json says, got none")
     return found
 
 
 def _block_matrices(
     source: Checkpoint, family: Family, block: str, names: set[str], expected: int
 ) -> list[ExpertMatrix]:
-    fused = not family.individual or not names.isdisjoint((family.fused.gate_up, family.fused.down))
+    fused = not family.individual or not names.isdisjoint(family.fused.tensors)
+    if fused and names.issuperset(family.fused.tensors):
+        family = _oriented(source, family, block)
     _check_names(family, block, names, expected, fused)
     module, matrices = f"{block}.experts", []
     for expert, projection in product(range(expected), family.projections):
@@ -204,11 +217,20 @@ def _block_matrices(
     return matrices
 
 
+def _oriented(source: Checkpoint, family: Family, block: str) -> Family:
+    """The family with its fused tensors in the orientation that they have in a block."""
+    first, down = (source.spec(f"{block}.{name}").shape for name in (family.fused.gate_up, family.fused.down))
+    size = experts_size(source.config)
+    if type(size) is not int:
+        return family
+    return replace(family, fused=family.fused.oriented(first, down, size, family.gated))
+
+
 def _check_names(family: Family, block: str, names: set[str], expected: int, fused: bool) -> None:
     says = f"{block}: expected {expected} experts as config.json says"
     if expected > len(names) and not fused:
         raise ValueError(f"{says}, got only {len(names)} tensors")
-    tensors = [family.fused.gate_up, family.fused.down]
+    tensors = list(family.fused.tensors)
     if not fused:
         tensors = [f"experts.{e}.{projection}.weight" for e in range(expected) for projection in family.projections]
     missing = [name for name in tensors if name not in names]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,15 +11,43 @@ import torch
 class FusedLayout:
     """How the experts lie in their fused tensors.
 
-    gate_up, down: names of the two tensors below the block; the first is of up alone if there is no gate. transposed:
-    an expert's matrix is stored as ``[in_features, out_features]``. interleaved: output features of gate and up
-    alternate, the first being gate's; otherwise all of gate's come first.
+    gate_up, down: names of the two tensors below the block; the first is of up alone if there is no gate. up: that of a
+    third one, in which case ``gate_up`` holds gate alone. transposed: an expert's matrix is stored as
+    ``[in_features, out_features]``. interleaved: output features of gate and up alternate, the first being gate's;
+    otherwise all of gate's come first.
     """
 
     gate_up: str = "experts.gate_up_proj"
     down: str = "experts.down_proj"
+    up: str | None = None
     transposed: bool = False
     interleaved: bool = False
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all tensors."""
+        return (self.gate_up, self.up, self.down) if self.up else (self.gate_up, self.down)
+
+    def place(self, projection: int) -> tuple[str, int | None]:
+        """The tensor that holds a projection, 0 for gate, 1 for up and 2 for down, and the half of it, if not all."""
+        if self.up or projection == 2:
+            return self.tensors[projection if self.up else 1], None
+        return self.gate_up, projection
+
+    def oriented(self, first: tuple[int, ...], down: tuple[int, ...], size: int, gated: bool = True) -> FusedLayout:
+        """The layout with the orientation that the shapes of the two tensors show, or as it is if they show none.
+
+        first: of the one for gate, and up if it holds that too, or for up without a gate; size: features that experts
+        take and give.
+        Models are published in one orientation and saved by transformers in the other. Where gate and up alternate,
+        the one that is known holds.
+        """
+        if self.interleaved or len(first) != 3 or len(down) != 3:
+            return self
+        halves = 2 if gated and not self.up else 1
+        straight = first[2] == down[1] == size and first[1] == halves * down[2]
+        turned = first[1] == down[2] == size and first[2] == halves * down[1]
+        return replace(self, transposed=turned) if straight != turned else self
 
 
 @dataclass(frozen=True)

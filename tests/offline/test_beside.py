@@ -112,7 +112,24 @@ def test_out_loads_with_trust_remote_code_although_the_config_named_code(source,
 
 
 def test_transformers_has_every_family_without_code_from_a_checkpoint():
-    assert set(FAMILIES) <= set(CONFIG_MAPPING)
+    families = {family.built_as or name for name, family in FAMILIES.items() if not family.own_code}
+    assert families <= set(CONFIG_MAPPING)
+    assert not {name for name, family in FAMILIES.items() if family.own_code} & set(CONFIG_MAPPING)
+
+
+def test_the_code_of_a_config_comes_along_where_nobody_else_has_it(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model("bailing_moe"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_bytes())
+    named = {"AutoConfig": "configuration_x.C", "AutoModelForCausalLM": "modeling_x.M"}
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": named}))
+    lay(model, {"configuration_x.py": "from .sizes import N", "sizes.py": "N = 1", "modeling_x.py": "raise SystemExit"})
+    summary = convert(model, tmp_path / "out", **QUICK)
+    assert json.loads((tmp_path / "out" / "config.json").read_bytes())["auto_map"] == {
+        "AutoConfig": "configuration_x.C"
+    }
+    assert summary.code == ("configuration_x.py", "sizes.py")
+    assert summary.left == ("modeling_x.py",)
+    assert "only the experts were checked" in summary.found
 
 
 def test_code_is_dropped_from_nested_configs_too():

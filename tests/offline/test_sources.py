@@ -14,13 +14,7 @@ from alphaq_vllm.format import PACKED, SCALE, SHARD_IDS, ZERO
 from offline.source.architectures import FAMILIES, experts_size
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts, load_matrix
-
-
-def load_model(path):
-    auto = transformers.AutoModelForCausalLM
-    if "vision_config" in json.loads((path / "config.json").read_bytes()):
-        auto = transformers.AutoModelForImageTextToText
-    return auto.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
+from tests.offline.model.whole import whole_model
 
 
 def run_expert(experts, expert, x):
@@ -36,6 +30,8 @@ def activate(model_type, source, matrices, products):
     if model_type == "nemotron_h":
         return F.relu(products[0]) ** 2
     gate, up = products
+    if model_type.startswith("gemma4"):
+        return F.gelu(gate, approximate="tanh") * up
     if model_type != "gpt_oss":
         return F.silu(gate) * up
     bias = source.load(f"{matrices[0].module}.gate_up_proj_bias")[matrices[0].expert].float()
@@ -46,7 +42,7 @@ def activate(model_type, source, matrices, products):
 @torch.no_grad()
 def assert_experts_are_the_models(path):
     """Each expert that is found in the checkpoint computes what transformers computes with it."""
-    source, model = open_checkpoint(str(path)), load_model(path)
+    source, model = open_checkpoint(str(path)), whole_model(path)
     experts = find_experts(source)
     modules = [module for name, module in model.named_modules() if name.endswith(".experts")]
     assert len(modules) == len(experts.modules) > 0

@@ -8,10 +8,10 @@ import transformers
 
 from alphaq_vllm import convert, dequantize, validate
 from alphaq_vllm.plugin.online import choose_online
-from offline.model.decoder import CALIBRATED
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts
 from tests.offline.conftest import COMMON, CONFIGS
+from tests.offline.conftest import WEIGHTS_ONLY as NOT_RUN
 from tests.reliability.damages import KINDS, damage, recast, retype
 
 FAMILIES = ("qwen2_moe", "deepseek_v3", "granitemoe", "mixtral", "qwen3_next", "gpt_oss")
@@ -70,7 +70,7 @@ def assert_values(whole, out, folder):
 def convert_or_refuse(whole, folder, number):
     """What was done to a copy of a source, and the message of its refusal, None if it was converted rightly."""
     source, out = shutil.copytree(whole, folder / "source"), folder / "out"
-    done, runs = damage(source, number), whole.name in CALIBRATED
+    done, runs = damage(source, number), whole.name not in NOT_RUN
     default = {"workers": 1, **(FEW_TOKENS if runs else {})}
     refusal = outcome(lambda: convert(source, out, **default))
     if refusal is None:

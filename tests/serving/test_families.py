@@ -12,7 +12,7 @@ from alphaq_vllm import convert, dequantize
 from offline.source import architectures
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
-from tests.offline.conftest import COMMON, CONFIGS
+from tests.offline.conftest import COMMON, CONFIGS, WRITTEN_AS
 from tests.serving.scoring import PROMPT, score, score_without_gate
 
 ON_GPU = torch.cuda.is_available()
@@ -31,6 +31,10 @@ OPTIONS = {
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     # Experts on latents; three groups of 64.
     "nemotron_h": {"moe_latent_size": 64, "moe_intermediate_size": 192},
+    "kimi_k2": {**MLA, "topk_method": "noaux_tc"},
+    "glm4_moe_lite": MLA,
+    "afmoe": {"score_func": "sigmoid", "route_scale": 1.0, "route_norm": True, "n_group": 1, "topk_group": 1},
+    "cohere2_moe": {"logit_scale": 1.0},
     # vLLM has no kernel for this family's own scores, sigmoid without groups, on CPUs.
     "minimax_m2": {"rotary_dim": 16, "use_routing_bias": True, "scoring_func": "sigmoid" if ON_GPU else "softmax"},
 }
@@ -40,7 +44,10 @@ PUBLISHED = {
     "nemotron_h": {"hybrid_override_pattern": "E*ME", "num_hidden_layers": 4},
 }
 # vLLM and transformers differ on these models as they are, or in dtype or scores: vLLM is compared with itself.
-VLLM_ALONE = ("deepseek_v2", "deepseek_v3", "llama4", "minimax_m2", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
+VLLM_ALONE = (
+    "deepseek_v2", "deepseek_v3", "llama4", "minimax_m2", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "kimi_k2",
+    "glm4_moe_lite", "granitemoehybrid", "afmoe", "ernie4_5_moe", "lfm2_moe",
+)  # fmt: skip
 # vLLM's kernels for linear attention on CPUs take nothing else.
 BFLOAT16 = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 # vLLM's code for models that see imports torchvision. These are asked in text alone.
@@ -48,7 +55,9 @@ TORCHVISION = ("llama4", "qwen3_5_moe", "qwen3_5_moe_text")
 ALWAYS = ("mixtral", "qwen2_moe", "deepseek_v2", "olmoe", "gpt_oss")
 FAMILIES = (
     *ALWAYS, "deepseek_v3", "glm4_moe", "granitemoe", "granitemoeshared", "llama4", "llama4_text", "minimax_m2",
-    "nemotron_h", "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
+    "nemotron_h", "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "kimi_k2", "glm4_moe_lite",
+    "solar_open", "gemma4_text", "lfm2_moe", "granitemoehybrid", "granitemoe_swa", "ernie4_5_moe",
+    "hunyuan_v1_moe", "afmoe", "exaone_moe", "cohere2_moe", "mellum", "flex_olmo",
 )  # fmt: skip
 
 
@@ -78,13 +87,16 @@ def save_model(model_type, folder):
         options["text_config"] = {**options["text_config"], **more}
     else:
         options = {**COMMON, **options, **more}
-    config = transformers.AutoConfig.for_model(model_type, **options)
+    config = transformers.AutoConfig.for_model(WRITTEN_AS.get(model_type, model_type), **options)
     model = auto.from_config(config, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         # vLLM loads PhiMoE's bias of the head, and does not add it.
         if name.endswith("bias") and name != "lm_head.bias":
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
+    if model_type in WRITTEN_AS:
+        settings = json.loads((folder / "config.json").read_bytes())
+        (folder / "config.json").write_text(json.dumps({**settings, "model_type": model_type}))
     if published := PUBLISHED.get(model_type):
         settings = json.loads((folder / "config.json").read_bytes())
         (folder / "config.json").write_text(json.dumps({**settings, **published}))
@@ -109,7 +121,7 @@ def test_vllm_gives_the_log_probabilities_of_the_dequantized_model(model_type, v
     dequantize(str(checkpoint), dequantized, dtype="float32")
     dtype = "float16" if ON_GPU else "bfloat16" if model_type in BFLOAT16 else "float32"
     arguments = {"dtype": dtype}
-    if model_type.startswith("deepseek") and not ON_GPU:
+    if "kv_lora_rank" in CONFIGS[model_type] and not ON_GPU:
         # The kernels that vLLM prefers on a CPU with AMX do not take float32.
         arguments["attention_backend"] = "CPU_MLA"
 

@@ -1,12 +1,20 @@
 """Running a model layer by layer: the same activations as the whole model's, with one layer in memory."""
 
+import json
+import shutil
+
 import pytest
 import torch
-import transformers
 
-from offline.model.decoder import CALIBRATED, Decoder, add_outputs, advance, route
+from offline.model.decoder import Decoder
+from offline.model.forward import forward
+from offline.model.layer import add_outputs, advance, route
+from offline.model.runnable import can_run, last_norm
+from offline.source.architectures import FAMILIES
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts, load_weight
+from tests.offline.conftest import WEIGHTS_ONLY
+from tests.offline.model.whole import whole_model
 
 CPU = torch.device("cpu")
 
@@ -28,26 +36,52 @@ def open_model(path):
     return source, find_experts(source)
 
 
-@pytest.mark.parametrize("model_type", [*CALIBRATED, "latent"])
+@pytest.mark.parametrize("model_type", [*(name for name in FAMILIES if name not in WEIGHTS_ONLY), "latent"])
 def test_decoder_computes_what_transformers_computes(tiny_model, latent_model, model_type):
     path = latent_model if model_type == "latent" else tiny_model(model_type)
     windows = torch.randint(3, 256, (3, 40), generator=torch.Generator().manual_seed(0))
-    whole = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).get_decoder()
-    setattr(whole, "norm" if hasattr(whole, "norm") else "norm_f", torch.nn.Identity())
+    whole = whole_model(path).get_decoder()
+    setattr(whole, last_norm(whole)[0], torch.nn.Identity())
     with torch.no_grad():
-        expected = whole(windows, use_cache=False).last_hidden_state
+        expected = whole(input_ids=windows, use_cache=False).last_hidden_state
 
     source, experts = open_model(path)
     decoder = Decoder(source, experts)
     hidden = decoder.embed(source, windows, CPU)
     for layer in decoder.layers:
         with layer.loaded(source, CPU):
-            if layer.source_experts:
-                routes = route(layer, hidden)
-                outputs = expert_outputs(source, experts, layer, routes)
-                assert outputs.norm() > 1e-3 * hidden.norm()
-                add_outputs(layer, hidden, routes, outputs)
-            else:
+            if not layer.source_experts:
                 advance(layer, hidden)
+                continue
+            routes = route(layer, hidden)
+        outputs = expert_outputs(source, experts, layer, routes)
+        # Unless they are normalized, they have to be large enough to matter.
+        assert layer.scale is None or outputs.norm() > 1e-3 * hidden.norm()
+        add_outputs(layer, hidden, outputs, routes, source)
     # Activations of the latent model are larger.
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-6 * max(1, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_cannot_be_run_is_known_beforehand(tiny_model, model_type):
+    source, experts = open_model(tiny_model(model_type))
+    assert can_run(source) == (model_type not in WEIGHTS_ONLY)
+    if model_type in WEIGHTS_ONLY:
+        with pytest.raises(ValueError, match=f"which cannot be done with {model_type}: .*: leave both out"):
+            Decoder(source, experts)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scales"),
+    [("qwen2_moe", [1, 1]), ("cohere2_moe", [0.5, 0.5]), ("gemma4_text", [None, None]), ("granitemoe", [0.22, 0.22])],
+)
+def test_what_a_layer_does_with_its_experts_is_found(tiny_model, tmp_path, model_type, scales):
+    """Also the multiplier of Granite, and that Gemma normalizes."""
+    path = shutil.copytree(tiny_model(model_type), tmp_path / "model")
+    if model_type == "granitemoe":
+        config = json.loads((path / "config.json").read_bytes())
+        (path / "config.json").write_text(json.dumps({**config, "residual_multiplier": 0.22}))
+    source, experts = open_model(path)
+    decoder = Decoder(source, experts)
+    forward(decoder, source, experts, torch.arange(3, 43)[None], "text")
+    assert [layer.scale for layer in decoder.layers] == scales

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from offline.model import text as text_module
-from offline.model.decoder import CALIBRATED, Decoder
+from offline.model.decoder import Decoder
 from offline.model.forward import forward
 from offline.model.text import write_text
+from offline.source.architectures import FAMILIES
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
+from tests.offline.conftest import WEIGHTS_ONLY
+from tests.offline.model.whole import whole_model
 
 DOCS_MOE = Path(__file__).parents[2] / "models" / "docs-moe"
 
@@ -24,11 +26,10 @@ def open_model(path):
 
 @torch.no_grad()
 def logits(path, windows):
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return model(windows, use_cache=False).logits
+    return whole_model(path)(input_ids=windows, use_cache=False).logits
 
 
-@pytest.mark.parametrize("model_type", [*CALIBRATED, "latent"])
+@pytest.mark.parametrize("model_type", [*(name for name in FAMILIES if name not in WEIGHTS_ONLY), "latent"])
 def test_sample_draws_from_the_predictions_of_transformers(tiny_model, latent_model, model_type):
     path = latent_model if model_type == "latent" else tiny_model(model_type)
     windows = torch.randint(3, 256, (2, 40), generator=torch.Generator().manual_seed(0))

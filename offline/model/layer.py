@@ -1,0 +1,189 @@
+"""One decoder layer: its weights while they are needed, what reaches its experts, and what they add to its output.
+
+A layer runs once, for what reaches its experts and for its output without theirs, which most families add to the rest
+of the layer's output: so that somebody else can do it later. Where a layer does more with what comes out of its
+experts, such as to normalize it, it runs twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offline.model.runnable import place_buffers
+from offline.source.checkpoint import Checkpoint
+from offline.threads import in_threads
+
+# How far the output of a layer may be from its experts' output times a number, added to the rest.
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What reaches the experts of a layer: ``inputs`` ``[tokens, features]``, ``topk_ids`` and ``topk_weights``
+    ``[tokens, k]``.
+
+    before: the input of the layer, if it has to run again; back: ``[hidden_size, features]``, what the sum of their
+    outputs is multiplied with where they compute on latents.
+    """
+
+    inputs: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    before: Tensor | None = None
+    back: Tensor | None = None
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The tokens of one expert, int64, and their weights, float32."""
+        tokens, slots = torch.where(self.topk_ids == expert)
+        return tokens, self.topk_weights[tokens, slots].float()
+
+
+@dataclass
+class Layer:
+    """A decoder layer.
+
+    tensors: the source's tensor for each parameter and buffer of the module but its experts'; experts: the module of
+    routed experts and source_experts its name in the source, if it has one; back: what projects the sum of their
+    outputs from latents, if anything does; buffers: what no checkpoint has of it; arguments: what it is called with
+    besides its input; scale: what the output of the experts, projected back, is multiplied by before it is added to the
+    rest, None if that is not all that happens to it, and unknown before the layer runs.
+    """
+
+    module: nn.Module
+    tensors: Mapping[str, str]
+    experts: nn.Module | None
+    source_experts: str | None
+    back: nn.Linear | None = None
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    arguments: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
+    scale: float | None = None
+    probed: bool = False
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """What is applied to the output of gate, or of up without one."""
+        from transformers.activations import SiLUActivation
+
+        function = self.experts.act_fn  # type: ignore[union-attr]
+        # Torch's own function reaches another process without an import of transformers there.
+        return nn.functional.silu if isinstance(function, SiLUActivation) else function  # type: ignore[return-value]
+
+    @contextmanager
+    def loaded(self, source: Checkpoint, device: torch.device) -> Iterator[None]:
+        """Have the weights in memory, in float32."""
+        weights = {key: source.load(name).to(device, torch.float32) for key, name in self.tensors.items()}
+        self.module.load_state_dict(weights, strict=False, assign=True)
+        del weights
+        place_buffers(self.module, self.buffers, device)
+        try:
+            yield
+        finally:
+            self.module.to("meta")
+
+
+@torch.no_grad()
+def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
+    """What reaches the experts of a loaded layer with the input ``hidden``, ``[windows, length, hidden_size]``.
+
+    ``hidden`` becomes the layer's output but for what ``add_outputs`` adds. workers: threads to use, which changes no
+    number.
+    """
+    seen = threading.local()
+    features = hidden.shape[2] if layer.back is None else layer.back.in_features
+    inputs = hidden.new_empty(*hidden.shape[:2], features)
+    if not layer.probed and not hidden.is_meta:
+        layer.scale, layer.probed = _scale(layer, hidden[0]), True
+    before = hidden.clone() if layer.probed and layer.scale is None else None
+
+    def record(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        seen.inputs, seen.topk = hidden_states, (top_k_index, top_k_weights)
+        return torch.zeros_like(hidden_states)
+
+    def run(number: int) -> tuple[Tensor, Tensor]:
+        hidden[number] = _call(layer, hidden[number])
+        inputs[number] = seen.inputs.view_as(inputs[number])
+        return seen.topk
+
+    layer.experts.forward = record  # type: ignore[union-attr, method-assign]
+    topk_ids, topk_weights = zip(*in_threads(run, range(len(hidden)), workers), strict=True)
+    back = None if layer.back is None else layer.back.weight.detach()
+    return Routes(inputs.flatten(0, 1), torch.cat(topk_ids), torch.cat(topk_weights), before, back)
+
+
+def _scale(layer: Layer, window: Tensor) -> float | None:
+    """What a layer multiplies the output of its experts by before it adds it to the rest, if that is all that it does.
+
+    It is found by adding noise to that output.
+    """
+    features = window.shape[-1] if layer.back is None else layer.back.in_features
+    outputs = window.new_zeros(*window.shape[:-1], features)
+    layer.experts.forward = lambda hidden_states, *_: outputs.view_as(hidden_states)  # type: ignore[union-attr]
+    without = _call(layer, window).view_as(window)
+    noise = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(window.device)
+    outputs = noise * without.square().mean().sqrt()
+    change = (_call(layer, window).view_as(window) - without).double()
+    added = (outputs if layer.back is None else outputs @ layer.back.weight.T).double()
+    scale = float((change * added).sum() / added.square().sum())
+    # Multipliers have few digits, and rounding blurs the last ones.
+    scale = float(f"{scale:.6g}")
+    return scale if float((change - scale * added).norm()) < _ROUNDING * float(change.norm()) else None
+
+
+@torch.no_grad()
+def add_outputs(
+    layer: Layer, hidden: Tensor, expert_outputs: Tensor, routes: Routes, source: Checkpoint, workers: int = 1
+) -> None:
+    """Add what comes out of a layer's experts, ``[tokens, features]``, to what ``route`` has left of ``hidden``.
+
+    routes: what ``route`` returned; source: where the layer is loaded from if it has to run again; workers: threads to
+    use, which changes no number.
+    """
+    if routes.before is None:
+        if routes.back is not None:
+            expert_outputs = expert_outputs @ routes.back.T
+        hidden.flatten(0, 1).add_(expert_outputs, alpha=layer.scale)  # type: ignore[arg-type]
+        return
+    before, part = routes.before, threading.local()
+    outputs = expert_outputs.view(*hidden.shape[:2], -1)
+
+    def run(number: int) -> None:
+        part.outputs = outputs[number]
+        hidden[number] = _call(layer, before[number])
+
+    with layer.loaded(source, hidden.device):
+        layer.experts.forward = lambda states, *_: part.outputs.view_as(states)  # type: ignore[union-attr]
+        for _ in in_threads(run, range(len(hidden)), workers):
+            pass
+
+
+@torch.no_grad()
+def advance(layer: Layer, hidden: Tensor, workers: int = 1) -> None:
+    """Replace ``hidden``, the input of a loaded layer without experts, by its output; workers: as of ``route``."""
+
+    def run(window: Tensor) -> None:
+        window.copy_(_call(layer, window))
+
+    for _ in in_threads(run, hidden, workers):
+        pass
+
+
+def _call(layer: Layer, window: Tensor) -> Tensor:
+    positional, named = layer.arguments
+    return layer.module(window[None], *positional, **named)[0]
+
+
+def recorder(layer: Layer) -> Callable[..., Tensor]:
+    """What stands for a layer to learn with what else the decoder calls it; it passes its input on."""
+
+    def record(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+        layer.arguments = positional, named
+        return hidden_states
+
+    return record

@@ -1,0 +1,110 @@
+"""Which models can be run layer by layer, as transformers' own code shows: no family is named here."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offline.model.skeleton import built_type, skeleton, stored_names, tensors_beside_experts
+from offline.source.checkpoint import Checkpoint
+from offline.source.recognition import family_of
+
+# What a module of experts is called with: inputs, and for each the ids and weights of its experts.
+_EXPERT_ARGUMENTS = 3
+# What transformers gives to modules of experts that compute ``down(act_fn(gate) * up)``.
+_PLAIN_GATE = "_default_apply_gate"
+# The matrices of experts with a gate, and without.
+_MATRICES = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
+# What Nemotron projects the sum of its experts' outputs by; an identity where they do not compute on latents.
+_LATENT_PROJECTION = "fc2_latent_proj"
+# How a decoder calls layers that return more than hidden states.
+_MORE = re.compile(r"^\s*\w+\s*,[^=\n]*=\s*\w*layer\(", re.MULTILINE)
+
+
+def can_run(source: Checkpoint) -> bool:
+    """Whether ``Decoder`` can run the model. Raises ValueError for a config that transformers cannot use."""
+    return not why_not(source)
+
+
+def why_not(source: Checkpoint) -> str:
+    """Why ``Decoder`` cannot run a model, or nothing. Raises as ``can_run``."""
+    if built_type(source) is None:
+        return "transformers does not know the type of model"
+    model = skeleton(source)
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or model.get_output_embeddings() is None or last_norm(decoder)[0] == "":
+        return "its decoder is not a list of layers, a norm and a head"
+    modules = [module for layer in layers if (module := experts_module(layer)) is not None]
+    if not modules or not all(map(_is_plain, modules)):
+        return "its experts compute something else than down(act(gate(x)) * up(x)) or down(act(up(x)))"
+    if _MORE.search(inspect.getsource(inspect.unwrap(type(decoder).forward))):
+        return "its layers hand each other more than hidden states"
+    names = {module: name for name, module in model.named_modules()}
+    stored, _ = stored_names(model, family_of(source), tensors_beside_experts(model))
+    prefix = f"{names[decoder]}." if names[decoder] else ""
+    if not all(f"{prefix}{key}" in stored for key in tensors_beside_experts(decoder)):
+        return "its layers are stored otherwise than they are computed"
+    if any(bool(buffer.isnan().any()) for buffer in computed_buffers(decoder).values() if buffer.is_floating_point()):
+        return "it has tensors that neither its files nor transformers fill"
+    return ""
+
+
+def experts_module(layer: nn.Module) -> nn.Module | None:
+    """The module of routed experts in a decoder layer, if it has one."""
+    named = (module for name, module in layer.named_modules() if name.split(".")[-1] == "experts")
+    return next((module for module in named if next(module.parameters(), None) is not None), None)
+
+
+def latent_projection(layer: nn.Module) -> nn.Linear | None:
+    """What brings the sum of the experts' outputs back from latents to the layer's features, if anything does."""
+    named = (module for name, module in layer.named_modules() if name.split(".")[-1] == _LATENT_PROJECTION)
+    return next((module for module in named if isinstance(module, nn.Linear)), None)
+
+
+def last_norm(decoder: nn.Module) -> tuple[str, nn.Module]:
+    """The norm after the last layer and its name, which is empty if there is none."""
+    norms = [(name, module) for name, module in decoder.named_children() if type(module).__name__.endswith("Norm")]
+    return norms[-1] if norms else ("", decoder)
+
+
+def computed_buffers(decoder: Any) -> dict[str, Tensor]:
+    """What no checkpoint has of a decoder, as transformers computes it, by name; it is put in its place.
+
+    What transformers does not compute stays NaN.
+    """
+    buffers: dict[str, Tensor] = {}
+    for name, module in decoder.named_modules():
+        own = [key for key in module._non_persistent_buffers_set if module._buffers[key] is not None]
+        for key in own:
+            buffer = module._buffers[key]
+            unknown = float("nan") if buffer.is_floating_point() else 0
+            module._buffers[key] = torch.full(buffer.shape, unknown, dtype=buffer.dtype, device="cpu")
+        if own:
+            with torch.no_grad():
+                decoder._init_weights(module)
+        buffers |= {f"{name}.{key}".removeprefix("."): module._buffers[key] for key in own}
+    return buffers
+
+
+def place_buffers(module: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put buffers into a module, by name, on a device."""
+    for name, buffer in buffers.items():
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent)._buffers[leaf] = buffer.to(device)
+
+
+def _is_plain(experts: nn.Module) -> bool:
+    gate = getattr(type(experts), "_apply_gate", None)
+    return (
+        len(inspect.signature(experts.forward).parameters) == _EXPERT_ARGUMENTS
+        and (gate is None or gate.__name__ == _PLAIN_GATE)
+        and not getattr(experts, "has_bias", False)
+        and hasattr(experts, "act_fn")
+        and {name for name, _ in experts.named_parameters()} in _MATRICES
+    )

@@ -1,0 +1,31 @@
+"""Types of Mixture-of-Experts models that cannot be converted, each with what stands in the way: messages say it."""
+
+_STEP = "its late layers clamp their activation (`swiglustep`), which no kernel here computes"
+_NO_GATE = "its experts have no gate, and a matrix of gate is what the format expects"
+_MINIMAX_M3 = "its activation (`swigluoai` on gate and up that do not alternate) is not computed here"
+_DEEPSEEK_V4 = "its experts are stored in 4 bits, under names that are not read here"
+_INKLING = "vLLM loads its experts by code of its own, from tensors that hold them all"
+
+REASONS = {
+    "aria": "its experts lie in tensors `fc1` and `fc2` of a layout that is not read here",
+    "aria_text": "its experts lie in tensors `fc1` and `fc2` of a layout that is not read here",
+    "dbrx": "its experts lie in tensors of two dimensions that are not read here",
+    "deepseek_v4": _DEEPSEEK_V4,
+    "deepseek_v41": _DEEPSEEK_V4,
+    "diffusion_gemma": "it denoises whole blocks of text, and only models that predict the next token are served here",
+    "dots3_note": "nobody has looked at the names of its experts yet",
+    "ernie4_5_vl_moe": "it has two sets of experts of different sizes, and a bit map has one",
+    "inkling_mm_model": _INKLING,
+    "inkling_text": _INKLING,
+    "kimi_k3": "its experts work on vectors of another size than the model's, with an activation not computed here",
+    "longcat_flash": "some of its experts are empty and only pass their input on",
+    "minimax_m3": _MINIMAX_M3,
+    "minimax_m3_text": _MINIMAX_M3,
+    "minimax_m3_vl": _MINIMAX_M3,
+    "nemotron_h_omni": _NO_GATE,
+    "qwen3_omni_moe": "its language model lies in `thinker`, beside a second one that speaks, and neither is read here",
+    "step3_text": "nobody has tried how vLLM would load its experts one by one",
+    "step3_vl": "nobody has tried how vLLM would load its experts one by one",
+    "step3p5": _STEP,
+    "step3p7": _STEP,
+}

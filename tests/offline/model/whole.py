@@ -1,0 +1,20 @@
+"""Models as transformers runs them whole."""
+
+import json
+
+import torch
+import transformers
+
+from tests.offline.conftest import WRITTEN_AS
+
+
+def whole_model(path):
+    """The model in a directory, float32, also of a type that transformers knows under another name only."""
+    auto, settings = transformers.AutoModelForCausalLM, json.loads((path / "config.json").read_bytes())
+    if "vision_config" in settings:
+        auto = transformers.AutoModelForImageTextToText
+    config = None
+    if model_type := WRITTEN_AS.get(settings.pop("model_type")):
+        config = transformers.AutoConfig.for_model(model_type, **settings)
+    model = auto.from_pretrained(path, config=config, dtype=torch.float32, experts_implementation="eager")
+    return model.eval()
