@@ -1,8 +1,7 @@
 """Types of Mixture-of-Experts models that cannot be converted, each with what stands in the way: messages say it."""
 
-_STEP = "its late layers clamp their activation (`swiglustep`), which no kernel here computes"
-_NO_GATE = "its experts have no gate, and a matrix of gate is what the format expects"
-_MINIMAX_M3 = "its activation (`swigluoai` on gate and up that do not alternate) is not computed here"
+_STEP = "nobody has tried how vLLM would load its experts one by one"
+_MINIMAX_M3 = "nobody has looked at the names of its experts yet"
 _DEEPSEEK_V4 = "its experts are stored in 4 bits, under names that are not read here"
 _INKLING = "vLLM loads its experts by code of its own, from tensors that hold them all"
 
@@ -22,10 +21,10 @@ REASONS = {
     "minimax_m3": _MINIMAX_M3,
     "minimax_m3_text": _MINIMAX_M3,
     "minimax_m3_vl": _MINIMAX_M3,
-    "nemotron_h_omni": _NO_GATE,
+    "nemotron_h_omni": "its language model lies beside encoders, under names that are not read here",
     "qwen3_omni_moe": "its language model lies in `thinker`, beside a second one that speaks, and neither is read here",
-    "step3_text": "nobody has tried how vLLM would load its experts one by one",
-    "step3_vl": "nobody has tried how vLLM would load its experts one by one",
+    "step3_text": _STEP,
+    "step3_vl": _STEP,
     "step3p5": _STEP,
     "step3p7": _STEP,
 }
