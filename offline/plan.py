@@ -50,6 +50,7 @@ def _text(result: Mapping[str, Any]) -> str:
     lines = [
         model,
         f"family:     {result['model_type']}, covered; by default converted with {how}",
+        *([f"            {result['read_like']}"] if result["read_like"] else []),
         f"source:     {format_bytes(result['size'])} in {result['files']} files; {result['layers']} layers of "
         f"{result['experts']} experts, {result['matrices']} expert matrices of {result['expert_weights'] / 1e9:.3g} "
         "billion weights",

@@ -19,6 +19,7 @@ from offline.source.families import find_experts
 from offline.source.hub import NAME
 from offline.source.linear import choose_formats, find_linear_layers
 from offline.source.outline import outline
+from offline.source.recognition import taken_for
 from offline.source.splitting import check_group_size
 from offline.threads import choose_workers
 
@@ -117,6 +118,7 @@ def _describe(job: Job, bits: float, gpus: Gpus | None) -> dict[str, Any]:
     matrix = experts.matrices[0]
     return {
         "model_type": experts.model_type,
+        "read_like": taken_for(source),
         "runs": can_run(source),
         "files": len(source.files),
         "size": source.nbytes,

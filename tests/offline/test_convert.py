@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from alphaq_vllm import convert
-from alphaq_vllm.format import AlphaQSpec
+from alphaq_vllm.format import NO_WEIGHTS_FILE, WEIGHTS_FILE, AlphaQSpec
 from offline import convert as command
 from offline.cli import run
 from offline.operations import plan
@@ -72,6 +72,7 @@ def test_convert_writes_the_config_with_the_bit_map_and_copies_sidecars(model, t
     convert(model, tmp_path / "out", bit_map=bits, group_size=64, quantizer="mse")
     config = json.loads((tmp_path / "out" / "config.json").read_bytes())
     spec = AlphaQSpec.from_dict(config.pop("quantization_config"))
+    assert config.pop(WEIGHTS_FILE) == NO_WEIGHTS_FILE
     assert config == json.loads((model / "config.json").read_bytes())
     assert spec.group_size == 64
     assert bits == {
