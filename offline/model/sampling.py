@@ -35,8 +35,7 @@ def draw(
     dtype; workers: threads to use, which changes no token; softcap: what a hyperbolic tangent bends logits to, if any.
     Raises ValueError for predictions that are not finite.
     """
-    count = max(1, MAX_PREDICTIONS // _padded(head))
-    drawn = []
+    count, drawn = predictions_held(len(head)), []
     with Progress("text", places.nbytes, brief=True) as progress:
         for some, wanted in zip(places.split(count), shares.split(count), strict=True):
             drawn.append(_draw(some, wanted, head, bias, scaling, workers, softcap))
@@ -44,9 +43,14 @@ def draw(
     return torch.cat(drawn)
 
 
-def _padded(head: Tensor) -> int:
+def predictions_held(words: int) -> int:
+    """The number of places whose predictions of so many words are held together."""
+    return max(1, MAX_PREDICTIONS // _padded(words))
+
+
+def _padded(words: int) -> int:
     """Words in whole blocks."""
-    return math.ceil(len(head) / BLOCK) * BLOCK
+    return math.ceil(words / BLOCK) * BLOCK
 
 
 def _draw(
@@ -60,7 +64,7 @@ def _draw(
 ) -> Tensor:
     """``draw`` for places whose predictions are held together."""
     # What a token counts beside those of its slice, and 0 for words that there are not.
-    odds = places.new_empty(len(places), _padded(head))
+    odds = places.new_empty(len(places), _padded(len(head)))
     odds[:, len(head) :] = 0
 
     def predict(start: int) -> tuple[Tensor, Tensor]:

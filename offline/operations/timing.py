@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from offline.layerwise.sequential import SequentialGptq
 from offline.model.decoder import Decoder
 from offline.model.forward import by_expert, inner_states, project
 from offline.model.layer import route
+from offline.model.sampling import predictions_held
 from offline.model.text import CONTEXT_TOKENS
 from offline.operations.plan import Job
 from offline.quantizers.quantize import quantize
@@ -51,7 +53,7 @@ def expect(
         texts = [min(CONTEXT_TOKENS, gptq.tokens)] if gptq and own else []
         texts += [min(CONTEXT_TOKENS, TOKENS)] if propagated and not shared else []
         # Each is written in two passes.
-        expected["text"] = 2 * (sum(map(pace.run, texts)) + sum(texts) * pace.place / job.workers)
+        expected["text"] = 2 * sum(pace.run(tokens) + pace.predict(tokens) for tokens in texts)
     if propagated:
         expected["propagate"] = pace.run(TOKENS) + pace.experts(pace.gains)
     if gptq:
@@ -87,7 +89,8 @@ class _Pace:
     """How fast the model runs: seconds on one thread.
 
     layer: to load a layer without its experts; window: to take a window of ``LENGTH`` through it; expert: to load an
-    expert; token: to take a token through one; gains: see ``expert_gains``; place: to predict a token.
+    expert; token: to take a token through one; gains: see ``expert_gains``; head: to read it, once for as many
+    predictions as are ``held`` together; place: to predict a token.
     """
 
     job: Job
@@ -99,6 +102,8 @@ class _Pace:
     expert: float
     token: float
     gains: float
+    head: float
+    held: int
     place: float
 
     def routed(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,6 +117,10 @@ class _Pace:
     def experts(self, seconds: float) -> float:
         """What takes so long for each expert."""
         return self.layers * self.num_experts * seconds / self.job.workers
+
+    def predict(self, tokens: int) -> float:
+        """Drawing a token after each of so many."""
+        return (math.ceil(tokens / self.held) * self.head + tokens * self.place) / self.job.workers
 
     def run(self, tokens: int) -> float:
         """A whole pass."""
@@ -156,6 +165,8 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
         expert=load_expert,
         token=_seconds(compute) / _TOKENS,
         gains=_seconds(lambda: expert_gains(source, first, *reached, layer.activation, job.group_size)),
+        head=one,
+        held=predictions_held(decoder.vocab_size),
         place=max(0.0, many - one) / _PLACES,
     )
 
