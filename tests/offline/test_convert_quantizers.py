@@ -245,3 +245,11 @@ def test_command_passes_the_calibration_on(speaking_model, tmp_path, text, alpha
     options = (*widths, "--quantizer", "gptq", "--calibration", text, text, *calibration, "--json")
     status, output, _ = alphaq("convert", speaking_model("qwen2_moe"), tmp_path / "out", *options)
     assert (status, json.loads(output)["calibration_tokens"]) == (0, 128)
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "gemma4_text", "qwen3_next", "deepseek_v3", "gpt_oss"])
+def test_dry_run_expects_each_phase_that_a_conversion_has(tiny_model, tmp_path, model_type):
+    dry = convert(tiny_model(model_type), tmp_path / "out", group_size=32, dry_run=True)
+    done = convert(tiny_model(model_type), tmp_path / "out", group_size=32)
+    assert list(dry.expected) == [phase for phase in done.phases if phase != "check"]
+    assert all(seconds > 0 for phase, seconds in dry.expected.items() if phase != "write" or "gptq" not in dry.expected)

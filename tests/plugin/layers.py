@@ -91,3 +91,11 @@ def load(layer, tensors):
 def run(layer, x, topk_weights, topk_ids):
     """What the layer computes before vLLM sums over ranks."""
     return layer.forward_modular(x, topk_weights, topk_ids)
+
+
+def random_routes(num_experts, top_k):
+    """33 tokens and their routes, some of them padding."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.rand(33, num_experts, generator=generator).argsort(1)[:, :top_k].int()
+    ids[5:8] = -1
+    return torch.randn(33, HIDDEN, generator=generator), torch.rand(33, top_k, generator=generator), ids

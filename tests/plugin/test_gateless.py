@@ -12,7 +12,19 @@ from alphaq_vllm import packing
 from alphaq_vllm.format import PACKED, SCALE, ZERO
 from alphaq_vllm.plugin.modular import MixedExperts
 from alphaq_vllm.plugin.support import PLAIN, gate_of
-from tests.plugin.layers import HIDDEN, INTERMEDIATE, MODULE, TOP_K, UNGATED, build, load, run, stored_tensors, widths
+from tests.plugin.layers import (
+    HIDDEN,
+    INTERMEDIATE,
+    MODULE,
+    TOP_K,
+    UNGATED,
+    build,
+    load,
+    random_routes,
+    run,
+    stored_tensors,
+    widths,
+)
 
 NUM_EXPERTS = 6
 
@@ -36,11 +48,7 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def routed():
-    """Tokens and their routes, some of them padding."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.rand(33, NUM_EXPERTS, generator=generator).argsort(1)[:, :TOP_K].int()
-    ids[5:8] = -1
-    return torch.randn(33, HIDDEN, generator=generator), torch.rand(33, TOP_K, generator=generator), ids
+    return random_routes(NUM_EXPERTS, TOP_K)
 
 
 def expected_output(tensors, x, topk_weights, topk_ids):

@@ -11,7 +11,7 @@ from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_man
 
 from alphaq_vllm.format import matrix_tensors
 from alphaq_vllm.plugin.moe import SUFFIXES
-from tests.plugin.layers import HIDDEN, TOP_K, build, load, run, stored_tensors
+from tests.plugin.layers import TOP_K, build, load, random_routes, run, stored_tensors
 from tests.reliability.loading import empty_model, one_rank
 
 NUM_EXPERTS = 10
@@ -26,11 +26,7 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def routed():
-    """Tokens and their routes, some of them padding."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.rand(33, NUM_EXPERTS, generator=generator).argsort(1)[:, :TOP_K].int()
-    ids[5:8] = -1
-    return torch.randn(33, HIDDEN, generator=generator), torch.rand(33, TOP_K, generator=generator), ids
+    return random_routes(NUM_EXPERTS, TOP_K)
 
 
 def expert_parallel(size, rank, **options):
