@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -172,6 +173,44 @@ def launches_apart() -> Iterator[None]:
         devices.device_of = device_of
 
 
+class Layer(NamedTuple):
+    """A layer as it is timed. sets: of weights, of which the first is checked. wanted: for the first tokens of inputs."""
+
+    num_bits: torch.Tensor
+    sets: list[MoEWeights]
+    inputs: dict[int, Inputs]
+    wanted: dict[int, torch.Tensor]
+
+    def time(self, tokens: int, seconds: float) -> float | None:
+        """Microseconds of one call, or None if its result is not right."""
+        x, *router = self.inputs[tokens]
+        routing = Routing(*router)
+        if not is_right(fused_moe(x, self.sets[0], routing)[:CHECKED_TOKENS], self.wanted[tokens]):
+            return None
+        return time_graph([lambda s=s: fused_moe(x, s, routing) for s in self.sets], seconds)
+
+
+def random_layer(shape: Shape, tokens: Sequence[int], average_bits: float) -> Layer:
+    """Of a model's shape, with inputs for each number of tokens."""
+    sizes = (shape.intermediate_size, shape.hidden_size)
+    stored = [
+        random_experts(shape.num_experts, 2, *sizes, average_bits),
+        random_experts(shape.num_experts, 1, *sizes[::-1], average_bits),
+    ]
+    inputs = {n: random_inputs(shape, n) for n in tokens}
+    firsts = {n: Inputs(*(t[:CHECKED_TOKENS] for t in some)) for n, some in inputs.items()}
+    wanted = {n: expected(some, MoEWeights(*stored, checked=True)) for n, some in firsts.items()}
+    layer_bytes = sum(experts.packed.nbytes for experts in stored)
+    copies = max(2, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // layer_bytes))
+    # The bits of the copies are random anyway, so only the checked set has an order to be brought into.
+    sets = [
+        MoEWeights(*(PackedExperts(*(t.clone() for t in e.tensors), GROUP_SIZE, e.widths, "gpu") for e in stored))
+        for _ in range(copies - 1)
+    ]
+    sets.insert(0, MoEWeights(*(repack_(experts) for experts in stored)))
+    return Layer(torch.cat([experts.num_bits for experts in stored], 1), sets, inputs, wanted)
+
+
 def measure_ours(
     shape: Shape,
     tokens: Sequence[int],
@@ -181,37 +220,19 @@ def measure_ours(
     apart: bool = False,
 ) -> list[dict]:
     """One row per number of tokens. apart: measure that too."""
-    sizes = (shape.intermediate_size, shape.hidden_size)
-    stored = [
-        random_experts(shape.num_experts, 2, *sizes, average_bits),
-        random_experts(shape.num_experts, 1, *sizes[::-1], average_bits),
-    ]
-    num_bits = torch.cat([experts.num_bits for experts in stored], 1)
-    cases = {n: random_inputs(shape, n) for n in tokens}
-    firsts = {n: Inputs(*(t[:CHECKED_TOKENS] for t in inputs)) for n, inputs in cases.items()}
-    wanted = {n: expected(inputs, MoEWeights(*stored, checked=True)) for n, inputs in firsts.items()}
-    layer_bytes = sum(experts.packed.nbytes for experts in stored)
-    copies = max(2, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // layer_bytes))
-    # The bits of the copies are random anyway, so only the checked set has an order to be brought into.
-    sets = [
-        MoEWeights(*(PackedExperts(*(t.clone() for t in e.tensors), GROUP_SIZE, e.widths, "gpu") for e in stored))
-        for _ in range(copies - 1)
-    ]
-    sets.insert(0, MoEWeights(*(repack_(experts) for experts in stored)))
+    layer = random_layer(shape, tokens, average_bits)
     rows = []
-    for n, inputs in cases.items():
-        row = {"tokens": n, "kernel": "alphaq", "bits": average_bits, "limit": limit(shape, inputs, num_bits, machine)}
-        routing = Routing(inputs.topk_weights, inputs.topk_ids)
-        actual = fused_moe(inputs.x, sets[0], routing)[:CHECKED_TOKENS]
-        if is_right(actual, wanted[n]):
-            calls = [lambda s=s, x=inputs.x, routing=routing: fused_moe(x, s, routing) for s in sets]
-            row["us"] = time_graph(calls, seconds)
-            row["fraction"] = row["limit"] / row["us"]
+    for n, inputs in layer.inputs.items():
+        floor = limit(shape, inputs, layer.num_bits, machine)
+        row = {"tokens": n, "kernel": "alphaq", "bits": average_bits, "limit": floor}
+        us = layer.time(n, seconds)
+        if us is None:
+            row["error"] = "wrong result"
+        else:
+            row |= {"us": us, "fraction": floor / us}
             if apart:
                 with launches_apart():
-                    row["us_apart"] = time_graph(calls, seconds)
-        else:
-            row["error"] = "wrong result"
+                    row["us_apart"] = layer.time(n, seconds)
         rows.append(row)
     return rows
 
@@ -236,12 +257,13 @@ def measure_peer(name: str, shape: Shape, tokens: Sequence[int], seconds: float)
 
 def describe_run() -> dict[str, str]:
     """What a reader must know to compare rows."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    # A lent machine may have neither git nor the repository's history.
+    commit = os.environ.get("COMMIT") or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True)
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit.strip(),
         "gpu": gpu[0] if gpu else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

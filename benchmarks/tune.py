@@ -3,59 +3,75 @@
     python -m benchmarks.tune [--models qwen1.5] [--tokens 1,8,64] [--bits 3.5]
 
 Times tiles of about the size that the table would choose, with other numbers of routes, warps, pipeline stages,
-registers and warps per multiprocessor, if they compile without a spilled register, and prints the fastest few of each
-setting beside the table's own choice.
+registers and warps per multiprocessor, and prints the fastest few of each setting beside the table's own choice. Tiles
+that do not compile, ask for more memory than there is or give a wrong result are left out. They are compiled by as many
+processes as there are cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from contextlib import contextmanager
 from itertools import product
 from multiprocessing import get_context
 
 import torch
 
+from alphaq_vllm.cores import available_cores
+from alphaq_vllm.kernels import MoEWeights, Routing, fused_moe, repack_
 from alphaq_vllm.kernels.triton import layer, tiles
-from benchmarks.kernels import MODELS, measure_machine, measure_ours, several
-from benchmarks.sass import KernelCode, compile_gemm
+from benchmarks.kernels import MODELS, Shape, random_experts, random_inputs, random_layer, several
 
 # Block_m, and whether weights are scaled before the product: see ``alphaq_vllm/kernels/triton/gemm.py``.
 BLOCKS = ((8, False), (16, False), (32, False), (32, True), (64, True), (128, True))
-NUM_WARPS = (4, 8)
 NUM_STAGES = (2, 3, 4, 5)
-MAXNREG = (None, 168, 128)
+# By warps: with fewer registers one more program fits a multiprocessor.
+MAXNREG = {4: (None, 168, 128), 8: (None, 128)}
 WARPS_PER_MULTIPROCESSOR = (8, 12, 16)
 
 
-def _compile(sm: int, candidate: tiles.Tiles) -> KernelCode | None:
-    try:
-        return compile_gemm(sm, "bf16", candidate, (2, 3, 4))
-    except Exception as error:
-        print(f"{candidate} does not compile: {type(error).__name__}", flush=True)
-        return None
-
-
-def candidates(sm: int) -> list[tiles.Tiles]:
-    """Tiles that neither spill nor ask for more memory than a multiprocessor has; fewer registers must be of use."""
-    limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+def candidates(generation: int, stages: Sequence[int]) -> list[tiles.Tiles]:
+    """All that may be of use on a GPU. generation: the major number of its compute capability."""
     # What takes both operands from shared memory or tensor memory has at least 16 columns.
-    blocks = [block for block in BLOCKS if block[0] >= 16 or sm // 10 in (8, 12)]
-    possible = [
-        tiles.Tiles(block_m, num_warps, num_stages, scale_weights, maxnreg)
-        for (block_m, scale_weights), num_warps, num_stages, maxnreg in product(blocks, NUM_WARPS, NUM_STAGES, MAXNREG)
-    ]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        results = zip(possible, pool.map(partial(_compile, sm), possible), strict=True)
-        compiled = {tile: code for tile, code in results if code}
+    blocks = [block for block in BLOCKS if block[0] >= 16 or generation in (8, 12)]
     return [
-        t
-        for t, code in compiled.items()
-        if not code.spilled_bytes
-        and code.shared_bytes <= limit
-        and (t.maxnreg is None or code.programs != compiled[t._replace(maxnreg=None)].programs)
+        tiles.Tiles(block_m, num_warps, num_stages, scale_weights, maxnreg)
+        for (block_m, scale_weights), num_warps, num_stages in product(blocks, MAXNREG, stages)
+        for maxnreg in MAXNREG[num_warps]
     ]
+
+
+@contextmanager
+def tiles_set(choice: tiles.Tiles, warps: int = tiles.WARPS_PER_MULTIPROCESSOR) -> Iterator[None]:
+    """Every layer takes these tiles."""
+    chosen, usual = layer.choose_tiles, tiles.WARPS_PER_MULTIPROCESSOR
+    layer.choose_tiles, tiles.WARPS_PER_MULTIPROCESSOR = (lambda *_: choice), warps
+    try:
+        yield
+    finally:
+        layer.choose_tiles, tiles.WARPS_PER_MULTIPROCESSOR = chosen, usual
+
+
+def compiles(shape: Shape, bits: float, choice: tiles.Tiles) -> bool:
+    """Whether tiles run: in a process of its own, whose compiled kernels the others find in Triton's cache."""
+    few = shape._replace(num_experts=shape.top_k + 1)
+    sizes = (few.intermediate_size, few.hidden_size)
+    stored = (random_experts(few.num_experts, 2, *sizes, bits), random_experts(few.num_experts, 1, *sizes[::-1], bits))
+    weights = MoEWeights(*(repack_(experts) for experts in stored))
+    # Few routes are summed in float32, many in x's dtype: two kernels.
+    tokens = 2 if choice.block_m <= 32 else layer.MAX_DIRECT_ROUTES // few.top_k + 1
+    try:
+        with tiles_set(choice):
+            x, *router = random_inputs(few, tokens)
+            fused_moe(x, weights, Routing(*router))
+            torch.cuda.synchronize()
+    except Exception as error:
+        print(f"{choice}: {type(error).__name__}: {str(error)[:100]}", flush=True)
+        return False
+    return True
 
 
 def main() -> None:
@@ -64,26 +80,52 @@ def main() -> None:
     parser.add_argument("--models", type=several(str), default=list(MODELS))
     parser.add_argument("--tokens", type=several(int), default=[1, 8, 64, 256, 4096])
     parser.add_argument("--bits", type=float, default=3.5)
+    parser.add_argument("--stages", type=several(int), default=NUM_STAGES)
     parser.add_argument("--seconds", type=float, default=0.03, help="of replays for each setting")
+    parser.add_argument("--best", type=int, default=3, help="how many to print")
+    parser.add_argument("--json", help="append every timing to this file")
     arguments = parser.parse_args()
-    major, minor = torch.cuda.get_device_capability()
-    machine = measure_machine()
-    default, default_warps = layer.choose_tiles, tiles.WARPS_PER_MULTIPROCESSOR
-    choices = candidates(10 * major + minor)
-    for model, num_tokens in product(arguments.models, arguments.tokens):
+    generation, _ = torch.cuda.get_device_capability()
+    for model in arguments.models:
         shape = MODELS[model]
-        usual = default(num_tokens * shape.top_k, shape.num_experts, major, 4)
-        near = [t for t in choices if usual.block_m <= 2 * t.block_m and t.block_m <= 2 * usual.block_m]
-        results = []
-        for choice, warps in [(None, default_warps), *product(near, WARPS_PER_MULTIPROCESSOR)]:
-            layer.choose_tiles = default if choice is None else lambda *_, choice=choice: choice
-            tiles.WARPS_PER_MULTIPROCESSOR = warps
-            (row,) = measure_ours(shape, [num_tokens], arguments.bits, machine, arguments.seconds)
-            name = "the table's" if choice is None else f"{choice}, {warps} warps per multiprocessor"
-            results.append((row.get("us", float("inf")), name))
-        print(f"{model} {num_tokens} tokens: {results[0][0]:.1f} us with {results[0][1]}")
-        for us, name in sorted(results)[:3]:
-            print(f"    {us:9.1f} us with {name}", flush=True)
+        usual = {
+            n: layer.choose_tiles(n * shape.top_k, shape.num_experts, generation, tiles.WIDEST_OF_LARGEST_TILES)
+            for n in arguments.tokens
+        }
+        near = {
+            n: [
+                t
+                for t in candidates(generation, arguments.stages)
+                if t.block_m <= 2 * own.block_m and own.block_m <= 2 * t.block_m
+            ]
+            for n, own in usual.items()
+        }
+        every = list(dict.fromkeys(t for some in near.values() for t in some))
+        with ProcessPoolExecutor(available_cores(), mp_context=get_context("spawn")) as pool:
+            results = pool.map(compiles, *zip(*((shape, arguments.bits, t) for t in every), strict=True))
+            running = {t for t, runs in zip(every, results, strict=True) if runs}
+        timed = random_layer(shape, arguments.tokens, arguments.bits)
+        for n, own in usual.items():
+            times: dict[tuple[tiles.Tiles, int], float] = {}
+            # More routes than that are never split, whatever the warps.
+            few = n * shape.top_k <= layer.MAX_DIRECT_ROUTES
+            warps = WARPS_PER_MULTIPROCESSOR if few else (tiles.WARPS_PER_MULTIPROCESSOR,)
+            pairs = product([t for t in near[n] if t in running], warps)
+            for choice, number in [(own, tiles.WARPS_PER_MULTIPROCESSOR), *pairs]:
+                with tiles_set(choice, number):
+                    us = timed.time(n, arguments.seconds)
+                if us is not None:
+                    times[choice, number] = us
+            best = sorted(times, key=times.__getitem__)[: arguments.best]
+            own_time = times.get((own, tiles.WARPS_PER_MULTIPROCESSOR), float("nan"))
+            print(f"{model} {n} tokens: {own_time:.1f} us with the table's", own)
+            for choice, warps in best:
+                print(f"    {times[choice, warps]:9.1f} us with {choice}, {warps} warps per multiprocessor", flush=True)
+            if arguments.json:
+                with open(arguments.json, "a") as file:
+                    for (choice, warps), us in times.items():
+                        row = {"model": model, "tokens": n, "us": us, "warps": warps, **choice._asdict()}
+                        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
