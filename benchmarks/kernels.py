@@ -21,7 +21,8 @@ import random
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,34 +124,50 @@ def is_right(actual: torch.Tensor, wanted: torch.Tensor) -> bool:
     return bool(error <= MAX_ERROR)
 
 
-def time_graph(calls: Sequence[Callable[[], torch.Tensor]], seconds: float) -> float:
-    """Microseconds of one call: the median over replays of a graph that holds each call once."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def time_graphs(variants: Sequence[Sequence[Callable[[], torch.Tensor]]], seconds: float) -> list[float]:
+    """Microseconds of one call of each variant: medians over replays of graphs that hold each of its calls once.
+
+    Variants take turns, after as many replays that warm the GPU up, so that its clocks favour none.
+    """
+    graphs = []
+    for calls in variants:
         for call in calls:
             call()
-    times: list[float] = []
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    while len(times) < 5 or (sum(times) < seconds * 1e3 and len(times) < 200):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[1:]) * 1e3 / len(calls)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        graphs.append(graph)
+
+    def rounds(count: int) -> list[list[float]]:
+        events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in graphs] for _ in range(count)]
+        for turn in events:
+            for graph, (start, end) in zip(graphs, turn, strict=True):
+                start.record()
+                graph.replay()
+                end.record()
+        torch.cuda.synchronize()
+        return [[start.elapsed_time(end) for start, end in turn] for turn in events]
+
+    estimate = sum(rounds(3)[-1])
+    count = min(200, max(5, round(seconds * 1e3 * len(graphs) / estimate)))
+    rounds(count)
+    times = zip(*rounds(count), strict=True)
+    return [statistics.median(own) * 1e3 / len(calls) for own, calls in zip(times, variants, strict=True)]
 
 
 def measure_machine() -> dict[str, float]:
-    """Bytes a second of a copy (read and written), and operations a second of a dense bfloat16 product."""
-    source = torch.empty(2**30, dtype=torch.int32, device="cuda")
+    """Bytes a second, the more of a copy (read and written) and a sum (read), and of a dense bfloat16 product's
+    operations.
+    """
+    source = torch.ones(2**30, device="cuda")
     target = torch.empty_like(source)
-    copy = time_graph([lambda: target.copy_(source)], 0.2)
+    copy, read = time_graphs([[lambda: target.copy_(source)], [lambda: source.sum()]], 0.1)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = time_graph([lambda: a @ b], 0.2)
-    return {"bytes_per_second": 2 * source.nbytes / copy * 1e6, "flops": 2 * 8192**3 / product * 1e6}
+    (product,) = time_graphs([[lambda: a @ b]], 0.2)
+    figures = {"copy": 2 * source.nbytes / copy * 1e6, "read": source.nbytes / read * 1e6}
+    return {"bytes_per_second": max(figures.values()), **figures, "flops": 2 * 8192**3 / product * 1e6}
 
 
 def limit(shape: Shape, inputs: Inputs, num_bits: torch.Tensor, machine: dict[str, float]) -> float:
@@ -181,13 +198,20 @@ class Layer(NamedTuple):
     inputs: dict[int, Inputs]
     wanted: dict[int, torch.Tensor]
 
-    def time(self, tokens: int, seconds: float) -> float | None:
-        """Microseconds of one call, or None if its result is not right."""
+    def time(
+        self, tokens: int, seconds: float, settings: Sequence[Callable[[], AbstractContextManager]] = (nullcontext,)
+    ) -> list[float | None]:
+        """Microseconds of one call in each setting, or None if its result is not right."""
         x, *router = self.inputs[tokens]
         routing = Routing(*router)
-        if not is_right(fused_moe(x, self.sets[0], routing)[:CHECKED_TOKENS], self.wanted[tokens]):
-            return None
-        return time_graph([lambda s=s: fused_moe(x, s, routing) for s in self.sets], seconds)
+
+        def call(setting: Callable[[], AbstractContextManager], weights: MoEWeights) -> torch.Tensor:
+            with setting():
+                return fused_moe(x, weights, routing)
+
+        right = [s for s in settings if is_right(call(s, self.sets[0])[:CHECKED_TOKENS], self.wanted[tokens])]
+        times = time_graphs([[partial(call, setting, weights) for weights in self.sets] for setting in right], seconds)
+        return [dict(zip(right, times, strict=True)).get(setting) for setting in settings]
 
 
 def random_layer(shape: Shape, tokens: Sequence[int], average_bits: float) -> Layer:
@@ -225,14 +249,10 @@ def measure_ours(
     for n, inputs in layer.inputs.items():
         floor = limit(shape, inputs, layer.num_bits, machine)
         row = {"tokens": n, "kernel": "alphaq", "bits": average_bits, "limit": floor}
-        us = layer.time(n, seconds)
-        if us is None:
-            row["error"] = "wrong result"
-        else:
-            row |= {"us": us, "fraction": floor / us}
-            if apart:
-                with launches_apart():
-                    row["us_apart"] = layer.time(n, seconds)
+        us, *others = layer.time(n, seconds, [nullcontext, *([launches_apart] if apart else [])])
+        row |= {"error": "wrong result"} if us is None else {"us": us, "fraction": floor / us}
+        if others and others[0] is not None:
+            row["us_apart"] = others[0]
         rows.append(row)
     return rows
 
@@ -248,7 +268,7 @@ def measure_peer(name: str, shape: Shape, tokens: Sequence[int], seconds: float)
     for n in tokens:
         inputs = random_inputs(shape, n)
         try:
-            us = time_graph([lambda layer=layer, inputs=inputs: layer(*inputs) for layer in layers], seconds)
+            (us,) = time_graphs([[partial(layer, *inputs) for layer in layers]], seconds)
             rows.append({"tokens": n, "kernel": name, "us": us})
         except Exception as error:
             rows.append({"tokens": n, "kernel": name, "error": f"{type(error).__name__}: {error}"[:200]})

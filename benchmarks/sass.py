@@ -98,6 +98,7 @@ def compile_gemm(
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "NUM_STAGES": tiles.num_stages,
+        "BLOCKS_TOGETHER": tiles.blocks_together,
         "OVERLAP": sm >= 90,
     }
     if tiles.scale_weights:

@@ -45,7 +45,7 @@ class Launcher:
         named = {name: value for (_, name), value in zip(self.kernel.parameters, values, strict=True)}
         for index in itertools.product(range(z), range(y), range(x)):
             memory.early = self.early
-            block = Block(self.kernel, index[::-1], named, memory, SharedMemory(self.shared))
+            block = Block(self.kernel, index[::-1], (x, y, z), named, memory, SharedMemory(self.shared))
             block.run(*self.code)
             if memory.early:
                 raise MemoryFault("the end of a block before griddepcontrol.wait")

@@ -62,6 +62,7 @@ class Block:
 
     kernel: Kernel
     index: tuple[int, int, int]
+    grid: tuple[int, int, int]
     arguments: dict[str, np.ndarray]
     global_memory: GlobalMemory
     shared: SharedMemory
@@ -202,6 +203,7 @@ SPECIALS: dict[str, Callable[[Block], Value]] = {
     "%tid.x": lambda b: b.threads,
     "%ntid.x": lambda b: np.full(len(b.threads), len(b.threads)),
     **{f"%ctaid.{axis}": lambda b, i=i: np.full(len(b.threads), b.index[i]) for i, axis in enumerate("xyz")},
+    **{f"%nctaid.{axis}": lambda b, i=i: np.full(len(b.threads), b.grid[i]) for i, axis in enumerate("xyz")},
 }
 
 

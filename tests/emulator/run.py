@@ -40,7 +40,7 @@ def run(
     names = sorted(set(re.findall(r"%[phrd]\d+", body)) | set(registers or {}))
     declared = "\n".join(f".reg .{bits[name[1]]} {name};" for name in names)
     kernel = parse(f".visible .entry kernel() .reqntid {threads} {{\n{declared}\n{body}\nret;\n}}")
-    block = Block(kernel, (2, 3, 4), arguments or {}, GlobalMemory(tensors), SharedMemory(16384))
+    block = Block(kernel, (2, 3, 4), (5, 6, 7), arguments or {}, GlobalMemory(tensors), SharedMemory(16384))
     block.global_memory.early = early
     everyone = np.ones(threads, bool)
     code = compile_kernel(kernel, step)

@@ -45,7 +45,7 @@ def again(block: Block) -> Block:
     memory = block.global_memory
     fresh = GlobalMemory([], memory.ahead)
     fresh.early, fresh.starts, fresh.pieces, fresh.ends = memory.early, memory.starts, memory.pieces, memory.ends
-    return Block(block.kernel, block.index, block.arguments, fresh, SharedMemory(block.shared.size))
+    return Block(block.kernel, block.index, block.grid, block.arguments, fresh, SharedMemory(block.shared.size))
 
 
 class Users:

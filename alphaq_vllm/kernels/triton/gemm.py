@@ -118,6 +118,22 @@ def _prefetch(ptrs, num_steps, STEP: tl.constexpr):
         )  # fmt: skip
 
 
+@triton.jit
+def _place(BLOCKS_TOGETHER: tl.constexpr):
+    """A program's place in the grid, along which programs start: some blocks of routes first, then the first axis."""
+    x = tl.program_id(0)
+    y = tl.program_id(1)
+    z = tl.program_id(2)
+    if BLOCKS_TOGETHER > 1:
+        first = z // BLOCKS_TOGETHER * BLOCKS_TOGETHER
+        together = tl.minimum(tl.num_programs(2) - first, BLOCKS_TOGETHER)
+        place = ((z - first) * tl.num_programs(1) + y) * tl.num_programs(0) + x
+        z = first + place % together
+        x = place // together % tl.num_programs(0)
+        y = place // together // tl.num_programs(0)
+    return x, y, z
+
+
 @triton.jit(do_not_specialize=["num_routes", "groups_per_split", "bias"])
 def moe_gemm_kernel(
     x_ptr,  # [rows, K] bfloat16 or float16; route r takes row r // ROUTES_PER_ROW
@@ -146,16 +162,16 @@ def moe_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # 32 rows for each warp
     NUM_STAGES: tl.constexpr,  # groups of columns that are multiplied or on their way
+    BLOCKS_TOGETHER: tl.constexpr,  # blocks of routes that take the same weights after one another
     OVERLAP: tl.constexpr,
 ):
     """One program per (block of rows, part of the columns and matrix, block of routes)."""
     # Before gate and up, the kernel ahead makes the blocks of routes; before down, it makes x.
     if not IS_DOWN:
         wait_for_previous_kernel(OVERLAP)
-    block_n = tl.program_id(0)
-    projection = tl.program_id(1) % P
-    split = tl.program_id(1) // P
-    block_m = tl.program_id(2)
+    block_n, part, block_m = _place(BLOCKS_TOGETHER)
+    projection = part % P
+    split = part // P
     expert = tl.load(expert_ids_ptr + block_m)
     if expert < 0:
         if IS_DOWN:

@@ -124,7 +124,7 @@ def _gemm(
         groups_per_split, BIASES[x.dtype], ROUTES_PER_ROW=num_routes // x.shape[0], P=P, IS_DOWN=is_down,
         GROUP_SIZE=experts.group_size, WIDTHS=experts.widths, QUADS=device.quads, SCALE_WEIGHTS=tiles.scale_weights,
         PTX=device.ptx, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps, **options, **Launches(device.overlap).next,
+        BLOCKS_TOGETHER=tiles.blocks_together, num_warps=tiles.num_warps, **options, **Launches(device.overlap).next,
     )  # fmt: skip
     return out
 

@@ -17,6 +17,7 @@ class Tiles(NamedTuple):
     num_stages: int
     scale_weights: bool = False
     maxnreg: int | None = None
+    blocks_together: int = 1
 
     @property
     def block_n(self) -> int:
