@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import random
@@ -191,7 +192,7 @@ def launches_apart() -> Iterator[None]:
 
 
 class Layer(NamedTuple):
-    """A layer as it is timed. sets: of weights, of which the first is checked. wanted: for the first tokens of inputs."""
+    """A layer as it is timed. sets: of weights; the first is checked. wanted: for the first tokens of inputs."""
 
     num_bits: torch.Tensor
     sets: list[MoEWeights]
@@ -242,10 +243,9 @@ def measure_ours(
     machine: dict[str, float],
     seconds: float,
     apart: bool = False,
-) -> list[dict]:
+) -> Iterator[dict]:
     """One row per number of tokens. apart: measure that too."""
     layer = random_layer(shape, tokens, average_bits)
-    rows = []
     for n, inputs in layer.inputs.items():
         floor = limit(shape, inputs, layer.num_bits, machine)
         row = {"tokens": n, "kernel": "alphaq", "bits": average_bits, "limit": floor}
@@ -253,26 +253,24 @@ def measure_ours(
         row |= {"error": "wrong result"} if us is None else {"us": us, "fraction": floor / us}
         if others and others[0] is not None:
             row["us_apart"] = others[0]
-        rows.append(row)
-    return rows
+        yield row
 
 
-def measure_peer(name: str, shape: Shape, tokens: Sequence[int], seconds: float) -> list[dict]:
+def measure_peer(name: str, shape: Shape, tokens: Sequence[int], seconds: float) -> Iterator[dict]:
     """One row per number of tokens, or one that says why there is none."""
     try:
         make_layer, copies = PEERS[name](shape), 2
         layers = [make_layer() for _ in range(copies)]
     except Exception as error:
-        return [{"kernel": name, "error": f"{type(error).__name__}: {error}"[:200]}]
-    rows = []
+        yield {"kernel": name, "error": f"{type(error).__name__}: {error}"[:200]}
+        return
     for n in tokens:
         inputs = random_inputs(shape, n)
         try:
             (us,) = time_graphs([[partial(layer, *inputs) for layer in layers]], seconds)
-            rows.append({"tokens": n, "kernel": name, "us": us})
+            yield {"tokens": n, "kernel": name, "us": us}
         except Exception as error:
-            rows.append({"tokens": n, "kernel": name, "error": f"{type(error).__name__}: {error}"[:200]})
-    return rows
+            yield {"tokens": n, "kernel": name, "error": f"{type(error).__name__}: {error}"[:200]}
 
 
 def describe_run() -> dict[str, str]:
@@ -296,20 +294,21 @@ def run_timing(arguments: argparse.Namespace) -> None:
     run = describe_run() | machine
     print(json.dumps(run), flush=True)
     rows: list[dict] = []
+    seconds = arguments.seconds or 0.1
     for model in arguments.models:
         shape = MODELS[model]
-        measured: list[dict] = []
-        seconds = arguments.seconds or 0.1
-        for peer in PEERS if arguments.peers is None else arguments.peers:
-            measured += measure_peer(peer, shape, arguments.tokens, seconds)
-        for bits in arguments.bits:
-            measured += measure_ours(shape, arguments.tokens, bits, machine, seconds, arguments.apart)
+        peers = PEERS if arguments.peers is None else arguments.peers
+        measured = [measure_peer(peer, shape, arguments.tokens, seconds) for peer in peers]
+        measured += [
+            measure_ours(shape, arguments.tokens, bits, machine, seconds, arguments.apart) for bits in arguments.bits
+        ]
+        # Each as soon as it is measured, for time on a lent GPU may end.
+        for row in itertools.chain.from_iterable(measured):
+            rows.append({"model": model, **row})
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(rows[-1] | run) + "\n")
+            print(json.dumps(rows[-1]), flush=True)
         torch.cuda.empty_cache()
-        with RESULTS.open("a") as file:
-            for row in measured:
-                file.write(json.dumps({"model": model, **row, **run}) + "\n")
-                print(json.dumps({"model": model, **row}), flush=True)
-        rows += [{"model": model, **row} for row in measured]
     print_table(rows)
 
 

@@ -2,16 +2,15 @@
 
     python -m benchmarks.tune [--models qwen1.5] [--tokens 1,8,64] [--bits 3.5]
 
-Times tiles of about the size that the table would choose, with other numbers of routes, warps, pipeline stages,
-registers and warps per multiprocessor, and prints the fastest few of each setting beside the table's own choice. Tiles
-that do not compile, ask for more memory than there is or give a wrong result are left out. They are compiled by as many
-processes as there are cores.
+Times tiles of about the size that the table would choose, with other numbers of routes, warps, pipeline stages and
+registers, and with the columns split among other numbers of programs, and prints the fastest few of each setting beside
+the table's own choice. Tiles that do not compile, ask for more memory than there is or give a wrong result are left
+out. They are compiled by as many processes as there are cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ import torch
 
 from alphaq_vllm.cores import available_cores
 from alphaq_vllm.kernels import MoEWeights, Routing, fused_moe, repack_
-from alphaq_vllm.kernels.triton import layer, tiles
+from alphaq_vllm.kernels.triton import layer
+from alphaq_vllm.kernels.triton.tiles import WIDEST_OF_LARGEST_TILES, Tiles
 from benchmarks.kernels import MODELS, Shape, random_experts, random_inputs, random_layer, several
 
 # Block_m, and whether weights are scaled before the product: see ``alphaq_vllm/kernels/triton/gemm.py``.
@@ -31,32 +31,32 @@ BLOCKS = ((8, False), (16, False), (32, False), (32, True), (64, True), (128, Tr
 NUM_STAGES = (2, 3, 4, 5)
 # By warps: with fewer registers one more program fits a multiprocessor.
 MAXNREG = {4: (None, 168, 128), 8: (None, 128)}
-WARPS_PER_MULTIPROCESSOR = (8, 12, 16)
+WARPS = (8, 12, 16)
 
 
-def candidates(generation: int, stages: Sequence[int]) -> list[tiles.Tiles]:
+def candidates(generation: int, stages: Sequence[int]) -> list[Tiles]:
     """All that may be of use on a GPU. generation: the major number of its compute capability."""
     # What takes both operands from shared memory or tensor memory has at least 16 columns.
     blocks = [block for block in BLOCKS if block[0] >= 16 or generation in (8, 12)]
     return [
-        tiles.Tiles(block_m, num_warps, num_stages, scale_weights, maxnreg)
+        Tiles(block_m, num_warps, num_stages, 1, scale_weights, maxnreg, 8 if block_m >= 128 else 1)
         for (block_m, scale_weights), num_warps, num_stages in product(blocks, MAXNREG, stages)
         for maxnreg in MAXNREG[num_warps]
     ]
 
 
 @contextmanager
-def tiles_set(choice: tiles.Tiles, warps: int = tiles.WARPS_PER_MULTIPROCESSOR) -> Iterator[None]:
+def tiles_set(choice: Tiles) -> Iterator[None]:
     """Every layer takes these tiles."""
-    chosen, usual = layer.choose_tiles, tiles.WARPS_PER_MULTIPROCESSOR
-    layer.choose_tiles, tiles.WARPS_PER_MULTIPROCESSOR = (lambda *_: choice), warps
+    chosen = layer.choose_tiles
+    layer.choose_tiles = lambda *_: choice
     try:
         yield
     finally:
-        layer.choose_tiles, tiles.WARPS_PER_MULTIPROCESSOR = chosen, usual
+        layer.choose_tiles = chosen
 
 
-def compiles(shape: Shape, bits: float, choice: tiles.Tiles) -> bool:
+def compiles(shape: Shape, bits: float, choice: Tiles) -> bool:
     """Whether tiles run: in a process of its own, whose compiled kernels the others find in Triton's cache."""
     few = shape._replace(num_experts=shape.top_k + 1)
     sizes = (few.intermediate_size, few.hidden_size)
@@ -84,13 +84,12 @@ def main() -> None:
     parser.add_argument("--stages", type=several(int), default=NUM_STAGES)
     parser.add_argument("--seconds", type=float, default=0.03, help="of replays for each setting")
     parser.add_argument("--best", type=int, default=3, help="how many to print")
-    parser.add_argument("--json", help="append every timing to this file")
     arguments = parser.parse_args()
     generation, _ = torch.cuda.get_device_capability()
     for model in arguments.models:
         shape = MODELS[model]
         usual = {
-            n: layer.choose_tiles(n * shape.top_k, shape.num_experts, generation, tiles.WIDEST_OF_LARGEST_TILES)
+            n: layer.choose_tiles(n * shape.top_k, shape.num_experts, generation, WIDEST_OF_LARGEST_TILES)
             for n in arguments.tokens
         }
         near = {
@@ -107,30 +106,21 @@ def main() -> None:
             running = {t for t, runs in zip(every, results, strict=True) if runs}
         timed = random_layer(shape, arguments.tokens, arguments.bits)
         for n, own in usual.items():
-            times: dict[tuple[tiles.Tiles, int], float] = {}
-            # More routes than that are never split, whatever the warps.
-            few = n * shape.top_k <= layer.MAX_DIRECT_ROUTES
-            warps = WARPS_PER_MULTIPROCESSOR if few else (tiles.WARPS_PER_MULTIPROCESSOR,)
-            pairs = product([t for t in near[n] if t in running], warps)
-            own_us = None
-            choices = [(own, tiles.WARPS_PER_MULTIPROCESSOR), *pairs]
+            # More routes than that are never split.
+            splits = WARPS if n * shape.top_k <= layer.MAX_DIRECT_ROUTES else (0,)
+            choices = [t._replace(programs=w // t.num_warps) for t, w in product(near[n], splits) if t in running]
+            times: dict[Tiles, float] = {}
             # A few at a time, for each holds its graph's memory; the table's own in each, to compare with.
             for i in range(0, len(choices), 8):
-                some = list(dict.fromkeys([choices[0], *choices[i : i + 8]]))
-                measured = timed.time(n, arguments.seconds, [partial(tiles_set, *choice) for choice in some])
-                own_us = own_us or measured[0] or 1.0
-                for choice, us in zip(some, measured, strict=True):
-                    if us is not None:
-                        times[choice] = us * own_us / (measured[0] or own_us)
-            best = sorted(times, key=times.__getitem__)[: arguments.best]
-            print(f"{model} {n} tokens: {own_us:.1f} us with the table's", own)
-            for choice, warps in best:
-                print(f"    {times[choice, warps]:9.1f} us with {choice}, {warps} warps per multiprocessor", flush=True)
-            if arguments.json:
-                with open(arguments.json, "a") as file:
-                    for (choice, warps), us in times.items():
-                        row = {"model": model, "tokens": n, "us": us, "warps": warps, **choice._asdict()}
-                        file.write(json.dumps(row) + "\n")
+                some = [own, *(t for t in choices[i : i + 8] if t != own)]
+                measured = timed.time(n, arguments.seconds, [partial(tiles_set, choice) for choice in some])
+                if measured[0] is None:
+                    raise RuntimeError(f"{model}, {n} tokens: a wrong result with the table's {own}")
+                own_us = times.setdefault(own, measured[0])
+                times |= {t: us * own_us / measured[0] for t, us in zip(some, measured, strict=True) if us is not None}
+            print(f"{model} {n} tokens: {times[own]:.1f} us with the table's {own}")
+            for choice in sorted(times, key=times.__getitem__)[: arguments.best]:
+                print(f"    {times[choice]:9.1f} us with {choice}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from alphaq_vllm.kernels.triton.launches import APART, Launches, wait_for_previo
 
 # Up to here every route looks at all others, and nothing is sorted: one launch instead of three.
 MAX_DIRECT_ROUTES = 256
+# May be parts of larger tensors, as with data parallel ranks: wherever they begin, no kernel is compiled once more.
+UNALIGNED = ("topk_ids_ptr", "router_weights_ptr")
 
 
 class Blocks(NamedTuple):
@@ -67,7 +69,7 @@ def make_blocks(
         padded = max(16, triton.next_power_of_2(num_routes))
         direct_blocks_kernel[(num_sums + num_blocks,)](
             *sums, topk_ids, expert_map, expert_ids, route_ids, num_sums, num_routes, block_m, padded,
-            min(padded, 4096 // padded), **launches.first,
+            min(padded, 16384 // padded), num_warps=4 if padded <= 64 else 8, **launches.first,
         )  # fmt: skip
         return Blocks(expert_ids, route_ids, x_sums)
     # Four at a time, so that every part of the buffer starts aligned and no kernel is compiled once more for another.
@@ -75,12 +77,13 @@ def make_blocks(
     sizes = (num_blocks * block_m, num_blocks, num_experts)
     route_ids, expert_ids, last_ranks = topk_ids.new_full((sum(sizes),), -1, dtype=torch.int32).split(sizes)
     ranks = topk_ids.new_empty(num_routes, dtype=torch.int32)
+    top_k = topk_ids.shape[1]
     rank_routes_kernel[(num_tokens,)](
-        *sums, topk_ids, expert_map, last_ranks, ranks, topk_ids.shape[1], **launches.first
+        *sums, topk_ids, expert_map, last_ranks, ranks, top_k, triton.next_power_of_2(top_k), **launches.first
     )
-    place_routes_kernel[(triton.cdiv(num_routes, 256),)](
+    place_routes_kernel[(triton.cdiv(num_routes, 128),)](
         topk_ids, expert_map, last_ranks, ranks, expert_ids, route_ids, num_routes, num_experts, block_m,
-        triton.next_power_of_2(num_experts), 256, **launches.next,
+        triton.next_power_of_2(num_experts), 128, **launches.next,
     )  # fmt: skip
     return Blocks(expert_ids, route_ids.view(num_blocks, block_m), x_sums)
 
@@ -102,7 +105,7 @@ def _sum_groups(x_ptr, x_sums_ptr, K, GROUP_SIZE: tl.constexpr, NUM_GROUPS: tl.c
     tl.store(x_sums_ptr + row * (K // GROUP_SIZE) + group, tl.sum(x.to(tl.float32), 1), mask=is_group)
 
 
-@triton.jit(do_not_specialize=["num_sums", "num_routes"])
+@triton.jit(do_not_specialize=["num_sums", "num_routes"], do_not_specialize_on_alignment=UNALIGNED)
 def direct_blocks_kernel(
     x_ptr,  # [num_tokens, K]
     x_sums_ptr,  # [num_tokens, K / GROUP_SIZE] float32, or None
@@ -149,7 +152,7 @@ def direct_blocks_kernel(
         tl.store(route_ids_ptr + block * BLOCK_M + padding, -1, mask=padding >= num_members)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def rank_routes_kernel(
     x_ptr,
     x_sums_ptr,
@@ -161,6 +164,7 @@ def rank_routes_kernel(
     last_ranks_ptr,  # [num_experts] int32, -1 at first; then the number of the expert's routes, less one
     ranks_ptr,  # [num_routes] int32: how many of the expert's routes came before
     TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,  # TOP_K or more
     OVERLAP: tl.constexpr,
 ):
     """One program per token: its sums, and the ranks of its routes."""
@@ -168,14 +172,15 @@ def rank_routes_kernel(
     token = tl.program_id(0)
     if x_sums_ptr is not None:
         _sum_groups(x_ptr, x_sums_ptr, K, GROUP_SIZE, NUM_GROUPS, token)
-    for slot in range(TOP_K):
-        expert = local_experts(tl.load(topk_ids_ptr + token * TOP_K + slot), expert_map_ptr)
-        if expert >= 0:
-            rank = tl.atomic_add(last_ranks_ptr + expert, 1, sem="relaxed") + 1
-            tl.store(ranks_ptr + token * TOP_K + slot, rank)
+    slot = tl.arange(0, SLOTS)
+    ids = tl.load(topk_ids_ptr + token * TOP_K + slot, mask=slot < TOP_K, other=-1)
+    expert = local_experts(ids, expert_map_ptr)
+    # All at once, for each takes as long as a trip to the L2 cache.
+    rank = tl.atomic_add(last_ranks_ptr + expert, 1, mask=expert >= 0, sem="relaxed") + 1
+    tl.store(ranks_ptr + token * TOP_K + slot, rank, mask=expert >= 0)
 
 
-@triton.jit(do_not_specialize=["num_routes"])
+@triton.jit(do_not_specialize=["num_routes"], do_not_specialize_on_alignment=UNALIGNED)
 def place_routes_kernel(
     topk_ids_ptr,
     expert_map_ptr,

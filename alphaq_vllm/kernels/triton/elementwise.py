@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alphaq_vllm.kernels.triton.blocks import local_experts
+from alphaq_vllm.kernels.triton.blocks import UNALIGNED, local_experts
 from alphaq_vllm.kernels.triton.launches import wait_for_previous_kernel
 
 # Parts that are on their way at a time, before any is waited for.
@@ -28,7 +28,7 @@ def _activate(x, ACTIVATION: tl.constexpr, alpha):
     return activated
 
 
-@triton.jit(do_not_specialize=["num_routes", "num_splits"])
+@triton.jit(do_not_specialize=["num_routes", "num_splits"], do_not_specialize_on_alignment=UNALIGNED)
 def activate_kernel(
     partial_ptr,  # [num_splits, num_routes, P, N]: gate and up, or up alone, in parts to be summed
     hidden_ptr,  # [num_routes, N] of x's dtype
@@ -44,6 +44,7 @@ def activate_kernel(
     num_splits,
     N,
     P: tl.constexpr,  # 2, or 1 for experts without a gate
+    IN_PARTS: tl.constexpr,  # whether num_splits may be more than 1
     ACTIVATION: tl.constexpr,
     CLAMP: tl.constexpr,
     MUL_ROUTER_WEIGHT: tl.constexpr,
@@ -61,8 +62,9 @@ def activate_kernel(
     mask = offs_n < N
     first = tl.zeros([BLOCK], tl.float32)
     up = tl.zeros([BLOCK], tl.float32)
-    for first_split in range(0, num_splits, LOADS_AT_A_TIME):
-        for i in tl.static_range(LOADS_AT_A_TIME):
+    # All of them are asked for before any is waited for.
+    for first_split in range(0, num_splits if IN_PARTS else 1, LOADS_AT_A_TIME):
+        for i in tl.static_range(LOADS_AT_A_TIME if IN_PARTS else 1):
             ptrs = partial_ptr + ((first_split + i) * num_routes + route) * P * N + offs_n
             is_part = offs_n < tl.where(first_split + i < num_splits, N, 0)
             first += tl.load(ptrs, mask=is_part, other=0.0).to(tl.float32)
@@ -94,7 +96,7 @@ def activate_kernel(
         tl.store(hidden_sums_ptr + route * (N // GROUP_SIZE) + group, sums, mask=group < N // GROUP_SIZE)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"], do_not_specialize_on_alignment=UNALIGNED)
 def sum_routes_kernel(
     partial_ptr,  # [num_splits, num_tokens, TOP_K, N]
     out_ptr,  # [num_tokens, N]
@@ -107,32 +109,49 @@ def sum_routes_kernel(
     N,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,  # TOP_K or more
+    IN_PARTS: tl.constexpr,  # whether num_splits may be more than 1
     MUL_ROUTER_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One program per (token, block of features); a fixed order of float32 additions, so no run differs."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, SLOTS)
-    is_slot = slot < TOP_K
-    ids = tl.load(topk_ids_ptr + token * TOP_K + slot, mask=is_slot, other=-1)
-    experts = local_experts(ids, expert_map_ptr)
-    weights = tl.load(router_weights_ptr + token * TOP_K + slot, mask=is_slot, other=0.0)
-    wait_for_previous_kernel(OVERLAP)
     offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    routes = (token * TOP_K + slot)[:, None]
-    # Rows of skipped routes were not written.
-    mask = (experts >= 0)[:, None] & (offs_n < N)[None, :]
-    routed = tl.zeros([SLOTS, BLOCK], tl.float32)
-    for first_split in range(0, num_splits, LOADS_AT_A_TIME):
-        for i in tl.static_range(LOADS_AT_A_TIME):
-            ptrs = partial_ptr + ((first_split + i) * num_tokens * TOP_K + routes) * N + offs_n[None, :]
-            is_part = (offs_n < tl.where(first_split + i < num_splits, N, 0))[None, :]
-            routed += tl.load(ptrs, mask=mask & is_part, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        bias_ptrs = bias_ptr + experts.to(tl.int64)[:, None] * N + offs_n[None, :]
-        routed += tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
-    if MUL_ROUTER_WEIGHT:
-        routed *= weights[:, None]
-    out = tl.sum(routed, 0)
+    if IN_PARTS:
+        # All of them are asked for before any is waited for.
+        slot = tl.arange(0, SLOTS)
+        is_slot = slot < TOP_K
+        ids = tl.load(topk_ids_ptr + token * TOP_K + slot, mask=is_slot, other=-1)
+        experts = local_experts(ids, expert_map_ptr)
+        weights = tl.load(router_weights_ptr + token * TOP_K + slot, mask=is_slot, other=0.0)
+        wait_for_previous_kernel(OVERLAP)
+        routes = (token * TOP_K + slot)[:, None]
+        # Rows of skipped routes were not written.
+        mask = (experts >= 0)[:, None] & (offs_n < N)[None, :]
+        routed = tl.zeros([SLOTS, BLOCK], tl.float32)
+        for first_split in range(0, num_splits, LOADS_AT_A_TIME):
+            for i in tl.static_range(LOADS_AT_A_TIME):
+                ptrs = partial_ptr + ((first_split + i) * num_tokens * TOP_K + routes) * N + offs_n[None, :]
+                is_part = (offs_n < tl.where(first_split + i < num_splits, N, 0))[None, :]
+                routed += tl.load(ptrs, mask=mask & is_part, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            bias_ptrs = bias_ptr + experts.to(tl.int64)[:, None] * N + offs_n[None, :]
+            routed += tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if MUL_ROUTER_WEIGHT:
+            routed *= weights[:, None]
+        out = tl.sum(routed, 0)
+    else:
+        # Many tokens keep the memory busy, so that no route needs threads of its own, whose sums meet in shared memory.
+        wait_for_previous_kernel(OVERLAP)
+        out = tl.zeros([BLOCK], tl.float32)
+        for slot in tl.static_range(TOP_K):
+            route = token * TOP_K + slot
+            expert = local_experts(tl.load(topk_ids_ptr + route), expert_map_ptr)
+            mask = offs_n < tl.where(expert >= 0, N, 0)
+            routed = tl.load(partial_ptr + route * N + offs_n, mask=mask, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                routed += tl.load(bias_ptr + expert.to(tl.int64) * N + offs_n, mask=mask, other=0.0).to(tl.float32)
+            if MUL_ROUTER_WEIGHT:
+                routed *= tl.load(router_weights_ptr + route)
+            out += routed
     tl.store(out_ptr + token * N + offs_n, out.to(out_ptr.dtype.element_ty), mask=offs_n < N)

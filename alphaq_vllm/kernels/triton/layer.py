@@ -69,6 +69,7 @@ def _moe_pass(x: torch.Tensor, out: torch.Tensor, weights: MoEWeights, routing: 
     on_input = routing.apply_router_weight_on_input
     num_tokens, top_k = topk_ids.shape
     num_routes = topk_ids.numel()
+    in_parts = num_routes <= MAX_DIRECT_ROUTES
     widest = max(*w13.widths, *w2.widths)
     device = devices.device_of(x.device)
     launches = Launches(device.overlap)
@@ -84,15 +85,16 @@ def _moe_pass(x: torch.Tensor, out: torch.Tensor, weights: MoEWeights, routing: 
     activate_kernel[(num_routes, triton.cdiv(w13.N, block))](
         first, hidden, hidden_sums, topk_ids, expert_map, router_weights, weights.w13_bias,
         0.0 if gate.limit is None else gate.limit, gate.alpha, gate.beta, num_routes, first.shape[0], w13.N,
-        P=w13.num_projections, ACTIVATION=gate.activation, CLAMP=gate.limit is not None, MUL_ROUTER_WEIGHT=on_input,
-        GROUP_SIZE=w2.group_size, BLOCK=block, **launches.next,
+        P=w13.num_projections, IN_PARTS=in_parts, ACTIVATION=gate.activation, CLAMP=gate.limit is not None,
+        MUL_ROUTER_WEIGHT=on_input, GROUP_SIZE=w2.group_size, BLOCK=block, **launches.next,
     )  # fmt: skip
     routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, tiles, device, is_down=True)
     slots = triton.next_power_of_2(top_k)
-    block = min(max(1, 2048 // slots), 512, triton.next_power_of_2(w2.N))
+    block = min(max(1, 2048 // slots), 512) if in_parts else 1024
+    block = min(block, triton.next_power_of_2(w2.N))
     sum_routes_kernel[(num_tokens, triton.cdiv(w2.N, block))](
         routed, out, topk_ids, expert_map, router_weights, weights.w2_bias, num_tokens, routed.shape[0], w2.N,
-        TOP_K=top_k, SLOTS=slots, MUL_ROUTER_WEIGHT=not on_input, BLOCK=block, **launches.next,
+        TOP_K=top_k, SLOTS=slots, IN_PARTS=in_parts, MUL_ROUTER_WEIGHT=not on_input, BLOCK=block, **launches.next,
     )  # fmt: skip
 
 
@@ -113,7 +115,7 @@ def _gemm(
     dtype = x.dtype
     if num_routes <= MAX_DIRECT_ROUTES:
         busy = tiles_n * P * min(num_blocks, experts.num_experts)
-        groups_per_split = choose_groups_per_split(busy, num_groups, device.num_multiprocessors, tiles.num_warps)
+        groups_per_split = choose_groups_per_split(busy, num_groups, device.num_multiprocessors * tiles.programs)
         dtype = torch.float32
     num_splits = triton.cdiv(num_groups, groups_per_split)
     out = x.new_empty(num_splits, num_routes, P, experts.N, dtype=dtype)

@@ -8,13 +8,16 @@ from typing import NamedTuple
 class Tiles(NamedTuple):
     """The routes of one program's tile and its launch options; each warp takes 32 rows of a matrix.
 
+    programs: how many run on a multiprocessor at a time, so that the columns of few rows are split among that many.
     scale_weights: scales are applied to weights, not to products: see ``gemm``. maxnreg: registers that a thread may
-    have, where the compiler by itself leaves room for another number of programs than is best.
+    have, where the compiler by itself leaves room for another number of programs than is best. blocks_together: how
+    many blocks of routes take the same weights after one another, while these are in the L2 cache.
     """
 
     block_m: int
     num_warps: int
     num_stages: int
+    programs: int
     scale_weights: bool = False
     maxnreg: int | None = None
     blocks_together: int = 1
@@ -28,22 +31,23 @@ class Tiles(NamedTuple):
 # By the major number of the compute capability, ascending in block_m: what compiles for it without a spilled register
 # or a shuffle of weights. On generations 8 and 12 shared memory stays under the 99 KiB of sm_86, sm_89 and sm_120.
 TILES_8, TILES_16, TILES_32, TILES_64 = (
-    Tiles(block_m=8, num_warps=4, num_stages=3),
-    Tiles(block_m=16, num_warps=4, num_stages=4),
-    Tiles(block_m=32, num_warps=4, num_stages=3),
-    Tiles(block_m=64, num_warps=4, num_stages=3, scale_weights=True),
+    Tiles(block_m=8, num_warps=4, num_stages=3, programs=3),
+    Tiles(block_m=16, num_warps=4, num_stages=4, programs=3),
+    Tiles(block_m=32, num_warps=4, num_stages=3, programs=3),
+    Tiles(block_m=64, num_warps=4, num_stages=3, programs=3, scale_weights=True),
 )
 # The more rows and routes a tile has, the less often the other operand is read. With 256 and 128 the matrix units of an
 # H200 ask for about what its L2 cache is said to deliver, with 128 and 64 for twice as much.
 TILES_64_WIDE, TILES_128_WIDE = (
-    Tiles(block_m=64, num_warps=8, num_stages=3, scale_weights=True),
-    Tiles(block_m=128, num_warps=8, num_stages=3, scale_weights=True),
+    Tiles(block_m=64, num_warps=8, num_stages=3, programs=1, scale_weights=True),
+    Tiles(block_m=128, num_warps=8, num_stages=3, programs=1, scale_weights=True, blocks_together=8),
 )
-# Of these, four and three fit a multiprocessor.
-TILES_16_OF_4, TILES_32_OF_3 = TILES_16._replace(maxnreg=128), TILES_32._replace(maxnreg=168)
+TILES_16_OF_4 = TILES_16._replace(programs=4, maxnreg=128)
+TILES_32_OF_3 = TILES_32._replace(maxnreg=168)
+TILES_64_OF_2 = TILES_64_WIDE._replace(programs=2, maxnreg=128)
 TILES = {
     8: (TILES_8, TILES_16, TILES_32, TILES_64),
-    9: (TILES_16_OF_4, TILES_32_OF_3, TILES_64_WIDE._replace(maxnreg=128), TILES_128_WIDE),
+    9: (TILES_16_OF_4, TILES_32_OF_3, TILES_64_OF_2, TILES_128_WIDE),
     10: (TILES_16_OF_4, TILES_32_OF_3, TILES_64._replace(maxnreg=128), TILES_128_WIDE),
     12: (TILES_8, TILES_16, TILES_32, TILES_64._replace(maxnreg=255)),
 }
@@ -54,8 +58,6 @@ ROUTES_PER_EXPERT = {8: 5, 16: 11, 32: 40, 64: 192}
 # The words of wider codes take registers that these leave no room for.
 WIDEST_OF_LARGEST_TILES = 4
 OTHER_TILES = (TILES_16, TILES_32, TILES_64)
-# Warps that a multiprocessor is given before the columns are no longer split among several programs.
-WARPS_PER_MULTIPROCESSOR = 12
 
 
 def tiles_for(generation: int, widest: int) -> tuple[Tiles, ...]:
@@ -78,15 +80,14 @@ def choose_tiles(num_routes: int, num_experts: int, generation: int, widest: int
     return next((t for t in tiles if num_routes <= num_experts * ROUTES_PER_EXPERT.get(t.block_m, 0)), tiles[-1])
 
 
-def choose_groups_per_split(num_tiles: int, num_groups: int, num_multiprocessors: int, num_warps: int) -> int:
+def choose_groups_per_split(num_tiles: int, num_groups: int, num_programs: int) -> int:
     """How many groups of columns one program takes; they are split among several only so that the chip is full once.
 
     num_tiles: the most programs without a split. num_groups: of a matrix; a program takes about two or more.
-    num_warps: of a program.
+    num_programs: that run at a time.
 
-    >>> choose_groups_per_split(num_tiles=88, num_groups=16, num_multiprocessors=132, num_warps=4)
-    4
+    >>> choose_groups_per_split(num_tiles=88, num_groups=16, num_programs=528)
+    3
     """
-    room = num_multiprocessors * WARPS_PER_MULTIPROCESSOR // num_warps
-    num_splits = max(1, min(room // num_tiles, num_groups // 2))
+    num_splits = max(1, min(num_programs // num_tiles, num_groups // 2))
     return -(-num_groups // num_splits)

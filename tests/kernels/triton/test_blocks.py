@@ -86,11 +86,11 @@ def test_choose_tiles_grows_with_the_routes_per_expert(generation):
 
 
 def test_choose_groups_per_split_fills_the_chip_once_and_no_more():
-    def choose(num_tiles, num_groups, num_warps=4):
-        return choose_groups_per_split(num_tiles, num_groups, num_multiprocessors=132, num_warps=num_warps)
+    def choose(num_tiles, num_groups, num_programs=528):
+        return choose_groups_per_split(num_tiles, num_groups, num_programs)
 
     assert choose(num_tiles=448, num_groups=32) == 32
-    assert choose(num_tiles=64, num_groups=112) == 19
-    assert choose(num_tiles=64, num_groups=112, num_warps=8) == 38
+    assert choose(num_tiles=64, num_groups=112) == 14
+    assert choose(num_tiles=64, num_groups=112, num_programs=264) == 28
     assert choose(num_tiles=1, num_groups=8) == 2
     assert choose(num_tiles=1, num_groups=1) == 1

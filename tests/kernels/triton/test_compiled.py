@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -12,7 +13,13 @@ import triton.language as tl
 
 from alphaq_vllm.kernels import MoEWeights, PackedExperts, Routing
 from alphaq_vllm.kernels.triton import devices, layer
-from alphaq_vllm.kernels.triton.blocks import MAX_DIRECT_ROUTES
+from alphaq_vllm.kernels.triton.blocks import (
+    MAX_DIRECT_ROUTES,
+    direct_blocks_kernel,
+    place_routes_kernel,
+    rank_routes_kernel,
+)
+from alphaq_vllm.kernels.triton.elementwise import activate_kernel, sum_routes_kernel
 from alphaq_vllm.kernels.triton.gemm import moe_gemm_kernel
 from alphaq_vllm.kernels.triton.tiles import TILES, choose_tiles
 from tests.emulator import driver
@@ -61,6 +68,25 @@ def test_compiled_kernels_match_reference(case, dtype, sm, run_compiled, make_pr
 def test_compiled_kernels_repeat_to_the_bit(sm, cases, run_compiled, make_problem):
     problem = make_problem(cases["63-tokens"], torch.float16)
     assert torch.equal(run_compiled(problem, sm), run_compiled(problem, sm))
+
+
+@pytest.mark.parametrize("name", ["one-token", "130-tokens-foreign"])
+def test_routing_may_begin_anywhere_without_another_compilation(name, cases, run_compiled, make_problem):
+    kernels = (direct_blocks_kernel, rank_routes_kernel, place_routes_kernel, activate_kernel, sum_routes_kernel)
+
+    def compiled():
+        return sum(len(kernel.device_caches[90][0]) for kernel in kernels if 90 in kernel.device_caches)
+
+    problem = make_problem(cases[name], torch.bfloat16)
+    aligned = run_compiled(problem, 90)
+    before = compiled()
+    given = (problem.routing.topk_weights, problem.routing.topk_ids)
+    topk_weights, topk_ids = (t.new_zeros(t.numel() + 1)[1:].view_as(t).copy_(t) for t in given)
+    assert topk_weights.data_ptr() % 16 and topk_ids.data_ptr() % 16
+    routing = replace(problem.routing, topk_weights=topk_weights, topk_ids=topk_ids)
+    moved = replace(problem, routing=routing)
+    assert torch.equal(run_compiled(moved, 90), aligned)
+    assert compiled() == before
 
 
 @pytest.mark.parametrize(

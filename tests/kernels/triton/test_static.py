@@ -90,7 +90,8 @@ def test_mixed_widths_compile_without_spills(sm, widths, projections, is_down):
     assert all(row["spilled_bytes"] == 0 for row in rows)
     # The registers that the tiles' table grants are what lets so many run at a time.
     if sm == 90 and max(widths) <= 4:
-        assert all(row["programs"] >= {16: 4, 32: 3, 64: 2, 128: 1}[row["block_m"]] for row in rows)
+        granted = {tiles.block_m: tiles.programs for tiles in tiles_for(9, max(widths))}
+        assert all(row["programs"] >= granted[row["block_m"]] for row in rows)
 
 
 COMPILE_ALL_ELSE = """
@@ -105,21 +106,24 @@ types |= dict.fromkeys(("expert_map_ptr", "expert_ids_ptr", "route_ids_ptr", "la
 types |= dict.fromkeys(("limit", "alpha", "beta"), "fp32")
 unaligned = ("num_tokens", "num_routes", "num_splits", "num_experts", "limit", "alpha", "beta")
 sums = {"GROUP_SIZE": 128, "NUM_GROUPS": 32}
-activate = {"GROUP_SIZE": 128, "BLOCK": 512}
+activate = {"IN_PARTS": True, "GROUP_SIZE": 128, "BLOCK": 512}
 for sm, (ids, absent) in product((80, 90, 100), (("*i32", ("expert_map_ptr", "bias_ptr")), ("*i64", ()))):
     def compile(kernel, **constants):
         constants |= {name: None for name in absent if name in kernel.arg_names} | {"OVERLAP": sm >= 90}
         compile_kernel(kernel, {**types, "topk_ids_ptr": ids}, constants, unaligned, sm)
 
-    compile(direct_blocks_kernel, **sums, BLOCK_M=16, NUM_ROUTES=256, CHUNK=16)
-    compile(rank_routes_kernel, **sums, TOP_K=4)
-    compile(place_routes_kernel, BLOCK_M=16, NUM_EXPERTS=64, BLOCK=256)
+    compile(direct_blocks_kernel, **sums, BLOCK_M=16, NUM_ROUTES=256, CHUNK=64)
+    compile(rank_routes_kernel, **sums, TOP_K=4, SLOTS=4)
+    compile(place_routes_kernel, BLOCK_M=16, NUM_EXPERTS=64, BLOCK=128)
     compile(activate_kernel, **activate, P=2, ACTIVATION="silu", CLAMP=True, MUL_ROUTER_WEIGHT=False)
+    whole = activate | {"IN_PARTS": False}
+    compile(activate_kernel, **whole, P=2, ACTIVATION="silu", CLAMP=False, MUL_ROUTER_WEIGHT=False)
     compile(activate_kernel, **activate, P=2, ACTIVATION="gelu", CLAMP=False, MUL_ROUTER_WEIGHT=True)
     compile(activate_kernel, **activate, P=2, ACTIVATION="gelu_tanh", CLAMP=False, MUL_ROUTER_WEIGHT=False)
     compile(activate_kernel, **activate, P=2, ACTIVATION="swiglustep", CLAMP=True, MUL_ROUTER_WEIGHT=False)
     compile(activate_kernel, **activate, P=1, ACTIVATION="relu2", CLAMP=False, MUL_ROUTER_WEIGHT=True)
-    compile(sum_routes_kernel, TOP_K=3, SLOTS=4, MUL_ROUTER_WEIGHT=True, BLOCK=256)
+    compile(sum_routes_kernel, TOP_K=3, SLOTS=4, IN_PARTS=True, MUL_ROUTER_WEIGHT=True, BLOCK=256)
+    compile(sum_routes_kernel, TOP_K=3, SLOTS=4, IN_PARTS=False, MUL_ROUTER_WEIGHT=True, BLOCK=1024)
 """
 
 
