@@ -134,6 +134,37 @@ def test_kernels_on_a_cpu():
         assert {(row["instruction_set"], row["threads"]) for row in found} == {("amx", 2)}
 
 
+NAMES = {"Qwen1.5-MoE-A2.7B": "qwen1.5", "Mixtral-8x7B": "mixtral", "Qwen3-30B-A3B": "qwen3-30b"}
+ON_A_GPU = {
+    "AlphaQ, 2.5 bits": ("alphaq", 2.5),
+    "AlphaQ, 3.5 bits": ("alphaq", 3.5),
+    "PyTorch, bf16": ("torch-bf16", None),
+}
+
+
+def microseconds(model, kernel, tokens):
+    """The last that were measured, as they are written."""
+    name, bits = ON_A_GPU[kernel]
+    setting = (NAMES[model], name, bits, int(tokens))
+    (*_, us) = (
+        row["us"]
+        for row in results("kernels.jsonl")
+        if (row["model"], row["kernel"], row.get("bits"), row["tokens"]) == setting
+    )
+    return f"{us:.3g}" if us < 1000 else f"{us:.0f}"
+
+
+def test_kernels_on_a_gpu():
+    ((head, rows),) = by_column(BENCHMARKS, "one layer, us", "1", "4096")
+    assert len(rows) == 9
+    for model, kernel, *cells in rows:
+        assert cells == [microseconds(model, kernel, tokens) for tokens in head[2:]], (model, kernel)
+    text = " ".join((ROOT / README).read_text().split())
+    for kernel in ("AlphaQ, 3.5 bits", "PyTorch, bf16"):
+        *cells, last = [microseconds("Qwen3-30B-A3B", kernel, tokens) for tokens in head[2:]]
+        assert f"{', '.join(cells)} and {last} us" in text
+
+
 def test_serving():
     ((head, rows),) = by_column(BENCHMARKS, "format", "clients", "first token")
     assert head == ["machine", "format", "clients", "first token", "next token", "tokens a second"]
