@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from alphaq_vllm.kernels.cpu import layer as torch_layer
+from alphaq_vllm.kernels import torch_layer
 from alphaq_vllm.kernels.cpu import native
 from alphaq_vllm.kernels.experts import Order, PackedExperts
 from alphaq_vllm.kernels.gate import Gate
@@ -129,6 +129,8 @@ def _fused_moe_cpu(*args: Any) -> torch.Tensor:
 
 @torch.library.impl("alphaq::fused_moe", "cuda")
 def _fused_moe_cuda(*args: Any) -> torch.Tensor:
+    if args[-1] == "checkpoint":
+        return _fused_moe(torch_layer.fused_moe, *args)
     # Triton may be absent where there is no GPU.
     from alphaq_vllm.kernels.triton import layer as triton_layer
 

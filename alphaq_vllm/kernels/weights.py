@@ -54,7 +54,7 @@ class MoEWeights:
                 f"w2: expected {w13.num_experts} experts [{w13.K}, {w13.N}] to match w13, "
                 f"got {w2.num_experts} experts [{w2.N}, {w2.K}]"
             )
-        orders = ("gpu",) if w13.packed.is_cuda else ("checkpoint", "cpu")
+        orders = ("checkpoint", "gpu") if w13.packed.is_cuda else ("checkpoint", "cpu")
         if w13.order not in orders or w2.order != w13.order:
             raise ValueError(
                 f"w13, w2: expected one order out of {orders} on {w13.packed.device}, as prepare_ makes it, got "

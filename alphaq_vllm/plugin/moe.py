@@ -15,6 +15,7 @@ import torch
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, matrix_tensors
 from alphaq_vllm.kernels import Gate, MoEWeights, PackedExperts, Routing, expert_offsets, fused_moe, prepare_
+from alphaq_vllm.kernels.choice import chosen_kernels
 from alphaq_vllm.kernels.experts import Order
 from alphaq_vllm.plugin import cpu_linear
 from alphaq_vllm.plugin._compat import (
@@ -25,6 +26,7 @@ from alphaq_vllm.plugin._compat import (
     set_weight_attrs,
     weight_loader,
 )
+from alphaq_vllm.plugin.gpu_kernels import Preparation, check_choice
 from alphaq_vllm.plugin.modular import exchanges_tokens, modular_kernel
 from alphaq_vllm.plugin.report import LoadReport
 from alphaq_vllm.plugin.support import check_experts, gate_of
@@ -59,6 +61,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         projection_names: Mapping[str, str],
     ) -> None:
         check_experts(moe, prefix, group_size, len(num_bits["w1"]), has_gate="w3" in num_bits)
+        check_choice()
         super().__init__(moe)
         self.prefix = prefix
         self.group_size = group_size
@@ -181,7 +184,8 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         vLLM does not check the former for quantized models. The latter happens within the parameters' own memory: they
         stay what weights are loaded into, and loading them again, which is of all of them, starts over.
         """
-        missing = [] if self.dummy else sorted(self._expected() - self.loaded)
+        made_up = self.dummy
+        missing = [] if made_up else sorted(self._expected() - self.loaded)
         self.loaded.clear()
         # What is loaded in the place of made-up weights is to be whole.
         self.dummy = False
@@ -195,11 +199,15 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             # Where vLLM loads weights again, buffers that no checkpoint has come with whatever lay in memory.
             getattr(layer, f"{stem}_num_bits").copy_(torch.tensor(self.local_bits[stem], dtype=torch.int32))
             getattr(layer, f"{stem}_offsets").copy_(torch.tensor(self.offsets[stem]))
+        self.order = "checkpoint"
+        preparation = None
+        if layer.w13_weight_packed.is_cuda and chosen_kernels() != "torch":
+            preparation = Preparation(self.moe, layer, self._put_together(layer), made_up)
         for stem in self.shapes:
             self.order = prepare_(self._experts(layer, stem, "checkpoint")).order
         weights = self._put_together(layer)
-        if layer.w13_weight_packed.is_cuda:
-            self._warm_up(layer, weights)
+        if preparation:
+            preparation.finish(weights)
         if self.weights is None:
             # Not again: what is loaded later, vLLM copies into these parameters, which it then puts back.
             self.weights = weights
@@ -239,13 +247,6 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             sum(tensor.nbytes for tensor in tensors),
             _kernel_name(self.order),
         )
-
-    def _warm_up(self, layer: RoutedExperts, weights: MoEWeights) -> None:
-        # Triton may be absent where there is no GPU.
-        from alphaq_vllm.kernels.triton.layer import warm_up
-
-        top_k, dtype = self.moe.experts_per_token, self.moe.in_dtype
-        warm_up(weights, top_k, dtype, layer.expert_map, layer.apply_router_weight_on_input)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """None: vLLM's own kernels are not used."""
@@ -322,4 +323,6 @@ def _kernel_name(order: Order) -> str:
     """What computes experts of an order, for the log."""
     if order == "cpu":
         return cpu_linear.kernel_name()
-    return "Triton kernels" if order == "gpu" else "torch on the CPU"
+    if order == "gpu":
+        return "Triton kernels" if chosen_kernels() == "fast" else f"Triton kernels, {chosen_kernels()}"
+    return "torch"

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from alphaq_vllm.kernels.choice import chosen_kernels
+
 
 class Device(NamedTuple):
     """One GPU. generation: the major number of an NVIDIA GPU's compute capability, else 0.
@@ -34,4 +36,7 @@ def device_of(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     # Triton numbers AMD's GPUs otherwise, and none of the choices by generation is meant for them.
     generation = 0 if torch.version.hip else properties.major
-    return Device(properties.multi_processor_count, generation, overlap=generation >= 9, ptx=generation > 0)
+    fast = chosen_kernels() == "fast"
+    return Device(
+        properties.multi_processor_count, generation, overlap=fast and generation >= 9, ptx=fast and generation > 0
+    )

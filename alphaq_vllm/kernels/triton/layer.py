@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 
@@ -131,6 +133,31 @@ def _gemm(
     return out
 
 
+def every_tile(weights: MoEWeights, top_k: int, expert_map: torch.Tensor | None) -> Iterator[tuple[int, Tiles]]:
+    """Find what needs kernels of its own when a layer is served.
+
+    Args:
+        weights: of the layer.
+        top_k: how many experts a token goes to.
+        expert_map: of the layer's ``Routing``.
+
+    Yields:
+        The fewest tokens that take such kernels, and their tiles.
+    """
+    w13, w2 = weights.w13, weights.w2
+    generation, widest = devices.device_of(w13.packed.device).generation, max(*w13.widths, *w2.widths)
+    num_experts = num_routed_experts(w13, expert_map)
+    most = max(MAX_DIRECT_ROUTES, max(ROUTES_PER_EXPERT.values()) * num_experts) // top_k + 1
+    done = set()
+    for num_tokens in range(1, most + 1):
+        routes = num_tokens * top_k
+        padded = triton.next_power_of_2(routes) if routes <= MAX_DIRECT_ROUTES else 0
+        bucket = (choose_tiles(routes, num_experts, generation, widest), padded)
+        if bucket not in done:
+            done.add(bucket)
+            yield num_tokens, bucket[0]
+
+
 def warm_up(
     weights: MoEWeights,
     top_k: int,
@@ -147,18 +174,7 @@ def warm_up(
         expert_map: of the layer's ``Routing``.
         apply_router_weight_on_input: of the layer's ``Routing``.
     """
-    w13, w2 = weights.w13, weights.w2
-    generation, widest = devices.device_of(w13.packed.device).generation, max(*w13.widths, *w2.widths)
-    num_experts = num_routed_experts(w13, expert_map)
-    most = max(MAX_DIRECT_ROUTES, max(ROUTES_PER_EXPERT.values()) * num_experts) // top_k + 1
-    done = set()
-    for num_tokens in range(1, most + 1):
-        routes = num_tokens * top_k
-        padded = triton.next_power_of_2(routes) if routes <= MAX_DIRECT_ROUTES else 0
-        bucket = (choose_tiles(routes, num_experts, generation, widest), padded)
-        if bucket in done:
-            continue
-        done.add(bucket)
-        x = torch.zeros(num_tokens, w13.K, dtype=dtype, device=w13.packed.device)
+    for num_tokens, _ in every_tile(weights, top_k, expert_map):
+        x = torch.zeros(num_tokens, weights.w13.K, dtype=dtype, device=weights.w13.packed.device)
         topk_ids = torch.full((num_tokens, top_k), -1, dtype=torch.int32, device=x.device)
         fused_moe(x, weights, Routing(topk_ids.float(), topk_ids, expert_map, apply_router_weight_on_input))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alphaq_vllm.kernels import PackedExperts, fused_moe
-from alphaq_vllm.kernels.cpu.layer import padded_rows
+from alphaq_vllm.kernels.torch_layer import padded_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

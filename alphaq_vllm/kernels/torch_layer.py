@@ -1,4 +1,4 @@
-"""The CPU path: expert by expert, each matrix dequantized once, a cache-sized piece at a time."""
+"""The layer in torch, on any device: expert by expert, each matrix dequantized once, a cache-sized piece at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def fused_moe(x: torch.Tensor, weights: MoEWeights, routing: Routing) -> torch.T
     """Compute a layer's routed experts: matrix products in bfloat16 for bfloat16 x, else float32; the rest in float32.
 
     Args:
-        x: ``[num_tokens, hidden_size]`` of any floating dtype, as all tensors on a CPU.
+        x: ``[num_tokens, hidden_size]`` of any floating dtype, as all tensors on one device, which it waits for.
         weights: the experts that this rank holds, in the order of the checkpoint.
         routing: the experts of each token.
 
@@ -25,7 +25,7 @@ def fused_moe(x: torch.Tensor, weights: MoEWeights, routing: Routing) -> torch.T
     """
     compute_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     expert_ids = routing.local_expert_ids()
-    out = torch.zeros(x.shape[0], weights.w2.N, dtype=torch.float32)
+    out = torch.zeros(x.shape[0], weights.w2.N, dtype=torch.float32, device=x.device)
     for expert in expert_ids[expert_ids >= 0].unique().tolist():
         tokens, slots = (expert_ids == expert).nonzero(as_tuple=True)
         router_weights = routing.topk_weights[tokens, slots, None]
