@@ -177,6 +177,23 @@ def _compare(compare: Callable[..., Value], kind: str, instruction: Instruction)
     return _arithmetic(compare, [TYPES[kind]] * 2, instruction)
 
 
+def _compare_halves(compare: Callable[..., Value], kind: str, instruction: Instruction) -> Step:
+    """16-bit floats; of both of a register where there are two, each with a predicate of its own."""
+    (targets, *sources), pairs = instruction.operands, kind.endswith("x2")
+    names = targets.split("|")
+    if len(sources) != 2 or len(names) != 1 + pairs:
+        raise NotEmulated(str(instruction))
+    reads = [operand(text, np.uint32 if pairs else np.uint16) for text in sources]
+
+    def run(block: Block, active: Value) -> None:
+        a, b = (floats(read(block).view(np.uint16), kind.removesuffix("x2")) for read in reads)
+        results = compare(a, b).reshape(-1, len(names))
+        for name, result in zip(names, results.T, strict=True):
+            block.write(name, result, active)
+
+    return run
+
+
 INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
 LONG_INTEGERS = INTEGERS[2:]
 BITS = ("b16", "b32", "b64")
@@ -259,6 +276,8 @@ def _opcodes() -> Iterator[tuple[str, Callable[[Instruction], Step]]]:
     ):
         for (name, compare), kind in product(comparisons.items(), kinds):
             yield f"setp.{name}.{kind}", partial(_compare, compare, kind)
+    for (name, compare), kind in product(FLOAT_COMPARISONS.items(), ("f16", "bf16", "f16x2", "bf16x2")):
+        yield f"setp.{name}.{kind}", partial(_compare_halves, compare, kind)
 
 
 UNSIGNED_TYPES = ("u16", "u32", "u64")

@@ -150,12 +150,25 @@ def check_comparison(opcode: str) -> bool:
     if not opcode.startswith("setp."):
         return False
     _, name, kind = opcode.split(".")
-    values = [-INFINITE, -1.0, -0.0, 0.0, LEAST, 2.5, INFINITE, NAN] if kind == "f32" else corners(TYPES[kind])
+    halves = kind.removesuffix("x2") in ("f16", "bf16")
+    least = 2.0**-24 if halves else LEAST
+    fractions = [-INFINITE, -1.0, -0.0, 0.0, least, 2.5, INFINITE, NAN]
+    values = fractions if halves or kind == "f32" else corners(TYPES[kind])
     pairs = list(product(values, repeat=2))
-    unordered = kind == "f32" and name.endswith("u")
+    unordered = (halves or kind == "f32") and name.endswith("u")
     compare = COMPARE[name.removesuffix("u") if unordered else name]
     expected = [unordered if NAN in pair or any(v != v for v in pair) else compare(*pair) for pair in pairs]
-    operands = [np.array([pair[i] for pair in pairs], TYPES[kind]) for i in range(2)]
+    if halves:
+        floats = (np.array([pair[i] for pair in pairs], np.float32) for i in range(2))
+        operands = [to_bits(column, kind.removesuffix("x2")).astype(np.uint16) for column in floats]
+        if kind.endswith("x2"):
+            words = {f"%r{i + 1}": np.stack([b, b[::-1]], 1).view(np.uint32)[:, 0] for i, b in enumerate(operands)}
+            block = run(f"{opcode} %p1|%p2, %r1, %r2;", words, threads=len(pairs))
+            assert block.registers["%p1"].tolist() == expected
+            assert block.registers["%p2"].tolist() == expected[::-1]
+            return True
+    else:
+        operands = [np.array([pair[i] for pair in pairs], TYPES[kind]) for i in range(2)]
     assert compute(opcode, operands, bool).tolist() == expected
     return True
 
