@@ -24,20 +24,16 @@ from offline.threads import compute_device
 class Pass:
     """A pass through all layers, from where an interrupted one has stopped.
 
-    name: what tells it from other passes of the same work; journal: where it is kept, None to keep nothing;
-    ``done``: the number of layers that are behind it.
+    name: what tells it from other passes of the same work; journal: where it is kept, None to keep nothing; output:
+    whether what comes out of the last layer is kept too, until the pass is finished; ``done``: the number of layers
+    that are behind it; ``finished``: whether nothing of it is needed any more.
     """
 
-    def __init__(self, decoder: Decoder, name: str, journal: Journal | None = None) -> None:
-        self._decoder, self.name, self._journal = decoder, name, journal
-        self._directory = journal.path.with_name(KEPT) if journal else None
-        reached = [entry["layers"] for entry in journal.entries if entry.get("pass") == name] if journal else []
-        self.done: int = reached[-1] if reached else 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing of it is left to do."""
-        return self.done == len(self._decoder.layers)
+    def __init__(self, decoder: Decoder, name: str, journal: Journal | None = None, output: bool = False) -> None:
+        self._decoder, self.name, self._journal, self._output = decoder, name, journal, output
+        entries = [entry for entry in journal.entries if entry.get("pass") == name] if journal else []
+        self.done: int = entries[-1]["layers"] if entries else 0
+        self.finished: bool = bool(entries) and entries[-1]["finished"]
 
     def progress(self, what: str, source: Checkpoint, experts: Experts) -> Progress:
         """Progress in bytes of experts, those behind the pass included; experts: all of the source's."""
@@ -48,48 +44,48 @@ class Pass:
     def begin(self, source: Checkpoint, windows: Tensor) -> Tensor:
         """What enters the first layer of ``layers``, as of ``Decoder.embed``: ``[windows, length, hidden_size]``."""
         hidden = self._decoder.embed(source, windows, compute_device())
-        if self.done:
-            kept = torch.from_file(str(self._file(self.done)), size=hidden.numel(), dtype=hidden.dtype)
-            hidden.copy_(kept.view_as(hidden))
+        if self._kept:
+            hidden.copy_(torch.from_file(str(self._kept), size=hidden.numel(), dtype=hidden.dtype).view_as(hidden))
         return hidden
 
     def layers(self, hidden: Tensor) -> Iterator[Layer]:
         """The layers that are left. Each has to replace ``hidden``, its input, by its output before the next."""
         for layer in self._decoder.layers[self.done :]:
             yield layer
-            # What comes out of the last one is for somebody else, who may not be done with it.
-            if self.done + 1 < len(self._decoder.layers):
+            if self._output or self.done + 1 < len(self._decoder.layers):
                 self._advance(hidden)
 
     def finish(self) -> None:
         """Keep for good that all is done, with what was recorded in the journal before, and no more activations."""
-        if self._journal and not self.finished:
-            before, self.done = self.done, len(self._decoder.layers)
-            self._commit(self._journal, None)
-            self._remove(before)
+        self.done, self.finished = len(self._decoder.layers), True
+        self._commit()
 
     def _advance(self, hidden: Tensor) -> None:
-        before, self.done = self.done, self.done + 1
-        if self._journal and self._directory:
-            self._directory.mkdir(exist_ok=True)
-            path = self._file(self.done)
+        self.done += 1
+        if path := self._kept:
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(hidden.cpu().numpy().data)
-            for directory in (self._directory, self._directory.parent):
+            for directory in path.parents[:2]:
                 sync(directory)
-            self._commit(self._journal, path)
-            self._remove(before)
+        self._commit()
 
-    def _commit(self, journal: Journal, path: Path | None) -> None:
-        journal.record({"pass": self.name, "layers": self.done}, path)
-        journal.commit()
+    def _commit(self) -> None:
+        if self._journal is None:
+            return
+        entry = {"pass": self.name, "layers": self.done, "finished": self.finished}
+        self._journal.record(entry, self._kept)
+        self._journal.commit()
+        # Also what kills have left of layers and passes before.
+        for path in self._journal.path.with_name(KEPT).glob("*"):
+            if path != self._kept:
+                path.unlink()
 
-    def _remove(self, layers: int) -> None:
-        if layers:
-            self._file(layers).unlink(missing_ok=True)
-
-    def _file(self, layers: int) -> Path:
-        assert self._directory, "only a journal tells of layers that are done"
-        return self._directory / f"{self.name}-{layers}.float32"
+    @property
+    def _kept(self) -> Path | None:
+        """What enters the next layer, if that is kept."""
+        if self._journal is None or self.finished or not self.done:
+            return None
+        return self._journal.path.with_name(KEPT) / f"{self.name}-{self.done}.float32"
 
 
 def kept_nbytes(tokens: int, hidden_size: int) -> int:

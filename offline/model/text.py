@@ -125,7 +125,7 @@ def write_text(
     windows = torch.stack([torch.randint(decoder.vocab_size, (length,), generator=each) for each in generators])
     for number, draws in enumerate((1, math.ceil(count / contexts))):
         shares = [torch.rand(draws, length, generator=each, dtype=torch.float64).T for each in generators]
-        run = Pass(decoder, f"text-{count}x{length}-{number}", journal)
+        run = Pass(decoder, f"text-{count}x{length}-{number}", journal, output=True)
         drawn = _draw(decoder, source, experts, windows, torch.stack(shares), run, workers, journal).permute(2, 0, 1)
         windows = torch.cat((windows[:, :1].expand(draws, -1, -1), drawn[:, :, :-1]), 2).flatten(0, 1)
     return windows[:count]
