@@ -202,7 +202,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         self.order = "checkpoint"
         preparation = None
         if layer.w13_weight_packed.is_cuda and chosen_kernels() != "torch":
-            preparation = Preparation(self.moe, layer, self._put_together(layer), made_up)
+            preparation = Preparation(self.moe, layer, self.prefix, self._put_together(layer), made_up)
         for stem in self.shapes:
             self.order = prepare_(self._experts(layer, stem, "checkpoint")).order
         weights = self._put_together(layer)

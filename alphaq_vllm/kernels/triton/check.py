@@ -90,8 +90,8 @@ def check(weights: MoEWeights, sample: Sample) -> None:
             others = "plain or torch" if chosen_kernels() == "fast" else "torch"
             raise RuntimeError(
                 f"the kernels' check of themselves on {_machine()}, {num_tokens} tokens in {tiles}: expected equal "
-                f"results for equal tokens and an error of up to {bound:.3g}, got {error:.3g}: set {KERNELS} to {others} "
-                "(which takes --enforce-eager), and report this message"
+                f"results for equal tokens and an error of up to {bound:.3g}, got {error:.3g}: set {KERNELS} to "
+                f"{others} (which takes --enforce-eager), and report this message"
             )
 
 
