@@ -11,6 +11,9 @@ import pytest
 import torch
 import transformers
 
+from alphaq_vllm import convert
+from offline.model.passes import Pass
+
 DOCS_MOE = Path(__file__).parents[1] / "models" / "docs-moe"
 WAYS = {
     # The text of GPTQ is also that of propagation.
@@ -154,6 +157,28 @@ def test_a_kill_costs_at_most_one_layer_or_one_part_of_the_predictions(source, c
         assert len(before + after) <= len(work) + 1
         assert digests(out) == whole
     assert not server.run(tmp_path / "last", [point, moments[-1] + 1])[0]
+
+
+@pytest.mark.parametrize("model_type", ["granitemoe", "gemma4_text", "nemotron_h"])
+def test_layers_of_all_kinds_go_on_from_what_is_kept(tiny_model, tmp_path, monkeypatch, model_type):
+    """Layers that scale what comes out of their experts, that run twice, and that are not all the same."""
+    settings = {"bits": 3.0, "calibration_tokens": 1024, "calibration_length": 512, "workers": 1}
+    convert(tiny_model(model_type), tmp_path / "whole", **settings)
+    commit, seen = Pass._commit, set()
+
+    def commit_and_interrupt(self):
+        commit(self)
+        if self.name not in seen:
+            seen.add(self.name)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pass, "_commit", commit_and_interrupt)
+    # Both texts in two passes, the errors', and GPTQ's.
+    for _ in range(6):
+        with pytest.raises(KeyboardInterrupt):
+            convert(tiny_model(model_type), tmp_path / "out", **settings, resume=True)
+    convert(tiny_model(model_type), tmp_path / "out", **settings, resume=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
 def test_case_16_conversions_killed_again_and_again_get_on_and_end_in_the_same_bytes(converter, tmp_path):
