@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 SECONDS_BETWEEN_COMMITS = 2.0
+# A directory beside a journal, for files that its entries vouch for until the work is further.
+KEPT = "kept"
 
 
 class Journal:

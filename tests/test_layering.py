@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "offline.source": FORMAT | COMMON,
     "offline.quantizers": FORMAT,
     "offline.allocation": FORMAT | COMMON,
-    "offline.model": FORMAT | COMMON | {SOURCE},
+    "offline.model": FORMAT | COMMON | {SOURCE, "offline.journal"},
     "offline.sensitivity": FORMAT | WORK | {SOURCE, "offline.model", QUANTIZERS},
     "offline.layerwise": FORMAT | WORK | {SOURCE, "offline.model", QUANTIZERS},
     "offline.writing": FORMAT | WORK | {SOURCE},

@@ -22,21 +22,18 @@ from torch import Tensor
 
 from alphaq_vllm import packing
 from alphaq_vllm.format import PACKED, SCALE, ZERO
-from offline.journal import sync
+from offline.journal import Journal, sync
 from offline.model.decoder import Decoder
 from offline.model.forward import by_expert, expert_outputs, inner_states, project
 from offline.model.layer import Routes, add_outputs, advance, route
+from offline.model.passes import Pass
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
 from offline.parallel import run_all
-from offline.progress import Progress
 from offline.quantizers.gptq import gptq, inverse_factor
 from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
 from offline.threads import compute_device, one_thread
-
-# The text that the model wrote, beside the results.
-_TEXT, _WINDOWS = "text.safetensors", "windows"
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,7 @@ class SequentialGptq:
         self._length = calibration.length
         self._max_tokens = calibration.tokens or max(calibration.length, default_tokens(source, experts))
         self._text = read_windows(source, calibration, self._max_tokens) if calibration.files else None
+        self._written: Tensor | None = None
 
     @property
     def own_text(self) -> bool:
@@ -93,36 +91,39 @@ class SequentialGptq:
         text = (self._length, self._max_tokens) if self._text is None else self._text.tolist()
         return hashlib.sha256(repr(text).encode()).hexdigest()
 
-    def text(self, directory: Path, workers: int = 1) -> Tensor:
-        """The calibration text, ``[windows, length]`` token ids.
-
-        directory: as of ``run``; text of the model's own is kept there; workers: to write it, which changes no token.
-        """
+    def text(self, workers: int = 1, journal: Journal | None = None) -> Tensor:
+        """The calibration text, ``[windows, length]`` token ids; workers, journal: see ``write_text``."""
         if self._text is not None:
             return self._text
-        path = directory / _TEXT
-        if not path.exists():
-            text = write_text(self.decoder, self._source, self._experts, self._max_tokens, self._length, workers)
-            directory.mkdir(exist_ok=True)
-            _write(path, {_WINDOWS: text})
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(_WINDOWS)
+        if self._written is None:
+            some = (self._max_tokens, self._length, workers, journal)
+            self._written = write_text(self.decoder, self._source, self._experts, *some)
+        return self._written
 
     @one_thread()
-    def run(self, widths: Mapping[str, int], group_size: int, directory: Path, workers: int = 1) -> int:
+    def run(
+        self,
+        widths: Mapping[str, int],
+        group_size: int,
+        directory: Path,
+        workers: int = 1,
+        journal: Journal | None = None,
+    ) -> int:
         """Quantize experts into files of ``directory``, from which ``load_quantized`` reads them.
 
         widths: by matrix name, for whole modules; directory: made if absent, and used as far as an interrupted run has
-        filled it; workers: processes to use, which changes no result.
+        filled it; workers: processes to use, which changes no result; journal: see ``Pass``.
         Returns the number of experts that no token reached, which are quantized without data.
         """
         directory.mkdir(exist_ok=True)
-        device = compute_device()
-        windows = self.text(directory, workers)
-        hidden = self.decoder.embed(self._source, windows, device)
-        starved = 0
-        with Progress("gptq", self._nbytes(self._experts.matrices)) as progress:
-            for layer in self.decoder.layers:
+        device, pass_ = compute_device(), Pass(self.decoder, "gptq", journal)
+        entries = journal.entries if journal else []
+        starved = {entry["gptq"]: entry["starved"] for entry in entries if "gptq" in entry}
+        if pass_.finished:
+            return sum(starved.values())
+        hidden = pass_.begin(self._source, self.text(workers, journal))
+        with pass_.progress("gptq", self._source, self._experts) as progress:
+            for layer in pass_.layers(hidden):
                 with layer.loaded(self._source, device):
                     if layer.source_experts is None:
                         advance(layer, hidden, workers)
@@ -140,13 +141,17 @@ class SequentialGptq:
                         tensors, outputs = _run(tasks, routes, workers, self._source)
                         _write(path, tensors)
                     load = partial(_restore, directory, widths)
-                    starved += sum(not len(routes.of(expert)[0]) for expert in range(len(experts)))
+                    module = layer.source_experts
+                    starved[module] = sum(not len(routes.of(expert)[0]) for expert in range(len(experts)))
+                    if journal:
+                        journal.record({"gptq": module, "starved": starved[module]})
                 if not last:
                     if outputs is None:
                         outputs = expert_outputs(experts, load, routes, layer.activation, workers)
                     add_outputs(layer, hidden, outputs, routes, self._source, workers)
-                progress.advance(self._nbytes(matrix for expert in experts for matrix in expert))
-        return starved
+                progress.advance(sum(matrix_nbytes(self._source, matrix) for expert in experts for matrix in expert))
+        pass_.finish()
+        return sum(starved.values())
 
     def quantize_expert(self, num_bits: int, group_size: int, inputs: Tensor, topk_weights: Tensor) -> None:
         """Quantize the first expert for the time that it takes; inputs, topk_weights: of tokens as if routed to it."""
@@ -154,9 +159,6 @@ class SequentialGptq:
         _quantize(
             _Task(0, self._source, bits, group_size, torch.nn.functional.silu, inputs, topk_weights, outputs=True)
         )
-
-    def _nbytes(self, matrices: Iterable[ExpertMatrix]) -> int:
-        return sum(matrix_nbytes(self._source, matrix) for matrix in matrices)
 
     def _tasks(
         self,
@@ -261,3 +263,4 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(code, os.strerror(code), str(temporary)) from error
     sync(temporary)
     temporary.rename(path)
+    sync(path.parent)

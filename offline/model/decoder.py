@@ -5,6 +5,8 @@ The weights of routed experts are never loaded here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
@@ -122,10 +124,18 @@ class Decoder:
             del layer.module.forward
 
     @torch.no_grad()
-    def sample(self, source: Checkpoint, hidden: Tensor, shares: Tensor, workers: int = 1) -> Tensor:
+    def sample(
+        self,
+        source: Checkpoint,
+        hidden: Tensor,
+        shares: Tensor,
+        workers: int = 1,
+        known: Tensor | None = None,
+        record: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
         """Tokens that the model predicts after every place, ``[windows, length, draws]``, from the last layer's output.
 
-        shares: random, of the same shape, and workers: see ``draw``.
+        shares: random, of the same shape; workers, known, record: see ``draw``.
         Raises ValueError for predictions that are not finite.
         """
         device = hidden.device
@@ -135,5 +145,5 @@ class Decoder:
         bias = source.load(self._head_bias).to(device) if self._head_bias else None
         places = self._norm(hidden).flatten(0, 1)
         drawn_by = shares.flatten(0, 1).to(device)
-        tokens = draw(places, drawn_by, head, bias, self._logits_scaling, workers, self._softcap)
+        tokens = draw(places, drawn_by, head, bias, self._logits_scaling, workers, self._softcap, known, record)
         return tokens.view(shares.shape).cpu()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offline.model.decoder import Decoder
 from offline.model.layer import Layer, Routes, add_outputs, advance, route
-from offline.progress import Progress
+from offline.model.passes import Pass
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
 from offline.threads import compute_device, in_threads, one_thread
@@ -31,16 +31,19 @@ def forward(
     what: str,
     observe: Observe | None = None,
     workers: int = 1,
+    run: Pass | None = None,
 ) -> Tensor:
     """The output of the last layer, ``[windows, length, hidden_size]`` float32, for token ids ``windows``.
 
-    experts: all of the source's; what: the name of the progress; workers: threads to use, which changes no number.
+    experts: all of the source's; what: the name of the progress; workers: threads to use, which changes no number;
+    run: the pass that this is, if it is kept, for the caller to finish. Layers behind it are not observed again.
     """
     device = compute_device()
-    hidden = decoder.embed(source, windows, device)
+    run = run or Pass(decoder, what)
+    hidden = run.begin(source, windows)
     load = partial(load_weight, source)
-    with Progress(what, sum(matrix_nbytes(source, matrix) for matrix in experts.matrices)) as progress:
-        for layer in decoder.layers:
+    with run.progress(what, source, experts) as progress:
+        for layer in run.layers(hidden):
             with layer.loaded(source, device):
                 if layer.source_experts is None:
                     advance(layer, hidden, workers)

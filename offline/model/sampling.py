@@ -7,6 +7,7 @@ never read more often than need be: sums over blocks of words tell in which bloc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +28,24 @@ def draw(
     scaling: float = 1.0,
     workers: int = 1,
     softcap: float | None = None,
+    known: Tensor | None = None,
+    record: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Tokens drawn from ``softmax((places @ head.T + bias) / scaling)``, ``[places, draws]``.
 
     places: ``[places, hidden_size]`` float32; shares: ``[places, draws]`` float64 in [0, 1), random: a token is the
     first with whose probability those of all before it add up to more; head: ``[words, hidden_size]``, any floating
-    dtype; workers: threads to use, which changes no token; softcap: what a hyperbolic tangent bends logits to, if any.
+    dtype; workers: threads to use, which changes no token; softcap: what a hyperbolic tangent bends logits to, if any;
+    record: called with the tokens of as many places as are held together; known: those that it was called with before.
     Raises ValueError for predictions that are not finite.
     """
-    count, drawn = predictions_held(len(head)), []
-    with Progress("text", places.nbytes, brief=True) as progress:
-        for some, wanted in zip(places.split(count), shares.split(count), strict=True):
+    count, drawn = predictions_held(len(head)), [] if known is None else [known.to(places.device)]
+    done = sum(map(len, drawn))
+    with Progress("text", places.nbytes, places[:done].nbytes, brief=True) as progress:
+        for some, wanted in zip(places[done:].split(count), shares[done:].split(count), strict=True):
             drawn.append(_draw(some, wanted, head, bias, scaling, workers, softcap))
+            if record:
+                record(drawn[-1])
             progress.advance(some.nbytes)
     return torch.cat(drawn)
 

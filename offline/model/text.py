@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from offline.journal import Journal
 from offline.model.decoder import Decoder
 from offline.model.forward import forward
+from offline.model.passes import Pass
 from offline.source.architectures import experts_per_token
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
@@ -97,7 +99,13 @@ def _tokenize(source: Checkpoint, texts: list[str]) -> list[int]:
 
 
 def write_text(
-    decoder: Decoder, source: Checkpoint, experts: Experts, tokens: int, length: int, workers: int = 1
+    decoder: Decoder,
+    source: Checkpoint,
+    experts: Experts,
+    tokens: int,
+    length: int,
+    workers: int = 1,
+    journal: Journal | None = None,
 ) -> torch.Tensor:
     """Text of the model's own, for what needs text where the user has none: ``[windows, length]`` token ids.
 
@@ -107,16 +115,43 @@ def write_text(
     makes the contexts, and the second draws from what the model predicts in each of them as often as need be, for a
     prediction costs much more than a draw.
 
-    workers: threads to use, which changes no token. Fewer tokens are the beginning of what more of them would be.
+    workers: threads to use, which changes no token; journal: where tokens are kept as they are drawn, and found again,
+    and so are the passes. Fewer tokens are the beginning of what more of them would be.
     """
     length = min(length, decoder.context)
     count = max(1, tokens // length)
     contexts = min(count, max(1, CONTEXT_TOKENS // length))
     generators = [torch.Generator().manual_seed(SEED + number) for number in range(contexts)]
     windows = torch.stack([torch.randint(decoder.vocab_size, (length,), generator=each) for each in generators])
-    for draws in (1, math.ceil(count / contexts)):
-        hidden = forward(decoder, source, experts, windows, "text", workers=workers)
+    for number, draws in enumerate((1, math.ceil(count / contexts))):
         shares = [torch.rand(draws, length, generator=each, dtype=torch.float64).T for each in generators]
-        drawn = decoder.sample(source, hidden, torch.stack(shares), workers).permute(2, 0, 1)
+        run = Pass(decoder, f"text-{count}x{length}-{number}", journal, output=True)
+        drawn = _draw(decoder, source, experts, windows, torch.stack(shares), run, workers, journal).permute(2, 0, 1)
         windows = torch.cat((windows[:, :1].expand(draws, -1, -1), drawn[:, :, :-1]), 2).flatten(0, 1)
     return windows[:count]
+
+
+def _draw(
+    decoder: Decoder,
+    source: Checkpoint,
+    experts: Experts,
+    windows: torch.Tensor,
+    shares: torch.Tensor,
+    run: Pass,
+    workers: int,
+    journal: Journal | None,
+) -> torch.Tensor:
+    """``Decoder.sample`` after a pass, but for tokens that are in the journal."""
+    parts = [entry["tokens"] for entry in journal.entries if entry.get("text") == run.name] if journal else []
+    known = torch.tensor([tokens for part in parts for tokens in part], dtype=torch.int64).view(-1, shares.shape[-1])
+    if run.finished:
+        return known.view(shares.shape)
+
+    def record(tokens: torch.Tensor) -> None:
+        if journal:
+            journal.record({"text": run.name, "tokens": tokens.tolist()})
+
+    hidden = forward(decoder, source, experts, windows, "text", workers=workers, run=run)
+    drawn = decoder.sample(source, hidden, shares, workers, known, record)
+    run.finish()
+    return drawn

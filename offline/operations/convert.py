@@ -16,8 +16,10 @@ from pathlib import Path
 from offline.allocation.bit_map import average_bits, check_bit_map
 from offline.allocation.sizes import Room
 from offline.allocation.widths import Budget, average_left
+from offline.journal import Journal
 from offline.layerwise.sequential import SequentialGptq
 from offline.model.check import check_source, check_values
+from offline.model.passes import kept_nbytes
 from offline.model.runnable import can_run
 from offline.model.text import Calibration
 from offline.operations.choosing import choose_widths
@@ -28,6 +30,7 @@ from offline.operations.timing import expect
 from offline.progress import Course, course, format_seconds
 from offline.sensitivity.propagation import LENGTH, TOKENS
 from offline.sensitivity.stats import read_statistics
+from offline.source.architectures import text_config
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import Experts, find_experts
 from offline.source.linear import choose_formats, find_linear_layers
@@ -81,8 +84,11 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     gptq = SequentialGptq(source, every_expert, calibration or Calibration()) if quantizer == "gptq" else None
     if gptq:
         job = replace(job, calibration_tokens=gptq.tokens, own_text=gptq.own_text)
+    propagates = isinstance(widths, Budget) and widths.needs_gains and not given
+    tokens = max(gptq.tokens if gptq else 0, TOKENS if propagates else 0)
     # The results of gptq lie beside the checkpoint until that is complete.
     needed_bytes = _least_bytes(job, widths, room) * (2 if gptq else 1)
+    needed_bytes += kept_nbytes(tokens, text_config(source.config)["hidden_size"])
     check_output(out, source.path.resolve(), needed_bytes, options.resume)
     check_values(source, found, every_expert)
     settings = {
@@ -96,22 +102,27 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
         "room": asdict(room) if room else None,
         "stats": given.digest if given else None,
     }
-    if options.dry_run or experts.numel >= WORTH_PROCESSES:
+
+    def announce(journal: Journal | None = None) -> None:
         with course():
-            phases.expected = expect(job, every_expert, widths, gptq, given is not None)
+            phases.expected = expect(job, every_expert, widths, gptq, given is not None, journal)
         _say_how_long(phases)
+
     if options.dry_run:
+        announce()
         plan = choose_widths(job, widths, fixed, room, given)
         last = phases.expected.get("gptq", 0.0) + phases.expected["write"]
     else:
         last = 0.0
         with open_output(out, conditions(source, settings), options.resume) as output:
+            if experts.numel >= WORTH_PROCESSES:
+                announce(output.journal)
             results = output.directory.with_name(RESULTS) if gptq else None
             # The model writes its text once, where both need it.
-            text = partial(gptq.text, results, workers) if gptq and results and gptq.writes(TOKENS, LENGTH) else None
+            text = partial(gptq.text, workers, output.journal) if gptq and gptq.writes(TOKENS, LENGTH) else None
             plan = choose_widths(replace(job, calibrated=results), widths, fixed, room, given, output.journal, text)
             if gptq and results:
-                starved = gptq.run(plan.bits, group_size, results, workers)
+                starved = gptq.run(plan.bits, group_size, results, workers, output.journal)
                 plan = replace(plan, summary=replace(plan.summary, starved=starved))
             plan.write(output)
     limit = str(room) if room else None

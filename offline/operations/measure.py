@@ -76,14 +76,16 @@ def take_statistics(
 ) -> Statistics:
     """Measure all matrices of a job, and their errors at ``widths``.
 
-    journal: see ``measure_matrices``; gains: whether to measure also how errors propagate; text: see ``error_gains``.
+    journal: see ``measure_matrices`` and ``error_gains``; gains: whether to measure also how errors propagate;
+    text: see ``error_gains``.
     """
     quantizer = job.data_free_quantizer
     matrices = measure_matrices(
         job.source, job.experts.matrices, widths, job.group_size, job.workers, journal, quantizer
     )
     if gains:
-        gain = _error_gains(job, journal, text)
+        # Also for experts that are left alone.
+        gain = error_gains(job.source, find_experts(job.source), job.group_size, job.workers, text, journal)
         matrices = [replace(matrix, gain=gain[matrix.name]) for matrix in matrices]
     origin = Origin(job.name, fingerprint(job.source), job.group_size, len(matrices), 0, 0, quantizer)
     # The longest names in the card, and 8 bits, because the numbers in headers have the most digits then.
@@ -95,15 +97,3 @@ def take_statistics(
     experts = sum(spec.nbytes for spec in specs.values())
     others = sum(planned.sizes.values()) - experts
     return Statistics(replace(origin, other_files=others, other_tensors=planned.tensor_bytes - experts), matrices)
-
-
-def _error_gains(job: Job, journal: Journal | None, text: Callable[[], Tensor] | None) -> dict[str, float]:
-    """How errors propagate, also for experts that are left alone; journal: where that is kept, and found again."""
-    known = [entry["gains"] for entry in journal.entries if "gains" in entry] if journal else []
-    if known:
-        return known[0]
-    gains = error_gains(job.source, find_experts(job.source), job.group_size, job.workers, text)
-    if journal:
-        journal.record({"gains": gains})
-        journal.commit()
-    return gains

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -11,13 +12,15 @@ import torch
 
 from offline.allocation.bit_map import average_bits
 from offline.allocation.widths import Budget
+from offline.journal import Journal
 from offline.layerwise.sequential import SequentialGptq
 from offline.model.decoder import Decoder
 from offline.model.forward import by_expert, inner_states, project
 from offline.model.layer import route
+from offline.model.passes import passed
 from offline.model.sampling import predictions_held
 from offline.model.text import CONTEXT_TOKENS
-from offline.operations.plan import Job
+from offline.operations.plan import Job, pieces
 from offline.quantizers.quantize import quantize
 from offline.sensitivity.matrices import describe
 from offline.sensitivity.propagation import LENGTH, TOKENS, expert_gains
@@ -31,11 +34,17 @@ _ROWS, _RUNS, _TOKENS, _PLACES = 64, 3, 256, 64
 
 @one_thread()
 def expect(
-    job: Job, every_expert: Experts, widths: Budget | Mapping[str, int], gptq: SequentialGptq | None, measured: bool
+    job: Job,
+    every_expert: Experts,
+    widths: Budget | Mapping[str, int],
+    gptq: SequentialGptq | None,
+    measured: bool,
+    journal: Journal | None = None,
 ) -> dict[str, float]:
     """Seconds by phase, in order, by the names of their progress.
 
-    every_expert: of the source; measured: whether there are statistics already.
+    every_expert: of the source; measured: whether there are statistics already; journal: of what is done and takes no
+    time again.
     """
     budget = widths if isinstance(widths, Budget) else None
     matrices = job.experts.matrices
@@ -44,29 +53,39 @@ def expect(
     if budget and budget.needs_alpha and not measured:
         some = (budget.measured_widths, job.group_size, job.data_free_quantizer)
         seconds = _seconds(lambda: describe(job.source, matrices[0], *some))
-        expected["measure"] = seconds * len(matrices) / job.workers
+        expected["measure"] = seconds * (len(matrices) - _entries(journal, "stats")) / job.workers
     propagated = bool(budget and budget.needs_gains and not measured)
     if propagated or gptq:
-        pace = _pace(gptq.decoder if gptq else Decoder(job.source, every_expert), job, every_expert)
+        decoder = gptq.decoder if gptq else Decoder(job.source, every_expert)
+        pace = _pace(decoder, job, every_expert)
+        done = {phase: passed(journal, phase, len(decoder.layers)) for phase in ("text", "propagate", "gptq")}
         own = bool(gptq and gptq.own_text)
         shared = bool(gptq and gptq.writes(TOKENS, LENGTH))
         texts = [min(CONTEXT_TOKENS, gptq.tokens)] if gptq and own else []
         texts += [min(CONTEXT_TOKENS, TOKENS)] if propagated and not shared else []
         # Each is written in two passes.
-        expected["text"] = 2 * sum(pace.run(tokens) + pace.predict(tokens) for tokens in texts)
+        left = max(0.0, 1 - done["text"] / (2 * len(texts))) if texts else 0.0
+        expected["text"] = left * 2 * sum(pace.run(tokens) + pace.predict(tokens) for tokens in texts)
     if propagated:
-        expected["propagate"] = pace.run(TOKENS) + pace.experts(pace.gains)
+        expected["propagate"] = (1 - done["propagate"]) * (pace.run(TOKENS) + pace.experts(pace.gains))
     if gptq:
         inputs, topk_weights = pace.routed(gptq.tokens)
         seconds = _seconds(lambda: gptq.quantize_expert(num_bits, job.group_size, inputs, topk_weights))
-        expected["gptq"] = pace.enter(gptq.tokens) + pace.experts(seconds)
+        expected["gptq"] = (1 - done["gptq"]) * (pace.enter(gptq.tokens) + pace.experts(seconds))
         # Copying.
         expected["write"] = 0.0
     else:
         rows = load_weight(job.source, matrices[0])[:_ROWS]
         seconds = _seconds_per_weight(rows, num_bits, job.group_size, job.data_free_quantizer)
-        expected["write"] = seconds * job.experts.numel / job.workers
+        number = len(pieces(job, {matrix.name: num_bits for matrix in matrices}))
+        expected["write"] = seconds * job.experts.numel / job.workers * (1 - _entries(journal, "written") / number)
     return expected
+
+
+def _entries(journal: Journal | None, kind: str) -> int:
+    """The number of different entries of a kind."""
+    entries = journal.entries if journal else []
+    return len({json.dumps(entry[kind]) for entry in entries if kind in entry})
 
 
 @one_thread()

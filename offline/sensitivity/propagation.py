@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from alphaq_vllm import packing
+from offline.journal import Journal
 from offline.model.decoder import Decoder
 from offline.model.forward import activate, forward
 from offline.model.layer import Layer, Routes
+from offline.model.passes import Pass
 from offline.model.text import write_text
 from offline.parallel import run_all
 from offline.quantizers.quantize import quantize
@@ -51,18 +53,25 @@ def error_gains(
     group_size: int,
     workers: int = 1,
     text: Callable[[], Tensor] | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, float]:
     """By matrix name, the squared error of its layer's output that a mean squared error of 1 in its weights causes,
     relative to the square of that output.
 
     experts: all of the source's; workers: threads and processes to use, which changes no figure; text: what
-    ``write_text`` writes for ``TOKENS`` in windows of ``LENGTH`` or more of them, if somebody writes it anyway.
+    ``write_text`` writes for ``TOKENS`` in windows of ``LENGTH`` or more of them, if somebody writes it anyway;
+    journal: where the figures of a layer are kept, and found again.
     Raises ValueError as ``Decoder`` does.
     """
     decoder = Decoder(source, experts)
-    windows = text() if text else write_text(decoder, source, experts, TOKENS, LENGTH, workers)
-    windows = windows[: TOKENS // windows.shape[1]]
     gains: dict[str, float] = {}
+    for entry in journal.entries if journal else []:
+        gains.update(entry.get("gains", {}))
+    run = Pass(decoder, "propagate", journal)
+    if run.finished:
+        return gains
+    windows = text() if text else write_text(decoder, source, experts, TOKENS, LENGTH, workers, journal)
+    windows = windows[: TOKENS // windows.shape[1]]
 
     def observe(layer: Layer, matrices: Sequence[Sequence[ExpertMatrix]], routes: Routes, output: Tensor) -> None:
         energy = float(output.double().square().sum())
@@ -74,9 +83,13 @@ def error_gains(
             for matrix, error in zip(expert, errors[number], strict=True)
         }
         least = FLOOR * sum(found.values()) / len(found)
-        gains.update({name: max(gain, least) for name, gain in found.items()})
+        found = {name: max(gain, least) for name, gain in found.items()}
+        gains.update(found)
+        if journal:
+            journal.record({"gains": found})
 
-    forward(decoder, source, experts, windows, "propagate", observe, workers)
+    forward(decoder, source, experts, windows, "propagate", observe, workers, run)
+    run.finish()
     return gains
 
 

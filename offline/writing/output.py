@@ -5,6 +5,7 @@ While it is made it lies in a directory beside its place, with a journal of what
     OUT.partial/journal.jsonl   first what the result depends on, then what is finished
     OUT.partial/checkpoint      becomes OUT
     OUT.partial/gptq            results that the checkpoint is made of
+    OUT.partial/kept            what enters the next layer, while the model runs
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from alphaq_vllm.format import FORMAT_VERSION
 from offline import VERSION
-from offline.journal import Journal, sync
+from offline.journal import KEPT, Journal, sync
 from offline.progress import format_bytes
 from offline.source.checkpoint import CONFIG, Checkpoint
 from offline.source.fingerprint import fingerprint
@@ -146,7 +147,7 @@ def _check_empty(out: Path, resume: bool = False) -> None:
 def _is_left_over(partial: Path, out: Path) -> bool:
     """Whether a run was killed after ``out`` was complete, while it removed what was no longer needed."""
     complete = out.is_dir() and any(out.iterdir())
-    return complete and partial.is_dir() and {path.name for path in partial.iterdir()} <= {RESULTS}
+    return complete and partial.is_dir() and {path.name for path in partial.iterdir()} <= {RESULTS, KEPT}
 
 
 def _begin(partial: Path, out: Path, journal: Journal, depends_on: Mapping[str, Any]) -> Path:

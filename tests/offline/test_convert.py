@@ -275,6 +275,15 @@ def test_convert_refuses_too_small_a_disk(tiny_model, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_convert_counts_what_it_keeps_of_a_pass_as_needed_disk(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=8_000_000))
+    settings = {"bits": 3.0, "noise": "analytic", "quantizer": "gptq", "dry_run": True}
+    # Twice 8192 tokens of 128 features in float32.
+    with pytest.raises(ValueError, match=r"expected (8\.[4-9]|9\.\d) MB of free disk space"):
+        convert(tiny_model("qwen2_moe"), tmp_path / "out", **settings, calibration_tokens=8192)
+    convert(tiny_model("qwen2_moe"), tmp_path / "out", **settings, calibration_tokens=1024)
+
+
 def test_convert_refuses_a_second_conversion_of_its_output(tiny_model, tmp_path):
     out = tmp_path / "out"
     convert(tiny_model("qwen2_moe"), out, **QUICK)

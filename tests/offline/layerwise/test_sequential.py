@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from alphaq_vllm import packing
+from offline.journal import Journal
 from offline.layerwise import sequential
 from offline.layerwise.sequential import SequentialGptq, load_quantized
 from offline.model.text import Calibration, read_windows
@@ -121,14 +122,22 @@ def test_layers_are_calibrated_on_what_the_quantized_model_computes(
         torch.testing.assert_close(routes.inputs, torch.cat(expected[layer::layers]), rtol=1e-4, atol=1e-5)
 
 
-def test_an_expert_without_tokens_is_quantized_without_data_and_counted(speaking_model, calibration, tmp_path):
+def test_an_expert_without_tokens_is_quantized_without_data_and_counted(
+    speaking_model, calibration, tmp_path, monkeypatch
+):
     path = shutil.copytree(speaking_model("deepseek_v3"), tmp_path / "model")
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.1.mlp.gate.e_score_correction_bias"][2] = -100
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     source, experts = open_model(path)
     widths = every_width(experts)
-    assert run(path, calibration, tmp_path / "gptq", widths) == 1
+    journal = Journal(tmp_path / "journal")
+    assert run(path, calibration, tmp_path / "gptq", widths, journal=journal) == 1
+    journal.close()
+    with monkeypatch.context() as patch:
+        # A run that is finished is not run again, and still tells what it counted.
+        patch.delattr(sequential, "route")
+        assert run(path, calibration, tmp_path / "gptq", widths, journal=Journal(tmp_path / "journal")) == 1
     for matrix in experts.matrices:
         plain = quantize(load_weight(source, matrix), widths[matrix.name], 64).tensors(matrix.name)
         stored = load_quantized(tmp_path / "gptq", matrix)
