@@ -13,8 +13,11 @@ from typing import NamedTuple
 from alphaq_vllm.cores import available_cores
 
 SUMS = "SHA256SUMS"
-# What people edit in a finished checkpoint: no weight and no token depends on it.
-EDITABLE = ("*.md", "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*", "alphaq_stats.csv")
+# What people edit in a finished checkpoint: no weight and no vocabulary is in it. Chat templates are in several.
+EDITABLE = (
+    "*.md", "*.jinja", "chat_template.json", "tokenizer_config.json", "generation_config.json", "LICENSE*", "NOTICE*",
+    "alphaq_stats.csv",
+)  # fmt: skip
 # Files that no checkpoint has without a sum.
 ESSENTIAL = ("config.json", "model.safetensors.index.json", "*.safetensors")
 

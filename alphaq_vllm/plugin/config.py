@@ -87,18 +87,22 @@ class AlphaQConfig(QuantizationConfig):
         """Check the files of a checkpoint, or choose the widths of a model in full precision.
 
         vLLM calls it before it starts its workers.
-        Raises ValueError or OSError as ``check_load_format``, ``check_files`` and ``choose_online`` do.
+        Raises ValueError or OSError as ``check_load_format``, ``check_path``, ``check_files`` and ``choose_online`` do.
         """
+        from alphaq_vllm.paths import check_path
         from alphaq_vllm.plugin._compat import weights_asked_for
         from alphaq_vllm.plugin.support import DUMMY, check_load_format
 
         load_format, elsewhere = weights_asked_for()
         check_load_format(load_format)
         self.dummy = load_format == DUMMY
+        here = not self.dummy and not elsewhere
+        if here and Path(model_name).is_dir():
+            check_path(Path(model_name))
         if self.decided:
             from alphaq_vllm.plugin.files import check_files
 
-            if not self.dummy and not elsewhere:
+            if here:
                 check_files(Path(model_name))
             return
         check_offline()

@@ -17,6 +17,7 @@ import offline
 from alphaq_vllm.cache import cache_directory
 from offline import VERSION
 from offline.allocation.widths import Budget
+from offline.messages import printed
 from offline.operations.plan import Job
 from offline.sensitivity.stats import Statistics, read_statistics
 from offline.source.fingerprint import fingerprint
@@ -33,7 +34,9 @@ def cached_statistics(job: Job, budget: Budget) -> tuple[Statistics, str]:
     sampled, widths, directory = fingerprint(job.source), budget.measured_widths, cache_directory()
     noise = budget.noise if widths else "analytic"
     key = json.dumps([sampled, job.group_size, noise, widths, job.quantizer, VERSION])
-    path = directory / f"{job.source.path.resolve().name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.csv"
+    # The name is for people, and a part of a long one is enough.
+    name = printed(job.source.path.resolve().name)[:48]
+    path = directory / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.csv"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from alphaq_vllm.paths import check_path
 from offline.allocation.bit_map import average_bits, check_bit_map
 from offline.allocation.sizes import Room
 from offline.allocation.widths import Budget, average_left
@@ -89,6 +90,7 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     # The results of gptq lie beside the checkpoint until that is complete.
     needed_bytes = _least_bytes(job, widths, room) * (2 if gptq else 1)
     needed_bytes += kept_nbytes(tokens, text_config(source.config)["hidden_size"])
+    check_path(out)
     check_output(out, source.path.resolve(), needed_bytes, options.resume)
     check_values(source, found, every_expert)
     settings = {

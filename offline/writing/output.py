@@ -6,12 +6,15 @@ While it is made it lies in a directory beside its place, with a journal of what
     OUT.partial/checkpoint      becomes OUT
     OUT.partial/gptq            results that the checkpoint is made of
     OUT.partial/kept            what enters the next layer, while the model runs
+
+A name that has no room for ``.partial`` is shortened there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 
 from alphaq_vllm.format import FORMAT_VERSION
+from alphaq_vllm.paths import name_limit
 from offline import VERSION
 from offline.journal import KEPT, Journal, sync
 from offline.progress import format_bytes
@@ -30,6 +34,8 @@ from offline.source.fingerprint import fingerprint
 from offline.threads import compute_device
 
 JOURNAL, DIRECTORY, RESULTS = "journal.jsonl", "checkpoint", "gptq"
+# Of a whole path in bytes: what Linux takes, less the longest names that are put below.
+PATH_LIMIT = 4096 - 4 * 256
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ def check_output(out: Path, source: Path, needed_bytes: int, resume: bool = Fals
 
     Both paths are absolute and resolved. With ``resume``, what an interrupted run has left counts as room.
     """
+    _check_length(out)
     if out == source or source in out.parents:
         raise ValueError(f"{out}: expected an output directory outside the source {source}: choose another one")
     if out.exists() and not out.is_dir():
@@ -132,8 +139,27 @@ def open_output(out: Path, depends_on: Mapping[str, Any], resume: bool = False) 
         journal.close()
 
 
+def _check_length(out: Path) -> None:
+    """Raise ValueError if the file system, or Linux, does not take the path."""
+    limit, longest = name_limit(out), max(map(_num_bytes, out.parts))
+    if longest > limit:
+        raise ValueError(f"{out}: expected names of at most {limit} bytes, got one of {longest}: choose a shorter one")
+    if (length := _num_bytes(str(out))) > PATH_LIMIT:
+        raise ValueError(f"{out}: expected a path of at most {PATH_LIMIT} bytes, got {length}: choose a shorter one")
+
+
+def _num_bytes(name: str) -> int:
+    return len(os.fsencode(name))
+
+
 def _partial(out: Path) -> Path:
-    return out.with_name(f"{out.name}.partial")
+    name, ending, limit = out.name, ".partial", name_limit(out)
+    if _num_bytes(name + ending) > limit:
+        encoded = os.fsencode(name)
+        ending = f"-{hashlib.sha256(encoded).hexdigest()[:16]}{ending}"
+        # A letter that is cut in two is left out.
+        name = encoded[: limit - len(ending)].decode(errors="ignore")
+    return out.with_name(name + ending)
 
 
 def _check_empty(out: Path, resume: bool = False) -> None:

@@ -4,6 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import sizes
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README, QUALITY, BENCHMARKS = "README.md", "docs/quality.md", "docs/benchmarks.md"
 # Predictions that a column is about.
-TOKENS = {"docs-moe": 29952, "stdlib-mixtral-2": 20480, "stdlib-mixtral": 19968}
+TOKENS = {"docs-moe": 29952, "stdlib-mixtral-2": 20480, "stdlib-mixtral-3": 20480, "stdlib-mixtral": 19968}
 MACHINES = {"AMD EPYC": ("AMD EPYC", []), "Intel Xeon with AMX": ("Intel(R) Xeon(R) Processor", ["--enforce-eager"])}
 
 
@@ -75,20 +76,29 @@ def test_quality(file, head, rows):
 
 
 # Text that the rows of a model are about.
-WEIGHTS_ONLY = {"docs-moe": "held-out.txt", "reference-moe": "calibration.txt"}
+WEIGHTS_ONLY = {"docs-moe": "held-out.txt", "reference-moe": "calibration.txt", "stdlib-mixtral-3": "report.txt"}
+MAPS = {(row["model"], *row["text"], row["variant"], row["bits"]): row for row in results("weights_only.jsonl")}
 
 
 def test_maps_from_weights_alone():
-    lines = results("weights_only.jsonl")
-    measured = {(row["model"], *row["text"], row["variant"], row["bits"]): row for row in lines}
-    ((head, rows),) = by_column(QUALITY, "map")
-    assert len(rows) == 12
-    for name, *cells in rows:
-        for column, cell in zip(head[1:], cells, strict=True):
-            model, bits = column.removesuffix(" bits").split(", ")
-            row = measured.get((model, WEIGHTS_ONLY[model], name, float(bits)))
-            control = f" ({sum(row['control_kl']) / len(row['control_kl']):.4f})" if row and row["control_kl"] else ""
-            assert cell == (f"{row['kl']:.4f}{control}" if row else "not measured"), (name, column)
+    found = by_column(QUALITY, "map")
+    assert len(found) == 2 and len(found[0][1]) == 12 and len(found[1][1]) >= 3
+    for head, rows in found:
+        for name, *cells in rows:
+            for column, cell in zip(head[1:], cells, strict=True):
+                model, bits = column.removesuffix(" bits").split(", ")
+                row = MAPS.get((model, WEIGHTS_ONLY[model], name, float(bits)))
+                control = f" ({np.mean(row['control_kl']):.4f})" if row and row["control_kl"] else ""
+                assert cell == (f"{row['kl']:.4f}{control}" if row else "not measured"), (name, column)
+
+
+# The maps that the options of a way in stand for.
+CHOSEN = {
+    "--noise kurtosis --quantizer mse": "kurtosis",
+    "--mode uniform --quantizer mse": "uniform",
+    "--mode random --quantizer mse": "random",
+    "--gamma auto --noise analytic --quantizer mse": "paper",
+}
 
 
 def test_defaults_by_way_in():
@@ -98,9 +108,15 @@ def test_defaults_by_way_in():
         # What the converter does by itself where it can run the model.
         named = "" if "propagated" in how else how.strip("`")
         for column, cell in zip(head[2:], cells, strict=True):
-            bits = column.removesuffix(" bits: KL")
-            row = MEASURED.get(("docs-moe", TOKENS["docs-moe"], method(f"--bits {bits} {named}")))
-            assert cell == (FIGURES["KL"](row) if row else "not measured"), (how, column)
+            model, _, budgets = column.removesuffix(" bits").partition(": KL at ")
+            figures = []
+            for bits in budgets.split(" / "):
+                if named and model != "docs-moe":
+                    row = MAPS.get((model, WEIGHTS_ONLY[model], CHOSEN[named], float(bits)))
+                else:
+                    row = MEASURED.get((model, TOKENS.get(model), method(f"--bits {bits} {named}")))
+                figures.append(FIGURES["KL"](row) if row else "-")
+            assert cell == " / ".join(figures), (how, column)
 
 
 def serving(machine, kind, clients):

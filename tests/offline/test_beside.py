@@ -61,8 +61,7 @@ def source(speaking_model, tmp_path):
     return shutil.copytree(speaking_model("qwen2_moe"), tmp_path / "source")
 
 
-def test_files_beside_the_model_are_taken_along_and_the_rest_is_named(source, tmp_path, alphaq):
-    """Case: files beside the model."""
+def test_case_6_files_beside_the_model_are_taken_along_and_the_rest_is_named(source, tmp_path, alphaq):
     lay(source, TAKEN | LEFT)
     out, plain = tmp_path / "out", tmp_path / "plain"
     summary = convert(source, out, **QUICK)
@@ -82,8 +81,8 @@ def test_files_beside_the_model_are_taken_along_and_the_rest_is_named(source, tm
     assert (status, "got others in 1_Pooling/config.json" in error) == (2, True)
 
 
-def test_out_loads_with_trust_remote_code_although_the_config_named_code(source, tmp_path):
-    """Case: code that the config names. The tokenizer's is taken along and not run before a user asks for it."""
+def test_case_5_out_loads_with_trust_remote_code_although_the_config_named_code(source, tmp_path):
+    """The tokenizer's code is taken along, and not run before a user asks for it."""
     config = json.loads((source / "config.json").read_bytes())
     named = {"AutoConfig": "configuration_x.C", "AutoModelForCausalLM": "modeling_x.M"}
     (source / "config.json").write_text(json.dumps({**config, "auto_map": named}))
@@ -116,7 +115,7 @@ def test_transformers_has_every_family_without_code_from_a_checkpoint():
     assert not {name for name, family in FAMILIES.items() if family.own_code} & set(CONFIG_MAPPING)
 
 
-def test_the_code_of_a_config_comes_along_where_nobody_else_has_it(tiny_model, tmp_path):
+def test_case_5_the_code_of_a_config_comes_along_where_nobody_else_has_it(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model("bailing_moe"), tmp_path / "model")
     config = json.loads((model / "config.json").read_bytes())
     named = {"AutoConfig": "configuration_x.C", "AutoModelForCausalLM": "modeling_x.M"}
@@ -131,7 +130,7 @@ def test_the_code_of_a_config_comes_along_where_nobody_else_has_it(tiny_model, t
     assert "only the experts were checked" in summary.found
 
 
-def test_code_is_dropped_from_nested_configs_too():
+def test_case_5_code_is_dropped_from_nested_configs_too():
     nested = {"auto_map": {}, "text_config": {"auto_map": {"AutoConfig": "a.B"}, "hidden_size": 8}, "n": [1]}
     assert without_code(nested) == {"text_config": {"hidden_size": 8}, "n": [1]}
 

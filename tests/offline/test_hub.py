@@ -43,9 +43,9 @@ def finished(tiny_model, tmp_path_factory):
     for name in ODD:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)
-    out = tmp_path_factory.mktemp("finished") / "out [1] ü"
-    convert(source, out, bits=3, noise="analytic", quantizer="mse")
-    return out
+    folder = tmp_path_factory.mktemp("finished")
+    convert(source, folder / "out", bits=3, noise="analytic", quantizer="mse")
+    return (folder / "out").rename(folder / "out [1] ü")
 
 
 ODD = ("a b.txt", "[1]*.txt", "模型.txt", f"{'n' * 246}.txt", "additional_chat_templates/to ol[s].jinja", "-x.txt")
@@ -147,8 +147,8 @@ def test_private_makes_a_private_repository_and_refuses_a_public_one(hub, alphaq
     assert "owner/public: expected a private repository, got one that others can read" in error
 
 
-def test_revision_takes_a_model_at_a_tag_or_a_commit(hub, alphaq_with, tiny_model, tmp_path):
-    """Case: --revision. The card has the model's name, and its commit."""
+def test_case_11_revision_takes_a_model_at_a_tag_or_a_commit(hub, alphaq_with, tiny_model, tmp_path):
+    """The card has the model's name, and its commit."""
     files = files_of(tiny_model("qwen2_moe"))
     first = hub.commit("owner/model", {**files, "LICENSE": b"old", "original/params.json": b"{}", "model.gguf": b""})
     hub.tags["owner/model", "v1"] = first
@@ -168,8 +168,7 @@ def test_revision_takes_a_model_at_a_tag_or_a_commit(hub, alphaq_with, tiny_mode
         assert f"from commit `{sha}`" in card
 
 
-def test_a_snapshot_directory_goes_by_the_name_of_its_model(hub, alphaq_with, tiny_model, tmp_path):
-    """Case: the card's title was a commit hash."""
+def test_case_11_a_snapshot_directory_goes_by_the_name_of_its_model(hub, alphaq_with, tiny_model, tmp_path):
     sha = hub.commit("owner/by-directory", files_of(tiny_model("qwen2_moe")))
     assert alphaq_with("measure", "owner/by-directory", "-o", "a.csv", "--noise", "analytic")[0] == 0
     snapshot = tmp_path / "home" / "hub" / "models--owner--by-directory" / "snapshots" / sha
@@ -223,14 +222,14 @@ def test_without_the_hub_what_a_snapshot_lacks_is_named(hub, alphaq_with, tiny_m
     assert "left behind:    model.gguf\n" in output
 
 
-def test_a_revision_that_the_hub_lacks_is_named_in_one_line(hub, alphaq_with, tiny_model, tmp_path):
+def test_case_11_a_revision_that_the_hub_lacks_is_named_in_one_line(hub, alphaq_with, tiny_model, tmp_path):
     hub.commit("owner/one", files_of(tiny_model("qwen2_moe")))
     status, _, error = alphaq_with("convert", "owner/one", tmp_path / "out", *QUICK, "--revision", "v9")
     assert status == 2
     assert re.fullmatch(r"error: owner/one: .* did not deliver it at v9: .*Revision Not Found.*\n", error)
 
 
-def test_a_revision_is_of_a_model_on_the_hub(alphaq, tiny_model, tmp_path):
+def test_case_11_a_revision_is_of_a_model_on_the_hub(alphaq, tiny_model, tmp_path):
     status, _, error = alphaq("convert", tiny_model("qwen2_moe"), tmp_path / "out", "--revision", "v1")
     assert status == 2
     assert "error: --revision: expected a model on the Hugging Face Hub, got the directory " in error

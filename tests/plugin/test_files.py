@@ -1,5 +1,6 @@
 """The files of a checkpoint are compared with their sums before vLLM loads anything of them."""
 
+import json
 import shutil
 
 import pytest
@@ -39,8 +40,8 @@ def test_a_checkpoint_as_it_was_written_is_served(converted):
     serve(converted)
 
 
-def test_a_flipped_bit_in_what_is_loaded_is_refused(converted, copy):
-    editable = {"README.md", "generation_config.json", "alphaq_stats.csv"}
+def test_case_9_a_flipped_bit_in_what_is_loaded_is_refused(converted, copy):
+    editable = {"README.md", "generation_config.json", "tokenizer_config.json", "alphaq_stats.csv"}
     names = sorted(file.name for file in converted.iterdir() if file.name not in editable)
     assert {"config.json", "tokenizer.json", SUMS} < set(names)
     for name in names:
@@ -64,14 +65,31 @@ def test_a_file_that_is_gone_or_was_added_is_refused(copy):
         serve(copy)
 
 
-def test_what_people_edit_is_served_with_a_warning(copy, monkeypatch):
+def test_case_9_what_people_edit_is_served_with_a_warning(copy, monkeypatch):
     warnings = []
     monkeypatch.setattr(files.logger, "warning", lambda text, *values: warnings.append(text % values))
     (copy / "README.md").write_text("# Ours\n")
     (copy / "generation_config.json").unlink()
     (copy / "chat_template.jinja").write_text("{{ messages }}")
+    settings = json.loads((copy / "tokenizer_config.json").read_bytes())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
     serve(copy)
-    assert warnings == [f"{copy}: served although changed since the conversion: generation_config.json, README.md"]
+    changed = "generation_config.json, README.md, tokenizer_config.json"
+    assert warnings == [f"{copy}: served although changed since the conversion: {changed}"]
+
+
+@pytest.mark.parametrize("name", ["additional_chat_templates/tool_use.jinja", "chat_template.json", "USE_POLICY.md"])
+def test_case_9_templates_and_policies_are_served_with_a_warning(tmp_path, monkeypatch, name):
+    """Wherever a model keeps its templates."""
+    warnings = []
+    monkeypatch.setattr(files.logger, "warning", lambda text, *values: warnings.append(text % values))
+    source = shutil.copytree("tests/models/docs-moe", tmp_path / "source")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text('{"chat_template": "{{ messages }}"}')
+    convert(source, tmp_path / "out", bits=2.0, mode="uniform", quantizer="rtn")
+    (tmp_path / "out" / name).write_text('{"chat_template": "{{ tools }}"}')
+    serve(tmp_path / "out")
+    assert warnings == [f"{tmp_path / 'out'}: served although changed since the conversion: {name}"]
 
 
 def test_what_was_changed_on_purpose_is_served(copy, monkeypatch):

@@ -89,7 +89,7 @@ def test_the_streamer_loads_the_same(checkpoint, loaded):
     assert same(state(load(checkpoint, verify=True, load_format="runai_streamer")), loaded)
 
 
-def test_dummy_weights_need_no_weights(without_weights, loaded):
+def test_case_7_dummy_weights_need_no_weights(without_weights, loaded):
     model = load(without_weights, verify=True, load_format="dummy")
     made_up = state(model)
     assert {name: tensor.shape for name, tensor in made_up.items()} == {n: t.shape for n, t in loaded.items()}
@@ -118,20 +118,20 @@ def test_a_model_in_full_precision_takes_dummy_weights():
 
 @pytest.mark.parametrize("load_format", ["sharded_state", "runai_streamer_sharded", "ipc_cache"])
 @pytest.mark.parametrize("model", ["converted", "in full precision"])
-def test_formats_that_read_back_memory_are_refused_by_name(checkpoint, load_format, model):
+def test_case_7_formats_that_read_back_memory_are_refused_by_name(checkpoint, load_format, model):
     path = checkpoint if model == "converted" else MODEL
     with pytest.raises(ValueError, match=f"--load-format {load_format}: expected a format that reads the tensors of a"):
         load(path, verify=True, load_format=load_format)
 
 
-def test_tensorizer_is_refused_by_name(checkpoint):
+def test_case_7_tensorizer_is_refused_by_name(checkpoint):
     """vLLM asks for more arguments first, and for the package."""
     model = ModelConfig(str(checkpoint), quantization="alphaq")
     with pytest.raises(ValueError, match="--load-format tensorizer: expected a format that reads the tensors of a"):
         VllmConfig(model_config=model, load_config=LoadConfig(load_format="tensorizer"))
 
 
-def test_what_vllm_saved_as_sharded_state_is_refused_by_name(checkpoint, without_weights):
+def test_case_7_what_vllm_saved_as_sharded_state_is_refused_by_name(checkpoint, without_weights):
     """As vLLM's example saves it: weights as a rank holds them, beside the files of the checkpoint."""
     ShardedStateLoader.save_model(load(checkpoint), str(without_weights))
     assert [*without_weights.glob("model-rank-0-part-0.safetensors")]

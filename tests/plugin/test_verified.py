@@ -13,6 +13,7 @@ from alphaq_vllm import checksums
 from alphaq_vllm.checksums import SUMS, render_sums
 from alphaq_vllm.plugin import files, verified
 from alphaq_vllm.plugin.files import VERIFY, check_files
+from tests.reliability.surroundings import home_is_a_file, no_home
 
 # A process of its own, which need not import vLLM for this.
 CHECK = """
@@ -274,22 +275,6 @@ def test_no_part_of_a_memory_is_left_when_the_disk_is_full(checkpoint, start, ca
     assert "at the next start, for it cannot keep their sums: [Errno 28] No space left on device" in log[-1]
 
 
-def no_home(patch, tmp_path):
-    def home():
-        raise RuntimeError("Could not determine home directory.")
-
-    patch.setattr(Path, "home", home)
-    for name in ("ALPHAQ_CACHE", "XDG_CACHE_HOME"):
-        patch.delenv(name, raising=False)
-
-
-def home_is_a_file(patch, tmp_path):
-    (tmp_path / "file").touch()
-    patch.setattr(Path, "home", lambda: tmp_path / "file")
-    for name in ("ALPHAQ_CACHE", "XDG_CACHE_HOME"):
-        patch.delenv(name, raising=False)
-
-
 def user_without_home(patch, tmp_path):
     patch.setenv("ALPHAQ_CACHE", "~nobody-of-this-name/cache")
 
@@ -302,7 +287,7 @@ def read_only(patch, tmp_path):
 
 
 @pytest.mark.parametrize("place", [no_home, home_is_a_file, user_without_home, read_only])
-def test_without_a_place_for_it_files_are_read_at_every_start(checkpoint, start, tmp_path, monkeypatch, log, place):
+def test_case_8_without_a_place_for_sums_files_are_always_read(checkpoint, start, tmp_path, monkeypatch, log, place):
     place(monkeypatch, tmp_path)
     for _ in range(2):
         log.clear()

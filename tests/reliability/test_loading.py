@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.platforms import current_platform
 
+from alphaq_vllm.plugin.config import AlphaQConfig
 from alphaq_vllm.plugin.cpu_linear import NativeLinear
 from offline.source.checkpoint import CONFIG, INDEX
 from tests.reliability.loading import load, one_rank
@@ -165,3 +166,28 @@ def test_loading_runs_no_code_from_a_checkpoint(rank, copy, tmp_path):
     # vLLM has classes of its own for the model, so there is nothing to refuse.
     load(copy)
     assert not mark.exists()
+
+
+NAMES = ["a b", "q's\"d", "$HOME", "a*b?", "a\\b", "[", "模" * 85]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_case_13_directories_of_odd_names_are_loaded(tiny_checkpoint, tmp_path, rank, name):
+    load(shutil.copytree(tiny_checkpoint, tmp_path / name), verify=True)
+
+
+@pytest.mark.parametrize("name", ["out[1]", "[ab]/out"])
+def test_case_13_a_directory_that_vllm_would_not_open_is_refused(tiny_checkpoint, tmp_path, rank, name, monkeypatch):
+    path = shutil.copytree(tiny_checkpoint, tmp_path / name)
+    with pytest.raises(ValueError, match="expected a path that is not a pattern, as which vLLM reads it"):
+        load(path)
+    # Without the check, vLLM does not find the weights: if that changes, the check can go.
+    monkeypatch.setattr("alphaq_vllm.paths.check_path", lambda directory: None)
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        load(path)
+
+
+def test_case_13_a_model_in_full_precision_that_vllm_would_not_open_is_refused(tiny_source, tmp_path):
+    path = shutil.copytree(tiny_source, tmp_path / "full[1]")
+    with pytest.raises(ValueError, match="expected a path that is not a pattern, as which vLLM reads it"):
+        AlphaQConfig().maybe_update_config(str(path))

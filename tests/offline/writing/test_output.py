@@ -232,3 +232,28 @@ def test_check_output_counts_what_is_there_already_as_room(tmp_path, monkeypatch
     check_output(tmp_path / "out", tmp_path / "source", 2**20, resume=True)
     with pytest.raises(ValueError, match="of free disk space"):
         check_output(tmp_path / "out", tmp_path / "source", 2**20)
+
+
+def test_case_15_an_interrupted_conversion_of_the_longest_name_is_resumed(tmp_path):
+    """Its partial directory has another name than those of names that begin alike."""
+    out, other = tmp_path / ("n" * 255), tmp_path / ("n" * 254 + "m")
+    interrupted(out)
+    interrupted(other)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert all(path.name.endswith(".partial") and len(path.name) <= 255 for path in tmp_path.iterdir())
+    for path in (out, other):
+        check_output(path, tmp_path / "source", 0, resume=True)
+        with open_output(path, {}, resume=True) as output:
+            assert (output.directory / "file").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, other.name}
+
+
+def test_case_15_the_file_system_says_how_long_a_name_may_be(tmp_path, monkeypatch):
+    """Encrypted directories take fewer bytes."""
+    monkeypatch.setattr(os, "pathconf", lambda path, name: {"PC_NAME_MAX": 143}[name])
+    check_output(tmp_path / ("n" * 143), tmp_path / "source", 0)
+    with pytest.raises(ValueError, match="expected names of at most 143 bytes, got one of 144: choose a shorter one"):
+        check_output(tmp_path / ("n" * 144), tmp_path / "source", 0)
+    interrupted(tmp_path / ("n" * 143))
+    (partial,) = tmp_path.iterdir()
+    assert len(partial.name) == 143
