@@ -72,7 +72,7 @@ class Preparation:
             self.sample = Sample.of(weights, self.routing, self.dtype)
 
     def finish(self, weights: MoEWeights) -> None:
-        """Compile, and raise RuntimeError if what kernels compute differs. weights: in the order of the GPU."""
+        """Compile, and raise ValueError if what kernels compute differs. weights: in the order of the GPU."""
         from alphaq_vllm.kernels.triton.check import check
         from alphaq_vllm.kernels.triton.layer import warm_up
 

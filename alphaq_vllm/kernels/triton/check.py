@@ -71,7 +71,7 @@ def check(weights: MoEWeights, sample: Sample) -> None:
 
     weights: the sample's, in the order of a GPU.
 
-    Raises RuntimeError, naming GPU, versions, tile and the way out, if a result is not what is expected.
+    Raises ValueError, naming GPU, versions, tile and the way out, if a result is not what is expected.
     """
     x, routing, expected = sample
     bound = MAX_ERROR * torch.finfo(x.dtype).eps * float(expected.abs().max())
@@ -88,7 +88,7 @@ def check(weights: MoEWeights, sample: Sample) -> None:
         # NaN is no number that is small enough. A route's products do not depend on what else is in its tile.
         if not (error <= bound and torch.equal(out, out[:TOKENS][tokens])):
             others = "plain or torch" if chosen_kernels() == "fast" else "torch"
-            raise RuntimeError(
+            raise ValueError(
                 f"the kernels' check of themselves on {_machine()}, {num_tokens} tokens in {tiles}: expected equal "
                 f"results for equal tokens and an error of up to {bound:.3g}, got {error:.3g}: set {KERNELS} to "
                 f"{others} (which takes --enforce-eager), and report this message"
