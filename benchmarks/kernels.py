@@ -7,8 +7,8 @@
 With ``--device cpu`` see ``benchmarks.cpu_kernels``. On a GPU it times one layer's routed experts, from router output
 to sum, as replays of a CUDA graph that takes several sets of weights in turn, so that none is still in the cache. A
 setting whose result is not right reports no time. The limit is the larger of the bytes of the experts in use over the
-copy bandwidth and the operations over the speed of a dense bfloat16 product, both measured at the start. Every row is
-appended to ``benchmarks/results/kernels.jsonl``.
+bandwidth, of a copy or of a sum, whichever is more, and the operations over the speed of a dense bfloat16 product, all
+measured at the start. Every row is appended to ``benchmarks/results/kernels.jsonl`` as soon as it is measured.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ from alphaq_vllm.kernels import MoEWeights, PackedExperts
 from alphaq_vllm.kernels.choice import KERNELS, chosen_kernels
 from alphaq_vllm.plugin._compat import FusedMoEConfig, RoutedExperts, current_platform, get_current_vllm_config, logger
 
-# The kernels multiply weights with FLOAT16_FACTOR of triton/gemm.py, 64, for small scales to keep all their digits.
-LARGEST_IN_FLOAT16 = torch.finfo(torch.float16).max / 64
 # Fingerprints of kernels that passed, in the cache, by name alone.
 PASSED = "checked-kernels"
 
@@ -30,15 +28,18 @@ def check_choice() -> None:
 
 def check_range(weights: MoEWeights, prefix: str) -> None:
     """Raise ValueError for weights that kernels cannot compute with in float16. prefix: the layer's name."""
+    from alphaq_vllm.kernels.triton.gemm import FLOAT16_FACTOR
+
+    limit = torch.finfo(torch.float16).max / FLOAT16_FACTOR.value
     for stem in ("w13", "w2"):
         experts: PackedExperts = getattr(weights, stem)
         for projection in range(experts.num_projections):
             greatest_code = (2.0 ** experts.num_bits[:, projection] - 1)[:, None, None]
             zero_points, scales = (t[:, projection].float() for t in (experts.zero_points, experts.scales))
             largest = float((torch.maximum(zero_points.abs(), (greatest_code - zero_points).abs()) * scales).max())
-            if largest > LARGEST_IN_FLOAT16:
+            if largest > limit:
                 raise ValueError(
-                    f"{prefix}: {stem}: expected weights up to {LARGEST_IN_FLOAT16:.5g} for float16, got one of "
+                    f"{prefix}: {stem}: expected weights up to {limit:.5g} for float16, got one of "
                     f"{largest:.5g}: serve with --dtype bfloat16"
                 )
 

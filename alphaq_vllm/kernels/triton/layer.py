@@ -80,7 +80,7 @@ def _moe_pass(x: torch.Tensor, out: torch.Tensor, weights: MoEWeights, routing: 
     blocks = make_blocks(
         x, topk_ids, expert_map, w13.num_experts, w13.group_size if needs_sums else None, tiles.block_m, launches
     )
-    first = _gemm(x, blocks.x_sums, w13, blocks, num_routes, tiles, device, is_down=False)
+    first = _gemm(x, blocks.x_sums, w13, blocks, num_routes, in_parts, tiles, device, is_down=False)
     hidden = x.new_empty(num_routes, w13.N)
     hidden_sums = x.new_empty(num_routes, w13.N // w2.group_size, dtype=torch.float32) if needs_sums else None
     block = min(512, triton.next_power_of_2(w13.N))
@@ -90,7 +90,7 @@ def _moe_pass(x: torch.Tensor, out: torch.Tensor, weights: MoEWeights, routing: 
         P=w13.num_projections, IN_PARTS=in_parts, ACTIVATION=gate.activation, CLAMP=gate.limit is not None,
         MUL_ROUTER_WEIGHT=on_input, GROUP_SIZE=w2.group_size, BLOCK=block, **launches.next,
     )  # fmt: skip
-    routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, tiles, device, is_down=True)
+    routed = _gemm(hidden, hidden_sums, w2, blocks, num_routes, in_parts, tiles, device, is_down=True)
     slots = triton.next_power_of_2(top_k)
     block = min(max(1, 2048 // slots), 512) if in_parts else 1024
     block = min(block, triton.next_power_of_2(w2.N))
@@ -106,16 +106,20 @@ def _gemm(
     experts: PackedExperts,
     blocks: Blocks,
     num_routes: int,
+    in_parts: bool,
     tiles: Tiles,
     device: devices.Device,
     is_down: bool,
 ) -> torch.Tensor:
-    """Each route's products with its expert's matrices in parts to be summed: ``[num_splits, num_routes, P, N]``."""
+    """Each route's products with its expert's matrices in parts to be summed: ``[num_splits, num_routes, P, N]``.
+
+    in_parts: whether there may be more than one part.
+    """
     P, tiles_n, num_blocks = experts.num_projections, triton.cdiv(experts.N, tiles.block_n), len(blocks.expert_ids)
     num_groups = groups_per_split = experts.K // experts.group_size
     # For few routes precision costs nothing; for many the results leave the cache, and parts of them would be too many.
     dtype = x.dtype
-    if num_routes <= MAX_DIRECT_ROUTES:
+    if in_parts:
         busy = tiles_n * P * min(num_blocks, experts.num_experts)
         groups_per_split = choose_groups_per_split(busy, num_groups, device.num_multiprocessors * tiles.programs)
         dtype = torch.float32
