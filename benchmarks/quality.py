@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 # Arguments of offline.convert by name, for each preset.
 WEIGHTS_ALONE = "--noise measured --quantizer mse"
 # The default where the converter cannot run a model, and when vLLM quantizes at load.
-KURTOSIS = "--noise kurtosis --quantizer mse"
+EXPERT = "--noise expert --quantizer mse"
 PRESETS = {
     # What a user chooses between, all without data.
     "headline": {
@@ -50,7 +50,7 @@ PRESETS = {
         "uniform, mse": "--mode uniform --quantizer mse",
         "uniform, gptq on its own text": "--mode uniform",
         "weights alone: alpha, mse": WEIGHTS_ALONE,
-        "weights alone: kurtosis, mse": KURTOSIS,
+        "weights alone: expert, mse": EXPERT,
         "default, but mse": "--quantizer mse",
         "default, but gamma 0": "--gamma 0",
         "default": "",
@@ -64,7 +64,7 @@ PRESETS = {
     "weights": {
         "uniform, mse": "--mode uniform --quantizer mse",
         "random, mse": "--mode random --quantizer mse",
-        "weights alone: kurtosis, mse": KURTOSIS,
+        "weights alone: expert, mse": EXPERT,
         "weights alone: the paper's, mse": "--preset paper --quantizer mse",
     },
     # What a calibration text adds.

@@ -32,6 +32,7 @@ from benchmarks.quality import Bench, known
 from offline.allocation.knapsack import auto_gamma, importance
 from offline.allocation.modes import least_cost, randomly, uniform
 from offline.quantizers.grids import GRIDS
+from offline.sensitivity.reach import activation_of, reaches
 from offline.sensitivity.spectra import choose_block_size, hill_alpha
 
 RESULTS = Path(__file__).parent / "results" / "weights_only.jsonl"
@@ -80,6 +81,22 @@ class Measured(Matrices):
         return self.values(lambda w: float(((w - w.mean()) / w.std(correction=0)).pow(4).mean()))
 
     @cached_property
+    def reach(self) -> np.ndarray:
+        """What ``--noise expert`` weighs errors by."""
+        activation = activation_of(self.source.config)
+        experts: dict[tuple[str, int], list[str]] = {}
+        for matrix in self.experts:
+            experts.setdefault((matrix.module, matrix.expert), []).append(matrix.name)
+        found: dict[str, dict[str, float]] = {}
+        for (module, _), names in experts.items():
+            values = reaches([self.weights[name] for name in names], activation)
+            found.setdefault(module, {}).update(zip(names, values, strict=True))
+        relative = {
+            name: reach / np.mean([*layer.values()]) for layer in found.values() for name, reach in layer.items()
+        }
+        return np.array([relative[name] / weight.numel() for name, weight in self.weights.items()])
+
+    @cached_property
     def through_expert(self) -> np.ndarray:
         """See ``made_up``."""
         return self.made_up(router=False)
@@ -105,6 +122,7 @@ SENSITIVITIES: dict[str, Callable[[Measured], np.ndarray]] = {
     "kurtosis": lambda m: m.kurtosis / m.variance,
     # That is relative error times stable rank.
     "error over the spectral norm": lambda m: 1 / m.spectral_norm**2,
+    "expert": lambda m: m.reach,
     "through the expert": lambda m: m.through_expert,
     "through router and expert": lambda m: m.through_router,
 }

@@ -21,8 +21,8 @@ from offline.quantizers.quantize import QUANTIZERS
 
 _NOISE = (
     "error to minimise: propagated (default where the converter can run the model, or the statistics have it), of the "
-    "layers' outputs, on text that the model writes itself; kurtosis (default elsewhere), of the weights, relative and "
-    "weighed by their kurtosis; measured, of the weights; analytic, of the paper"
+    "layers' outputs, on text that the model writes itself; expert (default elsewhere), of an "
+    "expert's output for random inputs; measured, of the weights; analytic, of the paper"
 )
 _PRESET = (
     "paper: mode, gamma, noise and granularity as in AlphaQ's paper, from the spectra of the weights alone; measured "

@@ -24,7 +24,7 @@ from offline.operations.convert import convert
 _DESCRIPTION = """Convert a Mixture-of-Experts checkpoint so that every expert matrix has a bit-width of its own.
 
 The widths are chosen without calibration data, from the spectra of the weights and the errors that quantization causes
-on text that the model writes itself, so that their average keeps to a budget. With --noise kurtosis --quantizer mse
+on text that the model writes itself, so that their average keeps to a budget. With --noise expert --quantizer mse
 nothing runs the model: faster, and worse. That is the default for models that the converter cannot run. Everything but
 the routed experts is copied unchanged, unless --linear-bits quantizes attention, shared experts and dense layers."""
 

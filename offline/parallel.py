@@ -101,7 +101,7 @@ def _started(workers: int, function: bytes, shared: object) -> Iterator[dict[Con
             ours, theirs = forked.Pipe()
             process = forked.Process(target=_work, args=(theirs, *start), daemon=True)
             processes[ours] = process
-            with _without_main():
+            with _without_main(), _interrupted_later():
                 process.start()
             theirs.close()
         yield processes
@@ -145,6 +145,23 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Put off SIGINT to the end: a process that is given half of what it starts with prints a traceback."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _work(connection: Connection, shared_bytes: bytes, function_bytes: bytes) -> None:

@@ -71,4 +71,4 @@ def test_readme_lists_the_families():
     table = (ROOT / "README.md").read_text().partition("| family |")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| [^|]+ \| (`[^|]+`) \| ([^|]+) \| [^|]+ \|$", table, re.MULTILINE)
     listed = {name: path for names, path in rows for name in re.findall(r"`(\w+)`", names)}
-    assert listed == {name: "kurtosis + mse" if name in WEIGHTS_ONLY else "propagated + gptq" for name in FAMILIES}
+    assert listed == {name: "expert + mse" if name in WEIGHTS_ONLY else "propagated + gptq" for name in FAMILIES}

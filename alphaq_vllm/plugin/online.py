@@ -111,8 +111,8 @@ def choose_online(model: str, revision: str | None, settings: Mapping[str, Any])
 def _converted_instead(model: str, runs: bool) -> str:
     """What a checkpoint of ``offline.convert`` would have over this; runs: whether that can run the model."""
     over = (
-        "would choose widths by the errors of the layers' outputs and quantize by gptq: the KL divergence was about "
-        "40 % lower where that was measured, see docs/quality.md"
+        "would choose widths by the errors of the layers' outputs and quantize by gptq: the KL divergence was 20 "
+        "to 70 % lower where that was measured, see docs/quality.md"
         if runs
         else "would write these weights once, and serving them starts faster"
     )

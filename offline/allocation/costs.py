@@ -30,8 +30,8 @@ class Sensitivity(Sized, Protocol):
         ...
 
     @property
-    def kurtosis(self) -> float:
-        """Of its weights: the fourth standardized moment."""
+    def reach(self) -> float:
+        """Squared error of its expert's output for a mean squared error of 1 in it, relative."""
         ...
 
     @property
@@ -49,16 +49,25 @@ def noise(matrices: Sequence[Sensitivity], widths: Sequence[int], kind: str) -> 
     """Expected squared error per weight, ``[matrices, widths]`` float64.
 
     kind: ``measured``, the error of the quantizer itself; ``propagated``, as much of it as arrives at the output of the
-    layer; ``kurtosis``, the error relative to the variance of the weights, times their kurtosis; or ``analytic``,
-    ``variance * 4 ** -width`` (AlphaQ, arXiv 2606.04980).
+    layer; ``expert``, as much of it as arrives at the output of the expert for random inputs, with layers that count
+    alike; or ``analytic``, ``variance * 4 ** -width`` (AlphaQ, arXiv 2606.04980).
     """
     if kind != "analytic":
         mse = np.array([[matrix.mse[width] for width in widths] for matrix in matrices])
         if kind == "propagated":
             # Gains are of whole matrices.
             mse *= [[(m.gain or 0.0) / m.numel] for m in matrices]
-        elif kind == "kurtosis":
-            # Weights without variance are stored exactly.
-            mse *= [[m.kurtosis / m.variance if m.variance else 0.0] for m in matrices]
+        elif kind == "expert":
+            mse *= _relative_reach(matrices)[:, None]
         return mse
     return np.outer([matrix.variance for matrix in matrices], 4.0 ** -np.array(widths))
+
+
+def _relative_reach(matrices: Sequence[Sensitivity]) -> np.ndarray:
+    """The reach of each matrix by the mean of its layer, per weight, ``[matrices]``; 0 in a layer without any."""
+    by_layer: dict[str, list[float]] = {}
+    modules = [matrix.name.rsplit(".", 2)[0] for matrix in matrices]
+    for module, matrix in zip(modules, matrices, strict=True):
+        by_layer.setdefault(module, []).append(matrix.reach)
+    means = {module: np.mean(values) or 1.0 for module, values in by_layer.items()}
+    return np.array([m.reach / means[module] / m.numel for module, m in zip(modules, matrices, strict=True)])

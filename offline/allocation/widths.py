@@ -16,11 +16,11 @@ from offline.allocation.costs import Sensitivity, noise
 from offline.allocation.knapsack import auto_gamma, importance
 from offline.allocation.modes import GRANULARITIES, Sized
 
-NOISE_KINDS = ("propagated", "kurtosis", "measured", "analytic")
+NOISE_KINDS = ("propagated", "expert", "measured", "analytic")
 MODES = ("alphaq", "uniform", "ratio", "random")
 # Of gamma, beside noise that is an opinion of its own on how sensitive a matrix is, and a better one. At a quarter the
 # two lose little where alpha misleads (see docs/quality.md).
-GAMMA_SHARES = {"propagated": 0.25, "kurtosis": 0.0}
+GAMMA_SHARES = {"propagated": 0.25, "expert": 0.0}
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ _HOW = {
 # What ``alphaq`` goes by beside, or in place of, spectra.
 _NOISE = {
     "propagated": f"{_HOW['alphaq']}, and the errors that quantization causes on text that the model wrote itself",
-    "kurtosis": "allocated without calibration data, from the errors of the weights, relative to their variance and "
-    "weighed by their kurtosis",
+    "expert": "allocated without calibration data, from what errors of the weights do to their experts' "
+    "outputs for random inputs",
 }
 
 

@@ -67,9 +67,9 @@ class WidthOptions:
         mode: ``alphaq`` (the default), ``uniform``, ``ratio`` or ``random``.
         candidate_bits: The widths to choose from, 1 to 8; by default 2, 3 and 4.
         gamma: Exponent of importance, or ``auto`` (the default), by the spread of alpha: a quarter of that beside
-            ``noise=propagated``, and 0 beside ``noise=kurtosis``.
+            ``noise=propagated``, and 0 beside ``noise=expert``.
         noise: The error to minimise: ``propagated`` to the layers' outputs on text that the model writes itself (the
-            default where the converter can run the model), relative and weighed by the ``kurtosis`` of the weights (the
+            default where the converter can run the model), to the output of an ``expert`` for random inputs (the
             default elsewhere), ``measured`` of the weights, or the paper's ``analytic``.
         granularity: What shares a width: a ``projection`` (the default) or an ``expert``.
         shares: Of the experts with the greatest and the least width in mode ``ratio``; by default 0.25 and 0.25.
@@ -99,8 +99,8 @@ class WidthOptions:
     def budget(self, propagates: bool = False) -> Budget:
         """The budget; propagates: whether the errors of layers' outputs can be had, which decides the defaults.
 
-        Of what the weights alone say, their kurtosis beat uniform widths on two models of three and lost to them on the
-        third; what beat them on all needs the router's weights too (docs/quality.md).
+        Of what the weights alone say, only what errors do to the expert's output beat uniform widths on all three
+        models that were measured (docs/quality.md).
         """
         given = self._preset() | {field: value for field in _BUDGET if (value := getattr(self, field)) is not None}
         mode = given.pop("mode", "alphaq") if self.mode is None else self.mode
@@ -294,7 +294,7 @@ class MeasureOptions:
 
 def default_noise(propagates: bool) -> str:
     """The error to minimise; propagates: whether the errors of layers' outputs can be had."""
-    return "propagated" if propagates else "kurtosis"
+    return "propagated" if propagates else "expert"
 
 
 def with_options(

@@ -52,7 +52,8 @@ def expect(
     expected: dict[str, float] = {}
     if budget and budget.needs_alpha and not measured:
         some = (budget.measured_widths, job.group_size, job.data_free_quantizer)
-        seconds = _seconds(lambda: describe(job.source, matrices[0], *some))
+        first = [m for m in matrices if (m.module, m.expert) == (matrices[0].module, matrices[0].expert)]
+        seconds = _seconds(lambda: describe(job.source, first, *some)) / len(first)
         expected["measure"] = seconds * (len(matrices) - _entries(journal, "stats")) / job.workers
     propagated = bool(budget and budget.needs_gains and not measured)
     if propagated or gptq:

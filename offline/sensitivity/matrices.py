@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
-
-import torch
 
 from offline.journal import Journal
 from offline.parallel import run_all
 from offline.progress import Progress
 from offline.quantizers.quantize import quantization_mse
+from offline.sensitivity.reach import activation_of, reaches
 from offline.sensitivity.spectra import choose_block_size, hill_alpha, relative_noise
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, load_weight, matrix_nbytes
@@ -22,14 +21,15 @@ from offline.source.families import ExpertMatrix, load_weight, matrix_nbytes
 class MatrixStats:
     """What is known of one matrix.
 
-    alpha: Hill exponent of its spectrum; variance, kurtosis: of its weights; mse: mean squared quantization error by
-    width, for the widths that were measured; gain: see ``error_gains``, None if it was not measured.
+    alpha: Hill exponent of its spectrum; variance: of its weights; reach: see ``reaches``; mse: mean squared
+    quantization error by width, for the widths that were measured; gain: see ``error_gains``, None if it was not
+    measured.
     """
 
     name: str
     alpha: float
     variance: float
-    kurtosis: float
+    reach: float
     numel: int
     mse: Mapping[int, float]
     gain: float | None = None
@@ -56,24 +56,33 @@ def measure_matrices(
     Raises ValueError, naming the matrix, for NaN or infinite weights.
     """
     known = _measured(journal, widths) if journal else {}
-    unknown = [matrix for matrix in matrices if matrix.name not in known]
+    experts: dict[tuple[str, int], list[ExpertMatrix]] = {}
+    for matrix in matrices:
+        experts.setdefault((matrix.module, matrix.expert), []).append(matrix)
+    unknown = [expert for expert in experts.values() if any(matrix.name not in known for matrix in expert)]
     block_size = choose_block_size(matrix.shape for matrix in matrices)
     measure = partial(_describe, source, tuple(widths), group_size, quantizer, block_size)
-    total, left = (sum(matrix_nbytes(source, matrix) for matrix in some) for some in (matrices, unknown))
+    total, left = (_nbytes(source, some) for some in (experts.values(), unknown))
     with Progress("measure", total, total - left) as progress, closing(run_all(measure, unknown, workers)) as results:
-        for matrix, stats in results:
-            known[matrix.name] = stats
+        for expert, measured in results:
+            known.update((stats.name, stats) for stats in measured)
             if journal:
-                journal.record({"stats": asdict(stats)})
-            progress.advance(matrix_nbytes(source, matrix))
+                for stats in measured:
+                    journal.record({"stats": asdict(stats)})
+            progress.advance(_nbytes(source, [expert]))
     return [known[matrix.name] for matrix in matrices]
 
 
+def _nbytes(source: Checkpoint, experts: Iterable[Sequence[ExpertMatrix]]) -> int:
+    return sum(matrix_nbytes(source, matrix) for expert in experts for matrix in expert)
+
+
 def describe(
-    source: Checkpoint, matrix: ExpertMatrix, widths: Sequence[int], group_size: int, quantizer: str = "mse"
-) -> MatrixStats:
-    """``measure_matrices`` of a matrix alone."""
-    return _describe(source, tuple(widths), group_size, quantizer, choose_block_size([matrix.shape]), matrix)
+    source: Checkpoint, expert: Sequence[ExpertMatrix], widths: Sequence[int], group_size: int, quantizer: str = "mse"
+) -> list[MatrixStats]:
+    """``measure_matrices`` of an expert alone."""
+    block_size = choose_block_size(matrix.shape for matrix in expert)
+    return _describe(source, tuple(widths), group_size, quantizer, block_size, expert)
 
 
 def _describe(
@@ -82,31 +91,23 @@ def _describe(
     group_size: int,
     quantizer: str,
     block_size: int,
-    matrix: ExpertMatrix,
-) -> MatrixStats:
-    weight = load_weight(source, matrix)
-    mse = quantization_mse(weight, widths, group_size, quantizer) if widths else []
-    return MatrixStats(
-        name=matrix.name,
-        alpha=hill_alpha(weight, block_size),
-        variance=float(weight.var(correction=0)),
-        kurtosis=kurtosis(weight),
-        numel=matrix.numel,
-        mse=dict(zip(widths, mse, strict=True)),
-    )
-
-
-def kurtosis(weight: torch.Tensor) -> float:
-    """The fourth standardized moment of a weight, any shape: 3 for Gaussian values, which is also what equal ones have.
-
-    It does not depend on the weight's scale.
-    """
-    centred = weight.float() - weight.float().mean()
-    peak = float(centred.abs().max())
-    if not peak > 0:
-        return 3.0
-    squares = (centred / peak).square()
-    return float(squares.square().mean()) / float(squares.mean()) ** 2
+    expert: Sequence[ExpertMatrix],
+) -> list[MatrixStats]:
+    weights = [load_weight(source, matrix) for matrix in expert]
+    described = []
+    for matrix, weight, reach in zip(expert, weights, reaches(weights, activation_of(source.config)), strict=True):
+        mse = quantization_mse(weight, widths, group_size, quantizer) if widths else []
+        described.append(
+            MatrixStats(
+                name=matrix.name,
+                alpha=hill_alpha(weight, block_size),
+                variance=float(weight.var(correction=0)),
+                reach=reach,
+                numel=matrix.numel,
+                mse=dict(zip(widths, mse, strict=True)),
+            )
+        )
+    return described
 
 
 def _measured(journal: Journal, widths: Sequence[int]) -> dict[str, MatrixStats]:

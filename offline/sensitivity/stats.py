@@ -22,7 +22,7 @@ from offline.sensitivity.matrices import MatrixStats
 
 STATS = "alphaq_stats.csv"
 
-_COLUMNS = ("name", "alpha", "variance", "kurtosis", "numel")
+_COLUMNS = ("name", "alpha", "variance", "reach", "numel")
 _GAIN = "gain"
 _START = "# alphaq statistics "
 
@@ -77,7 +77,7 @@ class Statistics:
         writer.writerow([*_COLUMNS, *gain, *(f"mse_{width}" for width in self.widths)])
         # repr of a float is read back as the same float.
         for m in self.matrices:
-            known = [m.name, m.alpha, m.variance, m.kurtosis, m.numel]
+            known = [m.name, m.alpha, m.variance, m.reach, m.numel]
             writer.writerow([*known, *([m.gain] if gain else []), *m.mse.values()])
         return text.getvalue()
 
@@ -156,13 +156,13 @@ def _read_origin(path: Path, line: str) -> Origin:
 
 def _read_row(path: Path, number: int, row: Sequence[str], widths: Sequence[int], has_gain: bool) -> MatrixStats:
     try:
-        name, alpha, variance, kurtosis, numel, *rest = row
+        name, alpha, variance, reach, numel, *rest = row
         gain = float(rest.pop(0)) if has_gain else None
         mse = dict(zip(widths, map(float, rest), strict=True))
-        stats = MatrixStats(name, float(alpha), float(variance), float(kurtosis), int(numel), mse, gain)
+        stats = MatrixStats(name, float(alpha), float(variance), float(reach), int(numel), mse, gain)
     except ValueError as error:
         raise ValueError(f"{path}: line {number}: expected a name and numbers, got {error}: measure again") from error
-    numbers = (stats.alpha, stats.variance, stats.kurtosis, stats.gain or 0.0, *stats.mse.values())
+    numbers = (stats.alpha, stats.variance, stats.reach, stats.gain or 0.0, *stats.mse.values())
     if not (all(0 <= value < math.inf for value in numbers) and stats.alpha > 0 and stats.numel > 0):
         raise ValueError(f"{path}: line {number}: expected positive finite numbers, got {','.join(row)}: measure again")
     return stats

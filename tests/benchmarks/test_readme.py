@@ -94,7 +94,7 @@ def test_maps_from_weights_alone():
 
 # The maps that the options of a way in stand for.
 CHOSEN = {
-    "--noise kurtosis --quantizer mse": "kurtosis",
+    "--noise expert --quantizer mse": "expert",
     "--mode uniform --quantizer mse": "uniform",
     "--mode random --quantizer mse": "random",
     "--gamma auto --noise analytic --quantizer mse": "paper",

@@ -68,7 +68,7 @@ def test_convert_accepts_statistics_of_its_quantizer(tiny_model, tmp_path, alpha
     assert alphaq("measure", path, "-o", stats, "--quantizer", "rtn", "--noise", "measured")[0] == 0
     assert alphaq("measure", path, "-o", stats, "--quantizer", "hqq")[0] == 2
     assert alphaq("convert", path, tmp_path / "out", "--quantizer", "rtn", "--stats", stats)[0] == 0
-    convert(path, tmp_path / "measured", noise="kurtosis", quantizer="rtn")
+    convert(path, tmp_path / "measured", noise="expert", quantizer="rtn")
     assert contents(tmp_path / "out").keys() == contents(tmp_path / "measured").keys()
     one, two = stored(tmp_path / "out"), stored(tmp_path / "measured")
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -146,7 +146,7 @@ def test_command_runs_the_model_where_it_can(speaking_model, tiny_model, tmp_pat
     status, printed, _ = alphaq("convert", tiny_model("llama4_text"), tmp_path / "not", "--json")
     assert status == 0
     summary = json.loads(printed)
-    assert (summary["quantizer"], summary["calibration_tokens"], summary["noise"]) == ("mse", 0, "kurtosis")
+    assert (summary["quantizer"], summary["calibration_tokens"], summary["noise"]) == ("mse", 0, "expert")
 
 
 def test_propagated_noise_needs_statistics_that_have_it(tmp_path, alphaq):

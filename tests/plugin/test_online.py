@@ -129,7 +129,7 @@ def load(layer, checkpoint, change=None):
     ],
 )
 def test_a_layer_holds_the_bytes_of_the_converted_checkpoint(tmp_path, rank, quantizer, group_size):
-    convert(MODEL, tmp_path / "out", bits=3.5, noise="kurtosis", group_size=group_size, quantizer=quantizer)
+    convert(MODEL, tmp_path / "out", bits=3.5, noise="expert", group_size=group_size, quantizer=quantizer)
     stored = AlphaQConfig.from_config(json.loads((tmp_path / "out/config.json").read_bytes())["quantization_config"])
     config = chosen(bits=3.5, group_size=group_size, quantizer=quantizer)
     assert config.num_bits == stored.num_bits

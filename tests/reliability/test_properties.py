@@ -115,8 +115,8 @@ def test_choose_keeps_to_any_budget(data, widths, gamma, granularity):
     stats = []
     for i, name in enumerate(names):
         noise = sorted(data.draw(st.lists(POSITIVE, min_size=len(widths), max_size=len(widths))), reverse=True)
-        alpha, variance, kurtosis = (data.draw(POSITIVE) for _ in range(3))
-        stats.append(MatrixStats(name, alpha, variance, kurtosis, sizes[i % 3], dict(zip(widths, noise, strict=True))))
+        alpha, variance, reach = (data.draw(POSITIVE) for _ in range(3))
+        stats.append(MatrixStats(name, alpha, variance, reach, sizes[i % 3], dict(zip(widths, noise, strict=True))))
     average = data.draw(st.floats(widths[0], widths[-1]))
     choice = choose(stats, Budget(average, widths, gamma, granularity=granularity))
     assert choice.bits.keys() == set(names)

@@ -41,7 +41,7 @@ def logprobs(cache, tmp_path_factory):
 def converted(tmp_path_factory):
     """The checkpoint that conversion makes of the model with the same settings."""
     out = tmp_path_factory.mktemp("converted") / "checkpoint"
-    options = ["--bits", "3.5", "--group-size", "64", "--noise", "kurtosis", "--quantizer", "mse"]
+    options = ["--bits", "3.5", "--group-size", "64", "--noise", "expert", "--quantizer", "mse"]
     run_alphaq("convert", MODEL, out, *options)
     return out
 

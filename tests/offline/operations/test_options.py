@@ -83,13 +83,13 @@ def test_options_are_frozen():
 @pytest.mark.parametrize(
     ("fields", "budget"),
     [
-        ({}, Budget(noise="kurtosis")),
-        ({"bits": "2.5", "gamma": "auto"}, Budget(2.5, noise="kurtosis")),
+        ({}, Budget(noise="expert")),
+        ({"bits": "2.5", "gamma": "auto"}, Budget(2.5, noise="expert")),
         ({"noise": "measured"}, Budget()),
-        ({"candidate_bits": "4,2,3,3", "gamma": 2}, Budget(gamma=2.0, noise="kurtosis")),
+        ({"candidate_bits": "4,2,3,3", "gamma": 2}, Budget(gamma=2.0, noise="expert")),
         ({"preset": "paper", "bits": 3}, Budget(3.0, noise="analytic")),
         ({"mode": "ratio", "shares": "0.5,0.25"}, Budget(4.0, mode="ratio", shares=(0.5, 0.25))),
-        ({"target_size": "1GB", "candidate_bits": 5}, Budget(5.0, (5,), noise="kurtosis")),
+        ({"target_size": "1GB", "candidate_bits": 5}, Budget(5.0, (5,), noise="expert")),
         ({"mode": "random", "seed": "7"}, Budget(mode="random", seed=7)),
     ],
 )
@@ -104,7 +104,7 @@ def test_what_errors_do_decides_where_it_can_be_had_unless_something_else_is_nam
     paper = Budget(mode="alphaq", gamma=None, noise="analytic", granularity="projection")
     assert ConvertOptions(preset="paper").widths(propagates=True) == paper
     assert MeasureOptions().budget(propagates=True).noise == "propagated"
-    assert MeasureOptions().budget().noise == "kurtosis"
+    assert MeasureOptions().budget().noise == "expert"
 
 
 def test_rooms_selection_and_text(tmp_path):

@@ -7,10 +7,11 @@ from safetensors.torch import load_file
 
 from offline.allocation.costs import noise
 from offline.quantizers.quantize import quantization_mse
-from offline.sensitivity.matrices import MatrixStats, kurtosis, measure_matrices
+from offline.sensitivity.matrices import MatrixStats, measure_matrices
+from offline.sensitivity.reach import reaches
 from offline.sensitivity.spectra import hill_alpha
 from offline.source.checkpoint import open_checkpoint
-from offline.source.families import find_experts
+from offline.source.families import find_experts, load_weight
 
 STATS = [MatrixStats("a", 3.0, 2.0, 6.0, 64, {2: 0.1, 4: 0.01}), MatrixStats("b", 3.0, 1.0, 3.0, 64, {2: 0.3, 4: 0.02})]
 
@@ -26,9 +27,8 @@ def test_measure_describes_every_matrix(tiny_model, widths):
     last = next(matrix for matrix in stats if matrix.name == "model.layers.1.block_sparse_moe.experts.2.w2")
     assert last.alpha == pytest.approx(hill_alpha(weight, 128), rel=1e-4)
     assert last.variance == pytest.approx(float(weight.double().var(correction=0)), rel=1e-5)
-    centred = weight.double() - weight.double().mean()
-    expected_kurtosis = float(centred.pow(4).mean() / centred.square().mean() ** 2)
-    assert last.kurtosis == pytest.approx(expected_kurtosis, rel=1e-4)
+    expert = [load_weight(source, matrix) for matrix in matrices if matrix.name.startswith(last.name[:-2])]
+    assert last.reach == reaches(expert, torch.nn.functional.silu)[-1]
     assert last.numel == 128 * 128
     expected = quantization_mse(weight, widths, 64) if widths else []
     assert last.mse == pytest.approx(dict(zip(widths, expected, strict=True)))
@@ -53,17 +53,9 @@ def test_noise_measured_is_what_was_measured():
     np.testing.assert_array_equal(noise(STATS, (2, 4), "measured"), [[0.1, 0.01], [0.3, 0.02]])
 
 
-def test_noise_kurtosis_is_the_relative_error_times_the_kurtosis():
-    np.testing.assert_allclose(noise(STATS, (2, 4), "kurtosis"), [[0.1 / 2 * 6, 0.01 / 2 * 6], [0.3 * 3, 0.02 * 3]])
-    constant = MatrixStats("c", 100.0, 0.0, 3.0, 64, {2: 0.0, 4: 0.0})
-    assert noise([constant], (2, 4), "kurtosis").tolist() == [[0.0, 0.0]]
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_kurtosis_does_not_depend_on_scale_and_is_3_for_a_gaussian_and_for_equal_weights(scale):
-    gaussian = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
-    assert kurtosis(gaussian * scale) == pytest.approx(3, abs=0.05)
-    assert kurtosis(torch.ones(32, 32) * scale) == 3
-    outlier = torch.zeros(32, 32)
-    outlier[0, 0] = scale
-    assert kurtosis(outlier) == pytest.approx(1024, rel=0.01)
+def test_noise_of_the_expert_is_the_error_times_the_reach_by_the_mean_of_the_layer():
+    names = [f"layers.{layer}.experts.0.{projection}" for layer in (0, 1) for projection in ("up", "down")]
+    stats = [MatrixStats(name, 3.0, 1.0, reach, 8, {2: 0.4}) for name, reach in zip(names, (1, 3, 50, 50), strict=True)]
+    np.testing.assert_allclose(noise(stats, (2,), "expert"), [[0.025], [0.075], [0.05], [0.05]])
+    silent = [MatrixStats("layers.0.experts.0.up", 3.0, 0.0, 0.0, 8, {2: 0.0})]
+    assert noise(silent, (2,), "expert").tolist() == [[0.0]]

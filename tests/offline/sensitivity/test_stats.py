@@ -29,7 +29,7 @@ def test_read_statistics_returns_what_was_written(path):
     assert read_statistics(path) == STATISTICS
     assert read_statistics(path).widths == (2, 4)
     lines = path.read_text().splitlines()
-    assert lines[1] == "name,alpha,variance,kurtosis,numel,mse_2,mse_4"
+    assert lines[1] == "name,alpha,variance,reach,numel,mse_2,mse_4"
     assert lines[2] == f"{MATRICES[0].name},3.1,0.3333333333333333,2.5,64,0.1,1e-300"
 
 
@@ -46,7 +46,7 @@ def test_read_statistics_without_errors(tmp_path):
         ('"group_size": 128', '"group_size": "128"', r"line 1: .*\['group_size'\]"),
         ('"group_size": 128, ', "", r"line 1: .*\['group_size'\]"),
         ('{"source"', '{"more": 1, "source"', "line 1: .*more"),
-        ("variance,", "", "expected the columns name,alpha,variance,kurtosis,numel and mse_<bits>"),
+        ("variance,", "", "expected the columns name,alpha,variance,reach,numel and mse_<bits>"),
         ("mse_4", "mse_9", "expected the columns"),
         (",3.1,", ",nan,", "line 3: expected positive finite numbers"),
         (",3.1,", ",0,", "line 3: expected positive finite numbers"),
