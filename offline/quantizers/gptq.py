@@ -5,6 +5,8 @@ Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,16 +17,22 @@ from offline.quantizers.quantize import Quantized, check_matrix, chunks
 
 # Share of the mean diagonal that is added to the diagonal of X^T X, and its growth until a factor exists.
 DAMPING, DAMPING_GROWTH = 0.03, 10.0
+# That are looked at together.
+_ROWS = 1024
 
 
 def inverse_factor(inputs: Tensor) -> Tensor:
-    """The upper triangular U with ``U.T @ U = inverse(inputs.T @ inputs + damping)``.
+    """The upper triangular U with ``U.T @ U = inverse(H)``, where H is ``inputs.T @ inputs`` with less of what only a
+    sample has off the diagonal, and damping on it.
 
-    inputs: ``[tokens, in_features]`` float32; fewer tokens than features are enough, because of the damping.
+    inputs: ``[tokens, in_features]`` float32; fewer tokens than features are enough.
     Returns ``[in_features, in_features]`` float32. Raises ValueError for NaN or Inf.
     """
     hessian = inputs.T @ inputs
     diagonal = hessian.diagonal()
+    squares = diagonal.clone()
+    hessian.mul_(1 - sampling_share(inputs, hessian))
+    diagonal.copy_(squares)
     damping = DAMPING * diagonal.mean()
     if not damping:
         return torch.eye(len(hessian), device=hessian.device)
@@ -39,6 +47,35 @@ def inverse_factor(inputs: Tensor) -> Tensor:
     del hessian, diagonal
     upper = lower.flip(0, 1)
     return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
+
+
+def sampling_share(inputs: Tensor, products: Tensor) -> float:
+    """The share of the squared correlations between features that comes from having only these tokens: from 0, for very
+    many, to 1. Without so much of each correlation their expected error is least.
+
+    Schäfer and Strimmer, *A Shrinkage Approach to Large-Scale Covariance Matrix Estimation and Implications for
+    Functional Genomics*, 2005, shrinking to the diagonal; moments are not centred here.
+    inputs: ``[tokens, in_features]`` float32; products: ``inputs.T @ inputs``.
+    """
+    tokens = len(inputs)
+    # A feature that is always 0 correlates with nothing.
+    inverse = torch.where(products.diagonal() > 0, products.diagonal().rsqrt(), 0.0)
+    squared, spread = -float((inverse > 0).sum()), 0.0
+    # Few rows at a time, because the whole takes as much memory as all else.
+    for part in _parts(len(products)):
+        correlations = products[part] * inverse[part, None] * inverse
+        squared += float(correlations.square_().sum(dtype=torch.float64))
+    for part in _parts(tokens):
+        shares = (inputs[part] * inverse).square_()
+        spread += float((shares.sum(1).square_() - shares.square_().sum(1)).sum(dtype=torch.float64))
+    if tokens < 2 or not squared > 0:
+        return 1.0
+    variance = (spread * tokens - squared) / (tokens - 1)
+    return min(1.0, max(0.0, variance / squared))
+
+
+def _parts(length: int) -> Iterator[slice]:
+    return (slice(start, start + _ROWS) for start in range(0, length, _ROWS))
 
 
 def gptq(weight: Tensor, factor: Tensor, num_bits: int, group_size: int) -> Quantized:

@@ -7,7 +7,7 @@ import torch
 
 from alphaq_vllm.format import matrix_tensors
 from alphaq_vllm.packing import dequantize
-from offline.quantizers.gptq import DAMPING, gptq, inverse_factor
+from offline.quantizers.gptq import DAMPING, gptq, inverse_factor, sampling_share
 from offline.quantizers.quantize import quantize
 
 
@@ -15,8 +15,10 @@ def gaussian(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def correlated(tokens, features):
-    return gaussian(tokens, features) @ (gaussian(features, features, seed=1) * torch.linspace(1, 0.02, features))
+def correlated(tokens, features, seed=0):
+    return gaussian(tokens, features, seed=seed) @ (
+        gaussian(features, features, seed=1) * torch.linspace(1, 0.02, features)
+    )
 
 
 def restore(quantized, num_bits):
@@ -26,7 +28,9 @@ def restore(quantized, num_bits):
 @pytest.mark.parametrize("tokens", [1, 7, 500])
 def test_inverse_factor_is_that_of_the_damped_hessian(tokens):
     inputs = correlated(tokens, 96)
-    hessian = (inputs.T @ inputs).double()
+    products = inputs.T @ inputs
+    hessian = (products * (1 - sampling_share(inputs, products))).double()
+    hessian.diagonal().copy_(products.diagonal())
     hessian += torch.eye(96) * DAMPING * hessian.diagonal().mean()
     factor = inverse_factor(inputs).double()
     assert torch.equal(factor, factor.triu())
@@ -62,25 +66,59 @@ def test_gptq_of_independent_inputs_is_the_data_free_result(num_bits, group_size
     assert calibrated.mse == pytest.approx(plain.mse, rel=1e-6)
 
 
-@pytest.mark.parametrize(("num_bits", "share"), [(1, 0.8), (2, 0.5), (3, 0.4), (4, 0.4)])
+@pytest.mark.parametrize(("num_bits", "share"), [(1, 0.8), (2, 0.6), (3, 0.55), (4, 0.55)])
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_gptq_changes_outputs_less_than_rounding(num_bits, share, group_size):
     weight, inputs = gaussian(70, 384), correlated(2000, 384)
     calibrated = gptq(weight, inverse_factor(inputs), num_bits, group_size)
     error, rounded = (
-        ((restore(quantized, num_bits) - weight) @ inputs.T).square().mean()
+        ((restore(quantized, num_bits) - weight) @ correlated(2000, 384, seed=2).T).square().mean()
         for quantized in (calibrated, quantize(weight, num_bits, group_size))
     )
     assert error < share * rounded
 
 
-def test_gptq_with_a_single_token_changes_its_output_least():
-    weight, inputs = gaussian(70, 256), gaussian(1, 256)
-    calibrated = gptq(weight, inverse_factor(inputs), 2, 128)
-    plain = quantize(weight, 2, 128)
-    errors = [((restore(q, 2) - weight) @ inputs.T).square().mean() for q in (calibrated, plain)]
-    assert errors[0] < 0.05 * errors[1]
-    assert calibrated.mse < 1.2 * plain.mse
+def test_gptq_with_a_single_token_is_the_data_free_result():
+    weight = gaussian(70, 256)
+    calibrated = gptq(weight, inverse_factor(gaussian(1, 256)), 2, 128)
+    assert torch.equal(calibrated.packed, quantize(weight, 2, 128).packed)
+
+
+@pytest.mark.parametrize(("tokens", "strength"), [(20, 0), (200, 1), (2000, 1), (2000, 0.1)])
+def test_sampling_share_is_the_variance_of_correlations_by_their_squares(tokens, strength):
+    inputs = gaussian(tokens, 48) + strength * gaussian(tokens, 1, seed=1)
+    scaled = inputs.double() / inputs.double().square().mean(0).sqrt()
+    products = scaled[:, :, None] * scaled[:, None, :]
+    correlations = products.mean(0)
+    variances = (products - correlations).square().sum(0) / (tokens * (tokens - 1))
+    others = ~torch.eye(48, dtype=bool)
+    expected = float(variances[others].sum() / correlations[others].square().sum())
+    assert sampling_share(inputs, inputs.T @ inputs) == pytest.approx(min(1, expected), rel=1e-4)
+
+
+def test_sampling_share_does_not_depend_on_the_scale_of_features_and_knows_features_without_values():
+    inputs = correlated(99, 64)
+    inputs[:, :32] *= 1e6
+    inputs[:, 50] = 0
+    share = sampling_share(inputs, inputs.T @ inputs)
+    used = torch.cat((inputs[:, :32] / 1e6, inputs[:, 32:50], inputs[:, 51:]), 1)
+    assert 0 < share < 1
+    assert share == pytest.approx(sampling_share(used, used.T @ used), rel=1e-4)
+    assert sampling_share(torch.zeros(9, 8), torch.zeros(8, 8)) == 1
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0])
+def test_gptq_of_few_tokens_holds_for_others(strength, monkeypatch):
+    mixing = torch.eye(256) + strength * gaussian(256, 256, seed=1) / 16
+    weight, inputs, others = gaussian(70, 256), gaussian(256, 256) @ mixing, gaussian(4096, 256, seed=2) @ mixing
+
+    def error(quantized):
+        return float(((restore(quantized, 2) - weight) @ others.T).square().mean())
+
+    shrunk = error(gptq(weight, inverse_factor(inputs), 2, 128))
+    monkeypatch.setattr("offline.quantizers.gptq.sampling_share", lambda *_: 0.0)
+    assert shrunk < 0.9 * error(gptq(weight, inverse_factor(inputs), 2, 128))
+    assert shrunk < 1.03 * error(quantize(weight, 2, 128))
 
 
 @pytest.mark.parametrize("num_bits", [2, 5])
