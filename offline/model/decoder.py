@@ -18,6 +18,7 @@ from offline.model.runnable import (
     last_norm,
     latent_projection,
     place_buffers,
+    text_decoder,
     why_not,
 )
 from offline.model.sampling import draw
@@ -40,7 +41,7 @@ class Decoder:
                 f"{experts.model_type}: {reason}: leave both out"
             )
         model, family = skeleton(source), family_of(source)
-        self._decoder = model.get_decoder()
+        self._decoder = text_decoder(model)
         buffers = computed_buffers(self._decoder)
         self._buffers = {name: buffer for name, buffer in buffers.items() if not name.startswith("layers.")}
         stored, _ = stored_names(model, family, tensors_beside_experts(model))

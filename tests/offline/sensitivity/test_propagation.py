@@ -8,6 +8,7 @@ import transformers
 
 from alphaq_vllm import packing
 from offline.allocation.costs import noise
+from offline.model.formula import Formula
 from offline.quantizers.quantize import quantize
 from offline.sensitivity import propagation
 from offline.sensitivity.matrices import MatrixStats
@@ -56,7 +57,7 @@ def test_expert_gains_without_a_gate_are_those_behind_the_projection_from_latent
     generator = torch.Generator().manual_seed(0)
     inputs, topk_weights = torch.randn(20, 64, generator=generator), torch.rand(20, generator=generator)
     back = source.load("backbone.layers.0.mixer.fc2_latent_proj.weight").float()
-    gains = expert_gains(source, expert, inputs, topk_weights, lambda x: x.relu() ** 2, 64, back)
+    gains = expert_gains(source, expert, inputs, topk_weights, Formula(lambda x: x.relu() ** 2), 64, back)
     weights = {matrix: load_weight(source, matrix) for matrix in expert}
 
     def outputs(weights):
