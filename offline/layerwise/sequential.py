@@ -39,8 +39,8 @@ from offline.threads import compute_device, one_thread
 
 @dataclass(frozen=True)
 class _Task:
-    """One expert to quantize: its number, its matrices (gate, up, down, or up, down) with their widths, the formula that
-    it computes by, and the inputs that are routed to it, ``[tokens, hidden_size]`` float32, with their weights;
+    """One expert to quantize: its number, its matrices (gate, up, down, or up, down) with their widths, its formula,
+    and the inputs that are routed to it, ``[tokens, hidden_size]`` float32, with their weights;
     outputs: whether what comes out of it is wanted.
     """
 

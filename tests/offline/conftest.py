@@ -196,6 +196,10 @@ def tiny_model(tmp_path_factory):
                 options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
             config = transformers.AutoConfig.for_model(WRITTEN_AS.get(model_type, model_type), **options)
             model = auto.from_config(config, dtype=torch.bfloat16)
+            for name, bias in model.named_parameters():
+                if name.endswith("_proj_bias"):
+                    # transformers makes them zeros.
+                    torch.nn.init.normal_(bias, std=0.1)
             made[model_type] = tmp_path_factory.mktemp("models") / model_type
             model.save_pretrained(made[model_type])
             if model_type in WRITTEN_AS:
