@@ -51,15 +51,16 @@ class Routes:
 class Layer:
     """A decoder layer.
 
-    tensors: the source's tensor for each parameter and buffer of the module but its experts'; experts: the module of
-    routed experts and source_experts its name in the source, if it has one; back: what projects the sum of their
-    outputs from latents, if anything does; buffers: what no checkpoint has of it; arguments: what it is called with
-    besides its input; scale: what the output of the experts, projected back, is multiplied by before it is added to the
-    rest, None if that is not all that happens to it, and unknown before the layer runs.
+    tensors: the source's tensors whose rows, one's after another's, make each parameter and buffer of the module but
+    its experts'; experts: the module of routed experts and source_experts its name in the source, if it has one; back:
+    what projects the sum of their outputs from latents, if anything does; buffers: what no checkpoint has of it;
+    arguments: what it is called with besides its input; scale: what the output of the experts, projected back, is
+    multiplied by before it is added to the rest, None if that is not all that happens to it, and unknown before the
+    layer runs.
     """
 
     module: nn.Module
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, Sequence[str]]
     experts: nn.Module | None
     source_experts: str | None
     back: nn.Linear | None = None
@@ -71,7 +72,11 @@ class Layer:
     @contextmanager
     def loaded(self, source: Checkpoint, device: torch.device) -> Iterator[None]:
         """Have the weights in memory, in float32."""
-        weights = {key: source.load(name).to(device, torch.float32) for key, name in self.tensors.items()}
+        weights = {}
+        for key, names in self.tensors.items():
+            parts = [source.load(name).to(device, torch.float32) for name in names]
+            weights[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        parts = []
         self.module.load_state_dict(weights, strict=False, assign=True)
         del weights
         place_buffers(self.module, self.buffers, device)

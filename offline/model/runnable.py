@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from offline.model.formula import is_known, takes_sorted
-from offline.model.skeleton import built_type, skeleton, stored_names, tensors_beside_experts
+from offline.model.skeleton import built_type, skeleton, stored_rows, tensors_beside_experts
 from offline.source.architectures import experts_per_token
 from offline.source.checkpoint import Checkpoint
 from offline.source.recognition import family_of
@@ -44,9 +44,9 @@ def why_not(source: Checkpoint) -> str:
     if _MORE.search(inspect.getsource(inspect.unwrap(type(decoder).forward))):
         return "its layers hand each other more than hidden states"
     names = {module: name for name, module in model.named_modules()}
-    stored, _ = stored_names(model, family_of(source), tensors_beside_experts(model))
     prefix = f"{names[decoder]}." if names[decoder] else ""
-    if not all(f"{prefix}{key}" in stored for key in tensors_beside_experts(decoder)):
+    needed = {f"{prefix}{key}": tensor for key, tensor in tensors_beside_experts(decoder).items()}
+    if needed.keys() != stored_rows(model, family_of(source), needed).keys():
         return "its layers are stored otherwise than they are computed"
     if any(bool(buffer.isnan().any()) for buffer in computed_buffers(decoder).values() if buffer.is_floating_point()):
         return "it has tensors that neither its files nor transformers fill"

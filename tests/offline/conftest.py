@@ -178,7 +178,7 @@ CONFIGS = {
     "llama": {},
 }
 # Families that the converter cannot run: see ``why_not``.
-WEIGHTS_ONLY = (*OWN_CODE, "kimi_linear", "glm_moe_dsa")
+WEIGHTS_ONLY = (*OWN_CODE, "glm_moe_dsa")
 # Types of model that transformers does not know, and one whose tensors have the same names.
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
 
