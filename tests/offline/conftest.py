@@ -127,7 +127,7 @@ CONFIGS = {
         "vision_config": {**VISION, "head_dim": 32, "global_head_dim": 32},
         "audio_config": None,
     },
-    "kimi_linear": {**KIMI, **MLA},
+    "kimi_linear": {**KIMI, **MLA, "linear_num_heads": 4, "linear_head_dim": 32},
     "lfm2_moe": {**EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": {**LOCAL, "shared_intermediate_size": 128, **MAMBA, "layer_types": ["mamba", "attention"]},
     "granitemoe_swa": {**LOCAL, "shared_intermediate_size": 128},
