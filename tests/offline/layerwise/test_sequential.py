@@ -189,10 +189,10 @@ def test_memory_holds_the_weights_of_one_layer_and_no_experts(speaking_model, ca
     assert all(tensor.is_meta for layer in checked for tensor in layer.module.state_dict().values())
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_input_gives_the_same_bytes(speaking_model, calibration, tmp_path, workers):
+@pytest.mark.parametrize(("model_type", "workers"), [("qwen2_moe", 1), ("qwen2_moe", 2), ("gpt_oss", 2)])
+def test_the_same_input_gives_the_same_bytes(speaking_model, calibration, tmp_path, model_type, workers):
     for name, number in (("one", 1), ("two", workers)):
-        run(speaking_model("qwen2_moe"), calibration, tmp_path / name, workers=number)
+        run(speaking_model(model_type), calibration, tmp_path / name, workers=number)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
