@@ -60,9 +60,26 @@ def test_what_cannot_be_run_is_known_beforehand(tiny_model, model_type):
             Decoder(source, experts)
 
 
+def test_weighted_inputs_of_several_experts_are_not_run(tiny_model, tmp_path):
+    """What reaches them could not be told by token; serving needs one expert for each token there, too."""
+    path = shutil.copytree(tiny_model("llama4_text"), tmp_path / "model")
+    config = json.loads((path / "config.json").read_bytes())
+    (path / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 2}))
+    source, experts = open_model(path)
+    assert not can_run(source)
+    with pytest.raises(ValueError, match="its router scales the inputs of several experts for each token: leave both"):
+        Decoder(source, experts)
+
+
 @pytest.mark.parametrize(
     ("model_type", "scales"),
-    [("qwen2_moe", [1, 1]), ("cohere2_moe", [0.5, 0.5]), ("gemma4_text", [None, None]), ("granitemoe", [0.22, 0.22])],
+    [
+        ("qwen2_moe", [1, 1]),
+        ("llama4_text", [1, 1]),
+        ("cohere2_moe", [0.5, 0.5]),
+        ("gemma4_text", [None, None]),
+        ("granitemoe", [0.22, 0.22]),
+    ],
 )
 def test_what_a_layer_does_with_its_experts_is_found(tiny_model, tmp_path, model_type, scales):
     """Also the multiplier of Granite, and that Gemma normalizes."""
