@@ -34,6 +34,7 @@ from benchmarks.alternatives import (
 )
 from benchmarks.quality import RESULTS, Bench, Variant, record
 from offline.allocation.knapsack import allocate, auto_gamma, importance
+from offline.model.formula import Formula
 from offline.quantizers.grids import GRIDS
 from offline.sensitivity.propagation import expert_gains
 from offline.sensitivity.spectra import choose_block_size, hill_alpha
@@ -124,8 +125,8 @@ class Matrices:
                 expert = [m for m in self.experts if m.module == module and m.expert == number]
                 tokens, slots = torch.where(ids == number)
                 seen, weight = (inputs[tokens], weights[tokens, slots]) if router else (inputs, torch.ones(TOKENS))
-                activation = torch.nn.functional.silu
-                errors = expert_gains(self.source, expert, seen, weight, activation, GROUP_SIZE)
+                formula = Formula(torch.nn.functional.silu)
+                errors = expert_gains(self.source, expert, seen, weight, formula, GROUP_SIZE)
                 found |= {matrix.name: error for matrix, error in zip(expert, errors, strict=True)}
             mean = sum(found.values()) / len(found)
             gains |= {name: max(gain / mean, FLOOR) for name, gain in found.items()}

@@ -24,7 +24,8 @@ from alphaq_vllm import packing
 from alphaq_vllm.format import PACKED, SCALE, ZERO
 from offline.journal import Journal, sync
 from offline.model.decoder import Decoder
-from offline.model.forward import by_expert, expert_outputs, inner_states, project
+from offline.model.formula import Formula
+from offline.model.forward import by_expert, expert_outputs
 from offline.model.layer import Routes, add_outputs, advance, route
 from offline.model.passes import Pass
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
@@ -38,8 +39,8 @@ from offline.threads import compute_device, one_thread
 
 @dataclass(frozen=True)
 class _Task:
-    """One expert to quantize: its number, its matrices (gate, up, down, or up, down) with their widths, and the inputs
-    that are routed to it, ``[tokens, hidden_size]`` float32, with their weights;
+    """One expert to quantize: its number, its matrices (gate, up, down, or up, down) with their widths, its formula,
+    and the inputs that are routed to it, ``[tokens, hidden_size]`` float32, with their weights;
     outputs: whether what comes out of it is wanted.
     """
 
@@ -47,7 +48,7 @@ class _Task:
     source: Checkpoint
     bits: Mapping[ExpertMatrix, int]
     group_size: int
-    activation: Callable[[Tensor], Tensor]
+    formula: Formula
     inputs: Tensor
     topk_weights: Tensor
     outputs: bool = False
@@ -137,7 +138,7 @@ class SequentialGptq:
                 if experts[0][0].name in widths:
                     path = _path(directory, layer.source_experts)
                     if not path.exists():
-                        tasks = self._tasks(experts, widths, group_size, layer.activation, routes, not last)
+                        tasks = self._tasks(experts, widths, group_size, routes, not last)
                         tensors, outputs = _run(tasks, routes, workers, self._source)
                         _write(path, tensors)
                     load = partial(_restore, directory, widths)
@@ -147,7 +148,7 @@ class SequentialGptq:
                         journal.record({"gptq": module, "starved": starved[module]})
                 if not last:
                     if outputs is None:
-                        outputs = expert_outputs(experts, load, routes, layer.activation, workers)
+                        outputs = expert_outputs(experts, load, routes, workers)
                     add_outputs(layer, hidden, outputs, routes, self._source, workers)
                 progress.advance(sum(matrix_nbytes(self._source, matrix) for expert in experts for matrix in expert))
         pass_.finish()
@@ -156,24 +157,22 @@ class SequentialGptq:
     def quantize_expert(self, num_bits: int, group_size: int, inputs: Tensor, topk_weights: Tensor) -> None:
         """Quantize the first expert for the time that it takes; inputs, topk_weights: of tokens as if routed to it."""
         bits = dict.fromkeys(by_expert(self._experts, self._experts.matrices[0].module)[0], num_bits)
-        _quantize(
-            _Task(0, self._source, bits, group_size, torch.nn.functional.silu, inputs, topk_weights, outputs=True)
-        )
+        formula = Formula(torch.nn.functional.silu)
+        _quantize(_Task(0, self._source, bits, group_size, formula, inputs, topk_weights, outputs=True))
 
     def _tasks(
         self,
         experts: Sequence[Sequence[ExpertMatrix]],
         widths: Mapping[str, int],
         group_size: int,
-        activation: Callable[[Tensor], Tensor],
         routes: Routes,
         outputs: bool,
     ) -> Iterator[_Task]:
         for number, expert in enumerate(experts):
             bits = {matrix: widths[matrix.name] for matrix in expert}
             tokens, topk_weights = routes.of(number)
-            inputs = routes.inputs[tokens]
-            yield _Task(number, self._source, bits, group_size, activation, inputs, topk_weights, outputs)
+            inputs, formula = routes.inputs[tokens], routes.formula.of(number)
+            yield _Task(number, self._source, bits, group_size, formula, inputs, topk_weights, outputs)
 
 
 def load_quantized(directory: Path, matrix: ExpertMatrix) -> dict[str, Tensor]:
@@ -218,11 +217,11 @@ def _quantize(task: _Task) -> tuple[dict[str, Tensor], Tensor | None]:
     tensors = {name: tensor for matrix in first for name, tensor in _gptq(task, matrix, factor).items()}
     del factor
     weights = [_weight(tensors, matrix, task.bits[matrix]) for matrix in first]
-    inner = inner_states(task.inputs, weights, task.activation)
+    inner = task.formula.inner(task.inputs, weights)
     tensors |= _gptq(task, down, inverse_factor(inner))
     if not task.outputs:
         return tensors, None
-    return tensors, project(inner, _weight(tensors, down, task.bits[down]), task.topk_weights)
+    return tensors, task.formula.project(inner, _weight(tensors, down, task.bits[down]), task.topk_weights)
 
 
 def _data_free(task: _Task, matrix: ExpertMatrix) -> dict[str, Tensor]:

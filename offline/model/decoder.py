@@ -18,10 +18,11 @@ from offline.model.runnable import (
     last_norm,
     latent_projection,
     place_buffers,
+    text_decoder,
     why_not,
 )
 from offline.model.sampling import draw
-from offline.model.skeleton import by_transformers, skeleton, stored_names, tensors_beside_experts
+from offline.model.skeleton import by_transformers, skeleton, stored_names, stored_rows, tensors_beside_experts
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
 from offline.source.recognition import family_of
@@ -40,10 +41,11 @@ class Decoder:
                 f"{experts.model_type}: {reason}: leave both out"
             )
         model, family = skeleton(source), family_of(source)
-        self._decoder = model.get_decoder()
+        self._decoder = text_decoder(model)
         buffers = computed_buffers(self._decoder)
         self._buffers = {name: buffer for name, buffer in buffers.items() if not name.startswith("layers.")}
-        stored, _ = stored_names(model, family, tensors_beside_experts(model))
+        beside = tensors_beside_experts(model)
+        stored, _ = stored_names(model, family, beside)
         names = {module: name for name, module in model.named_modules()}
         table, head = self._decoder.get_input_embeddings(), model.get_output_embeddings()
         embedding, prediction = stored[f"{names[table]}.weight"], stored[f"{names[head]}.weight"]
@@ -62,10 +64,12 @@ class Decoder:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.vocab_size: int = config.vocab_size
         self.context: int = config.max_position_embeddings
+        below = f"{names[self._decoder.layers]}."
+        in_layers = stored_rows(model, family, {key: part for key, part in beside.items() if key.startswith(below)})
         self.layers = []
         for number, module in enumerate(self._decoder.layers):
             prefix, name = f"{names[module]}.", f"{family.block_of(number)}.experts"
-            tensors = {key.removeprefix(prefix): n for key, n in stored.items() if key.startswith(prefix)}
+            tensors = {key.removeprefix(prefix): rows for key, rows in in_layers.items() if key.startswith(prefix)}
             own = f"layers.{number}."
             kept = {key.removeprefix(own): buffer for key, buffer in buffers.items() if key.startswith(own)}
             routed = experts_module(module) if name in experts.modules else None

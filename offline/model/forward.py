@@ -15,9 +15,6 @@ from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
 from offline.threads import compute_device, in_threads, one_thread
 
-# Tokens that go through an expert at a time.
-TOKENS_AT_A_TIME = 4096
-
 # Called after a layer with experts: the layer, its matrices by expert, what reached them, and the layer's output.
 Observe = Callable[[Layer, Sequence[Sequence[ExpertMatrix]], Routes, Tensor], None]
 
@@ -50,7 +47,7 @@ def forward(
                     continue
                 routes = route(layer, hidden, workers)
             matrices = by_expert(experts, layer.source_experts)
-            outputs = expert_outputs(matrices, load, routes, layer.activation, workers)
+            outputs = expert_outputs(matrices, load, routes, workers)
             add_outputs(layer, hidden, outputs, routes, source, workers)
             if observe:
                 observe(layer, matrices, routes, hidden)
@@ -71,7 +68,6 @@ def expert_outputs(
     experts: Sequence[Sequence[ExpertMatrix]],
     load: Callable[[ExpertMatrix], Tensor],
     routes: Routes,
-    activation: Callable[[Tensor], Tensor],
     workers: int = 1,
 ) -> Tensor:
     """What comes out of the experts, ``[tokens, hidden_size]``, added in the same order on every run."""
@@ -79,33 +75,10 @@ def expert_outputs(
     def run(number: int) -> tuple[Tensor, Tensor]:
         tokens, topk_weights = routes.of(number)
         *first, down = (load(matrix) for matrix in experts[number])
-        return tokens, project(inner_states(routes.inputs[tokens], first, activation), down, topk_weights)
+        formula = routes.formula.of(number)
+        return tokens, formula.project(formula.inner(routes.inputs[tokens], first), down, topk_weights)
 
     outputs = torch.zeros_like(routes.inputs)
     for tokens, output in in_threads(run, range(len(experts)), workers):
         outputs.index_add_(0, tokens, output)
     return outputs
-
-
-def inner_states(inputs: Tensor, first: Sequence[Tensor], activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """What an expert's down is applied to, ``[tokens, intermediate_size]``; first: gate and up, or up alone."""
-    inner = inputs.new_empty(len(inputs), len(first[0]))
-    for part, out in zip(inputs.split(TOKENS_AT_A_TIME), inner.split(TOKENS_AT_A_TIME), strict=True):
-        activate([part @ weight.T for weight in first], activation, out)
-    return inner
-
-
-def activate(states: Sequence[Tensor], activation: Callable[[Tensor], Tensor], out: Tensor | None = None) -> Tensor:
-    """Gate and up as one, or up alone, activated; out: where it goes."""
-    activated = activation(states[0])
-    if len(states) == 2:
-        return torch.mul(activated, states[1], out=out)
-    return activated if out is None else out.copy_(activated)
-
-
-def project(inner: Tensor, down: Tensor, topk_weights: Tensor) -> Tensor:
-    """An expert's weighted outputs, ``[tokens, hidden_size]``."""
-    outputs = inner.new_empty(len(inner), len(down))
-    for part, out in zip(inner.split(TOKENS_AT_A_TIME), outputs.split(TOKENS_AT_A_TIME), strict=True):
-        torch.mm(part, down.T, out=out)
-    return outputs.mul_(topk_weights[:, None])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offline.model.formula import Formula, formula_of
 from offline.model.runnable import place_buffers
 from offline.source.checkpoint import Checkpoint
 from offline.threads import in_threads
@@ -29,13 +30,14 @@ class Routes:
     """What reaches the experts of a layer: ``inputs`` ``[tokens, features]``, ``topk_ids`` and ``topk_weights``
     ``[tokens, k]``.
 
-    before: the input of the layer, if it has to run again; back: ``[hidden_size, features]``, what the sum of their
-    outputs is multiplied with where they compute on latents.
+    formula: how the experts compute; before: the input of the layer, if it has to run again; back: ``[hidden_size,
+    features]``, what the sum of their outputs is multiplied with where they compute on latents.
     """
 
     inputs: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
+    formula: Formula
     before: Tensor | None = None
     back: Tensor | None = None
 
@@ -49,15 +51,16 @@ class Routes:
 class Layer:
     """A decoder layer.
 
-    tensors: the source's tensor for each parameter and buffer of the module but its experts'; experts: the module of
-    routed experts and source_experts its name in the source, if it has one; back: what projects the sum of their
-    outputs from latents, if anything does; buffers: what no checkpoint has of it; arguments: what it is called with
-    besides its input; scale: what the output of the experts, projected back, is multiplied by before it is added to the
-    rest, None if that is not all that happens to it, and unknown before the layer runs.
+    tensors: the source's tensors whose rows, one's after another's, make each parameter and buffer of the module but
+    its experts'; experts: the module of routed experts and source_experts its name in the source, if it has one; back:
+    what projects the sum of their outputs from latents, if anything does; buffers: what no checkpoint has of it;
+    arguments: what it is called with besides its input; scale: what the output of the experts, projected back, is
+    multiplied by before it is added to the rest, None if that is not all that happens to it, and unknown before the
+    layer runs.
     """
 
     module: nn.Module
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, Sequence[str]]
     experts: nn.Module | None
     source_experts: str | None
     back: nn.Linear | None = None
@@ -66,19 +69,14 @@ class Layer:
     scale: float | None = None
     probed: bool = False
 
-    @property
-    def activation(self) -> Callable[[Tensor], Tensor]:
-        """What is applied to the output of gate, or of up without one."""
-        from transformers.activations import SiLUActivation
-
-        function = self.experts.act_fn  # type: ignore[union-attr]
-        # Torch's own function reaches another process without an import of transformers there.
-        return nn.functional.silu if isinstance(function, SiLUActivation) else function  # type: ignore[return-value]
-
     @contextmanager
     def loaded(self, source: Checkpoint, device: torch.device) -> Iterator[None]:
         """Have the weights in memory, in float32."""
-        weights = {key: source.load(name).to(device, torch.float32) for key, name in self.tensors.items()}
+        weights = {}
+        for key, names in self.tensors.items():
+            parts = [source.load(name).to(device, torch.float32) for name in names]
+            weights[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        parts = []
         self.module.load_state_dict(weights, strict=False, assign=True)
         del weights
         place_buffers(self.module, self.buffers, device)
@@ -102,8 +100,8 @@ def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
         layer.scale, layer.probed = _scale(layer, hidden[0]), True
     before = hidden.clone() if layer.probed and layer.scale is None else None
 
-    def record(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        seen.inputs, seen.topk = hidden_states, (top_k_index, top_k_weights)
+    def record(hidden_states: Tensor, *topk: Tensor) -> Tensor:
+        seen.inputs, seen.topk = (hidden_states, topk) if topk else _unsorted(hidden_states, hidden.shape[1])
         return torch.zeros_like(hidden_states)
 
     def run(number: int) -> tuple[Tensor, Tensor]:
@@ -114,7 +112,27 @@ def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
     layer.experts.forward = record  # type: ignore[union-attr, method-assign]
     topk_ids, topk_weights = zip(*in_threads(run, range(len(hidden)), workers), strict=True)
     back = None if layer.back is None else layer.back.weight.detach()
-    return Routes(inputs.flatten(0, 1), torch.cat(topk_ids), torch.cat(topk_weights), before, back)
+    formula = formula_of(layer.experts)
+    return Routes(inputs.flatten(0, 1), torch.cat(topk_ids), torch.cat(topk_weights), formula, before, back)
+
+
+def _unsorted(inputs: Tensor, tokens: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The inputs of so many tokens, with the ids and weights of their experts, from those of one expert after another,
+    which have their weights, and are zero for all experts of a token but one.
+    """
+    by_expert = inputs.unflatten(0, (-1, tokens))
+    ids = torch.linalg.vector_norm(by_expert, dim=-1).argmax(0)
+    chosen = by_expert[ids, torch.arange(tokens, device=ids.device)]
+    return chosen, (ids[:, None], chosen.new_ones(tokens, 1))
+
+
+def _answer(outputs: Tensor, hidden_states: Tensor) -> Tensor:
+    """What stands for the answer of experts to ``hidden_states``: their outputs, which ``takes_sorted`` has from the
+    first expert, because the layer adds those of all.
+    """
+    answer = torch.zeros_like(hidden_states)
+    answer.view(-1, outputs.shape[-1])[: outputs[..., 0].numel()] = outputs.flatten(0, -2)
+    return answer
 
 
 def _scale(layer: Layer, window: Tensor) -> float | None:
@@ -124,7 +142,7 @@ def _scale(layer: Layer, window: Tensor) -> float | None:
     """
     features = window.shape[-1] if layer.back is None else layer.back.in_features
     outputs = window.new_zeros(*window.shape[:-1], features)
-    layer.experts.forward = lambda hidden_states, *_: outputs.view_as(hidden_states)  # type: ignore[union-attr]
+    layer.experts.forward = lambda hidden_states, *_: _answer(outputs, hidden_states)  # type: ignore[union-attr]
     without = _call(layer, window).view_as(window)
     noise = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(window.device)
     outputs = noise * without.square().mean().sqrt()
@@ -158,7 +176,7 @@ def add_outputs(
         hidden[number] = _call(layer, before[number])
 
     with layer.loaded(source, hidden.device):
-        layer.experts.forward = lambda states, *_: part.outputs.view_as(states)  # type: ignore[union-attr]
+        layer.experts.forward = lambda states, *_: _answer(part.outputs, states)  # type: ignore[union-attr]
         for _ in in_threads(run, range(len(hidden)), workers):
             pass
 

@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offline.model.skeleton import built_type, skeleton, stored_names, tensors_beside_experts
+from offline.model.formula import is_known, takes_sorted
+from offline.model.skeleton import built_type, skeleton, stored_rows, tensors_beside_experts
+from offline.source.architectures import experts_per_token
 from offline.source.checkpoint import Checkpoint
 from offline.source.recognition import family_of
 
-# What a module of experts is called with: inputs, and for each the ids and weights of its experts.
-_EXPERT_ARGUMENTS = 3
-# What transformers gives to modules of experts that compute ``down(act_fn(gate) * up)``.
-_PLAIN_GATE = "_default_apply_gate"
-# The matrices of experts with a gate, and without.
-_MATRICES = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
 # What Nemotron projects the sum of its experts' outputs by; an identity where they do not compute on latents.
 _LATENT_PROJECTION = "fc2_latent_proj"
 # How a decoder calls layers that return more than hidden states.
@@ -36,23 +32,31 @@ def why_not(source: Checkpoint) -> str:
     if built_type(source) is None:
         return "transformers does not know the type of model"
     model = skeleton(source)
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or model.get_output_embeddings() is None or last_norm(decoder)[0] == "":
         return "its decoder is not a list of layers, a norm and a head"
     modules = [module for layer in layers if (module := experts_module(layer)) is not None]
-    if not modules or not all(map(_is_plain, modules)):
+    if not modules or not all(map(is_known, modules)):
         return "its experts compute something else than down(act(gate(x)) * up(x)) or down(act(up(x)))"
+    if any(map(takes_sorted, modules)) and experts_per_token(source.config) > 1:
+        return "its router scales the inputs of several experts for each token"
     if _MORE.search(inspect.getsource(inspect.unwrap(type(decoder).forward))):
         return "its layers hand each other more than hidden states"
     names = {module: name for name, module in model.named_modules()}
-    stored, _ = stored_names(model, family_of(source), tensors_beside_experts(model))
     prefix = f"{names[decoder]}." if names[decoder] else ""
-    if not all(f"{prefix}{key}" in stored for key in tensors_beside_experts(decoder)):
+    needed = {f"{prefix}{key}": tensor for key, tensor in tensors_beside_experts(decoder).items()}
+    if needed.keys() != stored_rows(model, family_of(source), needed).keys():
         return "its layers are stored otherwise than they are computed"
     if any(bool(buffer.isnan().any()) for buffer in computed_buffers(decoder).values() if buffer.is_floating_point()):
         return "it has tensors that neither its files nor transformers fill"
     return ""
+
+
+def text_decoder(model: Any) -> Any:
+    """The decoder of a model: the module with layers, which Llama-4 gives together with its head."""
+    decoder = model.get_decoder()
+    return next((part for part in decoder.modules() if hasattr(part, "layers")), decoder)
 
 
 def experts_module(layer: nn.Module) -> nn.Module | None:
@@ -97,14 +101,3 @@ def place_buffers(module: nn.Module, buffers: Mapping[str, Tensor], device: torc
     for name, buffer in buffers.items():
         parent, _, leaf = name.rpartition(".")
         module.get_submodule(parent)._buffers[leaf] = buffer.to(device)
-
-
-def _is_plain(experts: nn.Module) -> bool:
-    gate = getattr(type(experts), "_apply_gate", None)
-    return (
-        len(inspect.signature(experts.forward).parameters) == _EXPERT_ARGUMENTS
-        and (gate is None or gate.__name__ == _PLAIN_GATE)
-        and not getattr(experts, "has_bias", False)
-        and hasattr(experts, "act_fn")
-        and {name for name, _ in experts.named_parameters()} in _MATRICES
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,12 +132,7 @@ def stored_names(model: Any, family: Family, tensors: Mapping[str, Tensor]) -> t
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    own = FAMILIES[model.config.model_type].prefix if model.config.model_type in FAMILIES else family.prefix
-
-    def named(name: str) -> str:
-        below = name.removeprefix(own)
-        return name if below == name else family.prefix + below
-
+    named = _naming(model, family)
     # Names of one tensor have one object, and cannot be told apart once they are renamed.
     first = {id(tensor): key for key, tensor in reversed(list(tensors.items()))}
     saved = revert_weight_conversion(model, {key: tensors[key] for key in first.values()})
@@ -146,6 +141,40 @@ def stored_names(model: Any, family: Family, tensors: Mapping[str, Tensor]) -> t
         if first[id(tensor)] != key:
             names[key] = named(next(iter(revert_weight_conversion(model, {key: tensor}))))
     return names, {named(name): tensor for name, tensor in saved.items() if id(tensor) not in first}
+
+
+def stored_rows(model: Any, family: Family, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """What holds each tensor of a model in a checkpoint of the family, by its name in the model: the tensor itself, or
+    several whose rows follow on each other. Those that are stored otherwise are left out.
+
+    tensors: as of ``stored_names``.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names, _ = stored_names(model, family, tensors)
+    found: dict[str, tuple[str, ...]] = {key: (name,) for key, name in names.items()}
+    named = _naming(model, family)
+    for key, tensor in tensors.items():
+        if key in names or not tensor.dim():
+            continue
+        # Numbered rows show what becomes of them.
+        rows = torch.arange(len(tensor)).view(-1, *[1] * (tensor.dim() - 1)).expand(tensor.shape)
+        parts = revert_weight_conversion(model, {key: rows})
+        alike = all(part.shape[1:] == rows.shape[1:] for part in parts.values())
+        if alike and torch.equal(torch.cat(list(parts.values())), rows):
+            found[key] = tuple(map(named, parts))
+    return found
+
+
+def _naming(model: Any, family: Family) -> Callable[[str], str]:
+    """From names that transformers would give the tensors of a model to those of the family."""
+    own = FAMILIES[model.config.model_type].prefix if model.config.model_type in FAMILIES else family.prefix
+
+    def named(name: str) -> str:
+        below = name.removeprefix(own)
+        return name if below == name else family.prefix + below
+
+    return named
 
 
 def tensors_beside_experts(model: Any) -> dict[str, Tensor]:

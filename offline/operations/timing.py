@@ -15,7 +15,7 @@ from offline.allocation.widths import Budget
 from offline.journal import Journal
 from offline.layerwise.sequential import SequentialGptq
 from offline.model.decoder import Decoder
-from offline.model.forward import by_expert, inner_states, project
+from offline.model.forward import by_expert
 from offline.model.layer import route
 from offline.model.passes import passed
 from offline.model.sampling import predictions_held
@@ -158,7 +158,7 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
     with layer.loaded(source, device):
         load = time.monotonic() - start
         # The first run also finds out what the layer does with its experts.
-        route(layer, hidden.clone())
+        formula = route(layer, hidden.clone()).formula.of(0)
         window = _seconds(lambda: route(layer, hidden.clone())) * LENGTH / length
     first = by_expert(experts, str(layer.source_experts))[0]
     weights: list[torch.Tensor] = []
@@ -167,7 +167,7 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
     *into, down = weights
 
     def compute() -> None:
-        project(inner_states(inputs, into, layer.activation), down, topk_weights)
+        formula.project(formula.inner(inputs, into), down, topk_weights)
 
     def predict(places: int) -> None:
         decoder.sample(source, hidden[:, :places], torch.full((1, places, 1), 0.5, dtype=torch.float64))
@@ -184,7 +184,7 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
         window=window,
         expert=load_expert,
         token=_seconds(compute) / _TOKENS,
-        gains=_seconds(lambda: expert_gains(source, first, *reached, layer.activation, job.group_size)),
+        gains=_seconds(lambda: expert_gains(source, first, *reached, formula, job.group_size)),
         head=one,
         held=predictions_held(decoder.vocab_size),
         place=max(0.0, many - one) / _PLACES,

@@ -15,7 +15,8 @@ from torch import Tensor
 from alphaq_vllm import packing
 from offline.journal import Journal
 from offline.model.decoder import Decoder
-from offline.model.forward import activate, forward
+from offline.model.formula import Formula
+from offline.model.forward import forward
 from offline.model.layer import Layer, Routes
 from offline.model.passes import Pass
 from offline.model.text import write_text
@@ -41,7 +42,7 @@ class _Task:
     expert: Sequence[ExpertMatrix]
     inputs: Tensor
     topk_weights: Tensor
-    activation: Callable[[Tensor], Tensor]
+    formula: Formula
     group_size: int
     back: Tensor | None
 
@@ -75,7 +76,7 @@ def error_gains(
 
     def observe(layer: Layer, matrices: Sequence[Sequence[ExpertMatrix]], routes: Routes, output: Tensor) -> None:
         energy = float(output.double().square().sum())
-        tasks = _tasks(source, matrices, routes, layer.activation, group_size)
+        tasks = _tasks(source, matrices, routes, group_size)
         errors = {task.number: squared for task, squared in run_all(_gains, tasks, workers, shared=source)}
         found = {
             matrix.name: error / energy
@@ -97,17 +98,17 @@ def _tasks(
     source: Checkpoint,
     matrices: Sequence[Sequence[ExpertMatrix]],
     routes: Routes,
-    activation: Callable[[Tensor], Tensor],
     group_size: int,
 ) -> Iterator[_Task]:
     for number, expert in enumerate(matrices):
         tokens, topk_weights = routes.of(number)
-        yield _Task(number, source, expert, routes.inputs[tokens], topk_weights, activation, group_size, routes.back)
+        inputs, formula = routes.inputs[tokens], routes.formula.of(number)
+        yield _Task(number, source, expert, inputs, topk_weights, formula, group_size, routes.back)
 
 
 def _gains(task: _Task) -> list[float]:
     return expert_gains(
-        task.source, task.expert, task.inputs, task.topk_weights, task.activation, task.group_size, task.back
+        task.source, task.expert, task.inputs, task.topk_weights, task.formula, task.group_size, task.back
     )
 
 
@@ -117,27 +118,26 @@ def expert_gains(
     expert: Sequence[ExpertMatrix],
     inputs: Tensor,
     topk_weights: Tensor,
-    activation: Callable[[Tensor], Tensor],
+    formula: Formula,
     group_size: int,
     back: Tensor | None = None,
 ) -> list[float]:
     """The squared error of an expert's weighted outputs that a mean squared error of 1 in each of its matrices causes.
 
-    inputs: ``[tokens, features]`` float32; topk_weights: ``[tokens]``; activation: applied to the output of gate, or of
-    up without one; back: of ``Routes``.
+    inputs: ``[tokens, features]`` float32; topk_weights: ``[tokens]``; formula: how it computes; back: of ``Routes``.
     """
     if not len(inputs):
         return [0.0] * len(expert)
     weights = [load_weight(source, matrix) for matrix in expert]
     *first, down = weights
-    states = [inputs @ weight.T for weight in first]
-    inner = activate(states, activation)
+    states = formula.states(inputs, first)
+    inner = formula.activate(states)
 
     def error(place: int, weight: Tensor, changed: Tensor) -> Tensor:
         if place == len(states):
             return inner @ (changed - weight).T
-        others = [inputs @ changed.T if place == i else state for i, state in enumerate(states)]
-        return (activate(others, activation) - inner) @ down.T
+        others = [*states[:place], formula.state(inputs, changed, place), *states[place + 1 :]]
+        return (formula.activate(others) - inner) @ down.T
 
     gains = []
     for place, weight in enumerate(weights):

@@ -127,7 +127,7 @@ CONFIGS = {
         "vision_config": {**VISION, "head_dim": 32, "global_head_dim": 32},
         "audio_config": None,
     },
-    "kimi_linear": {**KIMI, **MLA},
+    "kimi_linear": {**KIMI, **MLA, "linear_num_heads": 4, "linear_head_dim": 32},
     "lfm2_moe": {**EXPERTS, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": {**LOCAL, "shared_intermediate_size": 128, **MAMBA, "layer_types": ["mamba", "attention"]},
     "granitemoe_swa": {**LOCAL, "shared_intermediate_size": 128},
@@ -178,7 +178,7 @@ CONFIGS = {
     "llama": {},
 }
 # Families that the converter cannot run: see ``why_not``.
-WEIGHTS_ONLY = (*OWN_CODE, "kimi_linear", "glm_moe_dsa", "llama4", "llama4_text", "gpt_oss")
+WEIGHTS_ONLY = (*OWN_CODE, "glm_moe_dsa")
 # Types of model that transformers does not know, and one whose tensors have the same names.
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
 
@@ -196,6 +196,10 @@ def tiny_model(tmp_path_factory):
                 options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
             config = transformers.AutoConfig.for_model(WRITTEN_AS.get(model_type, model_type), **options)
             model = auto.from_config(config, dtype=torch.bfloat16)
+            for name, bias in model.named_parameters():
+                if name.endswith("_proj_bias"):
+                    # transformers makes them zeros.
+                    torch.nn.init.normal_(bias, std=0.1)
             made[model_type] = tmp_path_factory.mktemp("models") / model_type
             model.save_pretrained(made[model_type])
             if model_type in WRITTEN_AS:

@@ -12,11 +12,13 @@ from alphaq_vllm import convert, validate
 from offline.layerwise import sequential
 from offline.model.text import Calibration
 from offline.operations import plan
+from offline.operations.dequantize import dequantize
 from offline.quantizers.quantize import quantization_mse, quantize
 from offline.sensitivity.stats import read_statistics
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts, load_weight
 from offline.threads import one_thread
+from tests.offline.model.whole import whole_model
 
 DOCS_MOE = Path(__file__).parents[1] / "models" / "docs-moe"
 UNIFORM = {"bits": 2.0, "mode": "uniform", "quantizer": "mse"}
@@ -143,10 +145,31 @@ def test_command_runs_the_model_where_it_can(speaking_model, tiny_model, tmp_pat
     assert (summary["quantizer"], summary["own_text"], summary["noise"]) == ("gptq", True, "propagated")
     # 32 for each of 128 input features, of which a token reaches two experts' out of four.
     assert summary["calibration_tokens"] == 8192
-    status, printed, _ = alphaq("convert", tiny_model("llama4_text"), tmp_path / "not", "--json")
+    status, printed, _ = alphaq("convert", tiny_model("glm_moe_dsa"), tmp_path / "not", "--json")
     assert status == 0
     summary = json.loads(printed)
     assert (summary["quantizer"], summary["calibration_tokens"], summary["noise"]) == ("mse", 0, "expert")
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4_text", "llama4", "kimi_linear"])
+def test_running_the_model_brings_predictions_closer_to_the_sources(tiny_model, tmp_path, model_type):
+    source = tiny_model(model_type)
+    windows = torch.randint(3, 256, (8, 64), generator=torch.Generator().manual_seed(0))
+
+    def predict(path):
+        with torch.no_grad():
+            return whole_model(path)(input_ids=windows, use_cache=False).logits.double().log_softmax(-1)
+
+    def divergence(name, **options):
+        summary = convert(source, tmp_path / name, bits=3.0, group_size=64, **options)
+        dequantize(tmp_path / name, tmp_path / f"{name}-dequantized")
+        return (exact.exp() * (exact - predict(tmp_path / f"{name}-dequantized"))).sum(-1).mean(), summary
+
+    exact = predict(source)
+    default, summary = divergence("default")
+    assert (summary.quantizer, summary.noise, summary.own_text) == ("gptq", "propagated", True)
+    weights_only, _ = divergence("weights", noise="expert", quantizer="mse")
+    assert 0 < default < 0.9 * weights_only
 
 
 def test_propagated_noise_needs_statistics_that_have_it(tmp_path, alphaq):

@@ -63,11 +63,19 @@ def write_dequantized(path, source, experts, directory, widths):
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
+def inputs_of(arguments):
+    """What experts are called with, for each token; Llama-4's for one expert after another, all but one zeros."""
+    return arguments[0] if len(arguments) > 1 else arguments[0].unflatten(0, (4, -1)).sum(0)
+
+
 def contents(directory):
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
-@pytest.mark.parametrize(("model_type", "num_bits"), [("qwen2_moe", 2), ("qwen2_moe", 3), ("nemotron_h", 3)])
+@pytest.mark.parametrize(
+    ("model_type", "num_bits"),
+    [("qwen2_moe", 2), ("qwen2_moe", 3), ("nemotron_h", 3), ("gpt_oss", 3), ("llama4_text", 3)],
+)
 @one_thread()
 def test_gptq_changes_the_output_of_experts_less_than_the_data_free_quantizer(
     speaking_model, calibration, tmp_path, monkeypatch, model_type, num_bits
@@ -83,12 +91,11 @@ def test_gptq_changes_the_output_of_experts_less_than_the_data_free_quantizer(
         matrices = [matrix for matrix, place in zip(experts.matrices, places, strict=True) if place == first]
         inputs = seen[0].inputs[seen[0].of(expert)[0]]
 
-        def outputs(weights, inputs=inputs):
-            if model_type == "nemotron_h":
-                up, down = weights
-                return (inputs @ up.T).relu() ** 2 @ down.T
-            gate, up, down = weights
-            return (torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)) @ down.T
+        formula = seen[0].formula.of(expert)
+
+        def outputs(weights, inputs=inputs, formula=formula):
+            *first, down = weights
+            return formula.project(formula.inner(inputs, first), down, torch.ones(len(inputs)))
 
         originals = [load_weight(source, matrix) for matrix in matrices]
         plain = [quantize(weight, num_bits, 64) for weight in originals]
@@ -98,7 +105,9 @@ def test_gptq_changes_the_output_of_experts_less_than_the_data_free_quantizer(
         assert error < 0.6 * before
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_moe", "mixtral", "deepseek_v2", "granitemoe", "nemotron_h"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen2_moe", "mixtral", "deepseek_v2", "granitemoe", "nemotron_h", "gpt_oss", "llama4_text"]
+)
 def test_layers_are_calibrated_on_what_the_quantized_model_computes(
     speaking_model, calibration, tmp_path, monkeypatch, model_type
 ):
@@ -112,7 +121,7 @@ def test_layers_are_calibrated_on_what_the_quantized_model_computes(
     expected = []
     for name, module in model.named_modules():
         if name.split(".")[-1] == "experts":
-            module.register_forward_pre_hook(lambda module, arguments: expected.append(arguments[0]))
+            module.register_forward_pre_hook(lambda module, arguments: expected.append(inputs_of(arguments)))
     with torch.no_grad():
         for window in read_windows(source, calibration, calibration.tokens):
             model(window[None])
@@ -180,10 +189,10 @@ def test_memory_holds_the_weights_of_one_layer_and_no_experts(speaking_model, ca
     assert all(tensor.is_meta for layer in checked for tensor in layer.module.state_dict().values())
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_input_gives_the_same_bytes(speaking_model, calibration, tmp_path, workers):
+@pytest.mark.parametrize(("model_type", "workers"), [("qwen2_moe", 1), ("qwen2_moe", 2), ("gpt_oss", 2)])
+def test_the_same_input_gives_the_same_bytes(speaking_model, calibration, tmp_path, model_type, workers):
     for name, number in (("one", 1), ("two", workers)):
-        run(speaking_model("qwen2_moe"), calibration, tmp_path / name, workers=number)
+        run(speaking_model(model_type), calibration, tmp_path / name, workers=number)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -248,8 +257,8 @@ def test_gptq_refuses_what_it_cannot_calibrate_on(speaker, text, tmp_path, name)
 
 
 def test_gptq_refuses_a_family_that_it_cannot_run(tiny_model, calibration):
-    source, experts = open_model(tiny_model("gpt_oss"))
-    with pytest.raises(ValueError, match=r"cannot be done with gpt_oss: .*: leave both out"):
+    source, experts = open_model(tiny_model("glm_moe_dsa"))
+    with pytest.raises(ValueError, match=r"cannot be done with glm_moe_dsa: .*: leave both out"):
         SequentialGptq(source, experts, calibration)
 
 

@@ -2,14 +2,15 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
 from offline.model.decoder import Decoder
-from offline.model.forward import forward
+from offline.model.forward import by_expert, expert_outputs, forward
 from offline.model.layer import add_outputs, advance, route
-from offline.model.runnable import can_run, last_norm
+from offline.model.runnable import can_run, last_norm, text_decoder
 from offline.source.architectures import FAMILIES
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts, load_weight
@@ -17,18 +18,6 @@ from tests.offline.conftest import WEIGHTS_ONLY
 from tests.offline.model.whole import whole_model
 
 CPU = torch.device("cpu")
-
-
-def expert_outputs(source, experts, layer, routes):
-    outputs = torch.zeros_like(routes.inputs)
-    for expert in range(experts.num_experts):
-        matrices = [m for m in experts.matrices if (m.module, m.expert) == (layer.source_experts, expert)]
-        *first, down = (load_weight(source, matrix) for matrix in matrices)
-        tokens, weights = routes.of(expert)
-        states = [routes.inputs[tokens] @ weight.T for weight in first]
-        inner = layer.activation(states[0]) * (states[1] if len(states) == 2 else 1)
-        outputs[tokens] += inner @ down.T * weights[:, None]
-    return outputs
 
 
 def open_model(path):
@@ -40,7 +29,7 @@ def open_model(path):
 def test_decoder_computes_what_transformers_computes(tiny_model, latent_model, model_type):
     path = latent_model if model_type == "latent" else tiny_model(model_type)
     windows = torch.randint(3, 256, (3, 40), generator=torch.Generator().manual_seed(0))
-    whole = whole_model(path).get_decoder()
+    whole = text_decoder(whole_model(path))
     setattr(whole, last_norm(whole)[0], torch.nn.Identity())
     with torch.no_grad():
         expected = whole(input_ids=windows, use_cache=False).last_hidden_state
@@ -54,7 +43,7 @@ def test_decoder_computes_what_transformers_computes(tiny_model, latent_model, m
                 advance(layer, hidden)
                 continue
             routes = route(layer, hidden)
-        outputs = expert_outputs(source, experts, layer, routes)
+        outputs = expert_outputs(by_expert(experts, layer.source_experts), partial(load_weight, source), routes)
         # Unless they are normalized, they have to be large enough to matter.
         assert layer.scale is None or outputs.norm() > 1e-3 * hidden.norm()
         add_outputs(layer, hidden, outputs, routes, source)
@@ -71,9 +60,26 @@ def test_what_cannot_be_run_is_known_beforehand(tiny_model, model_type):
             Decoder(source, experts)
 
 
+def test_weighted_inputs_of_several_experts_are_not_run(tiny_model, tmp_path):
+    """What reaches them could not be told by token; serving needs one expert for each token there, too."""
+    path = shutil.copytree(tiny_model("llama4_text"), tmp_path / "model")
+    config = json.loads((path / "config.json").read_bytes())
+    (path / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 2}))
+    source, experts = open_model(path)
+    assert not can_run(source)
+    with pytest.raises(ValueError, match="its router scales the inputs of several experts for each token: leave both"):
+        Decoder(source, experts)
+
+
 @pytest.mark.parametrize(
     ("model_type", "scales"),
-    [("qwen2_moe", [1, 1]), ("cohere2_moe", [0.5, 0.5]), ("gemma4_text", [None, None]), ("granitemoe", [0.22, 0.22])],
+    [
+        ("qwen2_moe", [1, 1]),
+        ("llama4_text", [1, 1]),
+        ("cohere2_moe", [0.5, 0.5]),
+        ("gemma4_text", [None, None]),
+        ("granitemoe", [0.22, 0.22]),
+    ],
 )
 def test_what_a_layer_does_with_its_experts_is_found(tiny_model, tmp_path, model_type, scales):
     """Also the multiplier of Granite, and that Gemma normalizes."""

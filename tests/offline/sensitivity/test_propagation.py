@@ -8,12 +8,14 @@ import transformers
 
 from alphaq_vllm import packing
 from offline.allocation.costs import noise
+from offline.model.formula import Formula
 from offline.quantizers.quantize import quantize
 from offline.sensitivity import propagation
 from offline.sensitivity.matrices import MatrixStats
 from offline.sensitivity.propagation import FLOOR, error_gains, expert_gains
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts, load_weight
+from tests.offline.model.whole import whole_model
 
 DOCS_MOE = Path(__file__).parents[2] / "models" / "docs-moe"
 
@@ -50,13 +52,38 @@ def test_error_gains_are_those_of_the_whole_model(gains, text, projection):
     assert gains[f"model.layers.1.mlp.experts.2.{projection}"] == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4_text"])
+def test_error_gains_account_for_biases_gates_and_weights_on_inputs(tiny_model, monkeypatch, model_type):
+    words = torch.randint(3, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(propagation, "write_text", lambda *_: words)
+    path, outputs = tiny_model(model_type), []
+    source, model = open_checkpoint(str(path)), whole_model(path)
+    experts = find_experts(source)
+    gains = error_gains(source, experts, 128)
+    last = model.model.layers[-1]
+    last.register_forward_hook(lambda *call: outputs.append(call[2].double()))
+    with torch.no_grad():
+        model(words, use_cache=False)
+    for matrix in [m for m in experts.matrices if m.module == experts.modules[-1] and m.expert == 2]:
+        stored = last.get_parameter(f"{matrix.module.split('.')[-2]}.{matrix.fused.tensor.split('.', 4)[4]}")
+        weight = matrix.fused.view(stored.detach()[matrix.expert])
+        before, quantized = weight.clone(), quantize(weight, 4, 128, "rtn")
+        weight.copy_(packing.dequantize(quantized.packed, quantized.scale, quantized.zero_point, 4))
+        with torch.no_grad():
+            model(words, use_cache=False)
+        weight.copy_(before)
+        exact, changed = outputs[0], outputs[-1]
+        expected = ((changed - exact).square().sum() / exact.square().sum()).item() / quantized.mse
+        assert gains[matrix.name] == pytest.approx(expected, rel=0.01)
+
+
 def test_expert_gains_without_a_gate_are_those_behind_the_projection_from_latents(latent_model):
     source = open_checkpoint(str(latent_model))
     up, down = expert = find_experts(source).matrices[:2]
     generator = torch.Generator().manual_seed(0)
     inputs, topk_weights = torch.randn(20, 64, generator=generator), torch.rand(20, generator=generator)
     back = source.load("backbone.layers.0.mixer.fc2_latent_proj.weight").float()
-    gains = expert_gains(source, expert, inputs, topk_weights, lambda x: x.relu() ** 2, 64, back)
+    gains = expert_gains(source, expert, inputs, topk_weights, Formula(lambda x: x.relu() ** 2), 64, back)
     weights = {matrix: load_weight(source, matrix) for matrix in expert}
 
     def outputs(weights):
