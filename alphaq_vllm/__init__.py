@@ -26,17 +26,18 @@ if TYPE_CHECKING:
     from offline.operations.measure import measure as measure
     from offline.operations.options import ConvertOptions as ConvertOptions
     from offline.operations.options import MeasureOptions as MeasureOptions
-    from offline.operations.options import WidthOptions as WidthOptions
     from offline.operations.prospect import plan as plan
     from offline.operations.upload import upload as upload
     from offline.operations.validate import validate as validate
+    from offline.operations.width_options import WidthOptions as WidthOptions
 
 __version__ = "0.1.0"
 # Where each public name is defined.
 _PUBLIC = {
     **{name: name for name in ("allocate", "convert", "dequantize", "inspect", "measure", "upload", "validate")},
     "plan": "prospect",
-    **dict.fromkeys(("ConvertOptions", "MeasureOptions", "WidthOptions"), "options"),
+    **dict.fromkeys(("ConvertOptions", "MeasureOptions"), "options"),
+    "WidthOptions": "width_options",
 }
 __all__ = [*_PUBLIC, "register"]
 

@@ -12,8 +12,8 @@ from offline.allocation.bit_map import average_bits
 from offline.allocation.widths import Choice
 from offline.cli import Parser, add_choice_options, add_json_option, given, run
 from offline.operations.allocate import allocate
-from offline.operations.options import WidthOptions
 from offline.operations.summary import count_widths, histogram
+from offline.operations.width_options import WidthOptions
 from offline.progress import format_bytes
 from offline.sensitivity.stats import Statistics, read_statistics
 

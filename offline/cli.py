@@ -16,7 +16,8 @@ from alphaq_vllm.format import SUPPORTED_GROUP_SIZES
 from offline.allocation.modes import GRANULARITIES
 from offline.allocation.widths import MODES, NOISE_KINDS
 from offline.model.text import MAX_TOKENS, TOKENS_PER_FEATURE, Calibration
-from offline.operations.options import MANUAL, PRESETS
+from offline.operations.options import MANUAL
+from offline.operations.width_options import PRESETS
 from offline.quantizers.quantize import QUANTIZERS
 
 _NOISE = (

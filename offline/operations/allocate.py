@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from offline.allocation.widths import Choice, choose
-from offline.operations.options import WidthOptions, with_options
+from offline.operations.options import with_options
+from offline.operations.width_options import WidthOptions
 from offline.sensitivity.stats import Statistics, read_statistics
 
 

@@ -16,16 +16,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from alphaq_vllm.format import LINEAR_BITS, SUPPORTED_BITS
 from offline.allocation.bit_map import check_widths, read_bit_map
-from offline.allocation.sizes import Room, fit_memory, target_size
-from offline.allocation.widths import MODES, Budget
+from offline.allocation.widths import Budget
 from offline.model.text import Calibration
-from offline.progress import parse_bytes
+from offline.operations.width_options import BUDGET_FIELDS, WidthOptions, default_noise, size_of, widths_of
 from offline.quantizers.grids import GRIDS
 from offline.quantizers.quantize import QUANTIZERS
 from offline.source.selection import Selection
 from offline.writing.writer import DEFAULT_SHARD_BYTES
 
-Number = TypeVar("Number", int, float)
 Fields = ParamSpec("Fields")
 Options = TypeVar("Options")
 First = TypeVar("First")
@@ -33,119 +31,6 @@ Second = TypeVar("Second")
 Result = TypeVar("Result")
 
 MANUAL = "manual"
-# The fields that are the budget's, with its names for them, and those that each mode makes use of.
-_BUDGET = {
-    "bits": "average_bits",
-    "candidate_bits": "widths",
-    "gamma": "gamma",
-    "noise": "noise",
-    "granularity": "granularity",
-    "shares": "shares",
-    "seed": "seed",
-}
-_USED = {
-    "alphaq": {"bits", "candidate_bits", "gamma", "noise", "granularity"},
-    "uniform": {"bits", "candidate_bits"},
-    "ratio": {"candidate_bits", "shares"},
-    "random": {"bits", "candidate_bits", "granularity", "seed"},
-}
-# Settings that go by a name: the paper's are those of AlphaQ, arXiv 2606.04980.
-PRESETS = {"paper": {"mode": "alphaq", "gamma": "auto", "noise": "analytic", "granularity": "projection"}}
-
-
-@dataclass(frozen=True, kw_only=True)
-class WidthOptions:
-    """How the widths of expert matrices are chosen; None leaves a field to its default.
-
-    Attributes:
-        bits: Greatest average width, weighted by the matrices' numbers of weights; by default 3.5.
-        target_size: Greatest size of all files together, in its place.
-        fit_memory: Memory of all GPUs that will serve the model, in its place.
-        reserve: Of ``fit_memory``, for KV cache, activations and vLLM itself; by default a fifth.
-        preset: ``paper`` sets mode, gamma, noise and granularity as the paper has them: widths from the spectra of the
-            weights alone. Measured worse than the default on all models that were measured.
-        mode: ``alphaq`` (the default), ``uniform``, ``ratio`` or ``random``.
-        candidate_bits: The widths to choose from, 1 to 8; by default 2, 3 and 4.
-        gamma: Exponent of importance, or ``auto`` (the default), by the spread of alpha: a quarter of that beside
-            ``noise=propagated``, and 0 beside ``noise=expert``.
-        noise: The error to minimise: ``propagated`` to the layers' outputs on text that the model writes itself (the
-            default where the converter can run the model), to the output of an ``expert`` for random inputs (the
-            default elsewhere), ``measured`` of the weights, or the paper's ``analytic``.
-        granularity: What shares a width: a ``projection`` (the default) or an ``expert``.
-        shares: Of the experts with the greatest and the least width in mode ``ratio``; by default 0.25 and 0.25.
-        seed: Of mode ``random``; by default 0.
-
-    Raises:
-        ValueError: For a value that a field does not take, and for fields that contradict each other.
-    """
-
-    bits: float | str | None = None
-    target_size: int | str | None = None
-    fit_memory: int | str | None = None
-    reserve: int | str | None = None
-    preset: str | None = None
-    mode: str | None = None
-    candidate_bits: Sequence[int] | int | str | None = None
-    gamma: float | str | None = None
-    noise: str | None = None
-    granularity: str | None = None
-    shares: Sequence[float] | str | None = None
-    seed: int | str | None = None
-
-    def __post_init__(self) -> None:
-        self.budget()
-        self.room()
-
-    def budget(self, propagates: bool = False) -> Budget:
-        """The budget; propagates: whether the errors of layers' outputs can be had, which decides the defaults.
-
-        Of what the weights alone say, only what errors do to the expert's output beat uniform widths on all three
-        models that were measured (docs/quality.md).
-        """
-        given = self._preset() | {field: value for field in _BUDGET if (value := getattr(self, field)) is not None}
-        mode = given.pop("mode", "alphaq") if self.mode is None else self.mode
-        if mode not in MODES:
-            raise ValueError(f"`mode`: expected one of {', '.join(MODES)}, got {mode!r}")
-        rooms = [field for field in ("target_size", "fit_memory") if getattr(self, field) is not None]
-        unused = [field for field in given if field not in _USED[mode]] + ([] if "bits" in _USED[mode] else rooms)
-        if unused:
-            names = ", ".join(f"`{field}`" for field in unused)
-            raise ValueError(f"`mode={mode}`: expected only options that it uses, got also {names}")
-        arguments: dict[str, Any] = {_BUDGET[field]: _READ[field](field, value) for field, value in given.items()}
-        if mode == "ratio" or rooms:
-            # Something else decides on the average, so no candidates must be refused for it.
-            arguments["average_bits"] = max(arguments.get("widths") or Budget.widths)
-        if mode == "alphaq":
-            arguments.setdefault("noise", default_noise(propagates))
-        return Budget(mode=mode, **arguments)
-
-    def _preset(self) -> dict[str, Any]:
-        """The fields that a preset sets. Raises ValueError for an unknown one, and for fields that it would set."""
-        if self.preset is None:
-            return {}
-        if self.preset not in PRESETS:
-            raise ValueError(f"`preset`: expected one of {', '.join(PRESETS)}, got {self.preset!r}")
-        preset = PRESETS[self.preset]
-        if given := [f"`{field}`" for field in preset if getattr(self, field) is not None]:
-            raise ValueError(
-                f"`preset={self.preset}`: expected to set {', '.join(f'`{field}`' for field in preset)}, got also "
-                f"{', '.join(given)}: leave out one or the other"
-            )
-        return dict(preset)
-
-    def room(self) -> Room | None:
-        """What takes the place of ``bits``, if anything."""
-        given = [field for field in ("bits", "target_size", "fit_memory") if getattr(self, field) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{', '.join(f'`{field}`' for field in given)}: expected one of these, got {len(given)}")
-        if self.reserve is not None and self.fit_memory is None:
-            raise ValueError("`reserve`: expected together with `fit_memory`, got no memory: add it or leave this out")
-        if self.target_size is not None:
-            return target_size(_size("target_size", self.target_size))
-        if self.fit_memory is None:
-            return None
-        reserve = None if self.reserve is None else _size("reserve", self.reserve)
-        return fit_memory(_size("fit_memory", self.fit_memory), reserve)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +102,7 @@ class ConvertOptions(WidthOptions):
             raise ValueError(
                 f"`mode={self.mode}`: expected no bit map, which only `mode={MANUAL}` takes: leave out one"
             )
-        fields = ("preset", *_BUDGET, "target_size", "fit_memory")
+        fields = ("preset", *BUDGET_FIELDS, "target_size", "fit_memory")
         if given := [f"`{field}`" for field in fields if getattr(self, field) is not None]:
             raise ValueError(
                 f"`bit_map`: expected to be the only choice of widths, got also {', '.join(given)}: leave out one"
@@ -251,7 +136,7 @@ class ConvertOptions(WidthOptions):
 
     def shard_bytes(self) -> int:
         """Bytes of data in one file, at most."""
-        return _size("max_shard_size", self.max_shard_size)
+        return size_of("max_shard_size", self.max_shard_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,14 +172,9 @@ class MeasureOptions:
 
     def budget(self, propagates: bool = False) -> Budget:
         """A budget that needs what is to be measured; propagates: whether that can be measured, unless told."""
-        widths = Budget.widths if self.candidate_bits is None else _widths("candidate_bits", self.candidate_bits)
+        widths = Budget.widths if self.candidate_bits is None else widths_of("candidate_bits", self.candidate_bits)
         average = float(widths[0]) if widths else 0.0
         return Budget(average_bits=average, widths=widths, noise=self.noise or default_noise(propagates))
-
-
-def default_noise(propagates: bool) -> str:
-    """The error to minimise; propagates: whether the errors of layers' outputs can be had."""
-    return "propagated" if propagates else "expert"
 
 
 def with_options(
@@ -342,61 +222,9 @@ def options_from(settings: Mapping[str, Any], allowed: Sequence[str]) -> Convert
     return ConvertOptions(**settings)
 
 
-def _size(field: str, value: int | str) -> int:
-    try:
-        return parse_bytes(value)
-    except ValueError as error:
-        raise ValueError(f"`{field}`: {error}") from None
-
-
 def _width(pattern: str, bits: int | str) -> int:
     if not pattern or str(bits) not in map(str, SUPPORTED_BITS):
         raise ValueError(
             f"`override`: expected PATTERN=BITS with bits out of {SUPPORTED_BITS}, got {f'{pattern}={bits}'!r}"
         )
     return int(bits)
-
-
-def _widths(field: str, value: Sequence[int] | int | str) -> tuple[int, ...]:
-    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
-    try:
-        return tuple(sorted({int(part) for part in parts}))
-    except (TypeError, ValueError):
-        raise ValueError(f"`{field}`: expected widths such as 2,3,4, got {value!r}") from None
-
-
-def _number(kind: type[Number], expected: str, field: str, value: Any) -> Number:
-    try:
-        if isinstance(value, bool) or (kind is int and kind(value) != float(value)):
-            raise ValueError
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"`{field}`: expected {expected}, got {value!r}") from None
-
-
-def _gamma(field: str, value: float | str) -> float | None:
-    return None if value == "auto" else _number(float, "auto or a number", field, value)
-
-
-def _shares(field: str, value: Sequence[float] | str) -> tuple[float, float]:
-    try:
-        top, bottom = map(float, value.split(",") if isinstance(value, str) else value)
-    except (TypeError, ValueError):
-        raise ValueError(f"`{field}`: expected two shares such as 0.25,0.25, got {value!r}") from None
-    return top, bottom
-
-
-def _word(field: str, value: str) -> str:
-    return value
-
-
-# How the value of each of the budget's fields is read.
-_READ: dict[str, Callable[[str, Any], Any]] = {
-    "bits": functools.partial(_number, float, "a number of bits"),
-    "candidate_bits": _widths,
-    "gamma": _gamma,
-    "noise": _word,
-    "granularity": _word,
-    "shares": _shares,
-    "seed": functools.partial(_number, int, "a whole number"),
-}

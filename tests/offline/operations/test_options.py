@@ -11,7 +11,8 @@ from offline.allocation.widths import Budget
 from offline.cli import given, spelled
 from offline.convert import build_parser
 from offline.model.text import Calibration
-from offline.operations.options import ConvertOptions, MeasureOptions, WidthOptions, options_from
+from offline.operations.options import ConvertOptions, MeasureOptions, options_from
+from offline.operations.width_options import WidthOptions
 
 # Every field, as a command line gives it, in Python, and in JSON.
 EVERY = {
