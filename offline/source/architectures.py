@@ -24,7 +24,8 @@ class Family:
     experts without a gate, in this order, by the names that vLLM loads; fused: how the experts lie in a block with
     fused tensors; individual: whether transformers also reads one tensor per matrix; kept: tensors of a block's experts
     that are not quantized; prefixes: what else the names of layers may begin with, for vLLM and transformers to load
-    them; built_as: the type of model that transformers builds, if it does not know this one by name; own_code: whether
+    them; built_as: the type of model that transformers builds, if it does not know this one by name; renamed: whether
+    transformers saves other names than it loads, so that it cannot tell what a checkpoint must hold; own_code: whether
     the config's code comes with the model, because neither transformers nor vLLM has it.
     """
 
@@ -35,6 +36,7 @@ class Family:
     kept: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
     built_as: str | None = None
+    renamed: bool = False
     own_code: bool = False
 
     @property
@@ -125,6 +127,7 @@ FAMILIES = {
     "deepseek_v2": _MLP,
     "deepseek_v3": _MLP,
     "deepseek_v32": _MLP,
+    "deepseek_v4": Family(r"layers\.\d+\.ffn", projections=("w1", "w3", "w2"), renamed=True),
     "kimi_k2": replace(_MLP, built_as="deepseek_v3"),
     "kimi_linear": _W1_W3_W2,
     "glm4_moe": _MLP,

@@ -2,15 +2,14 @@
 
 _STEP = "nobody has tried how vLLM would load its experts one by one"
 _MINIMAX_M3 = "nobody has looked at the names of its experts yet"
-_DEEPSEEK_V4 = "its experts are stored in 4 bits, under names that are not read here"
+_DEEPSEEK_V41 = "vLLM does not tell a method of quantization how it renames the experts of this model"
 _INKLING = "vLLM loads its experts by code of its own, from tensors that hold them all"
 
 REASONS = {
     "aria": "its experts lie in tensors `fc1` and `fc2` of a layout that is not read here",
     "aria_text": "its experts lie in tensors `fc1` and `fc2` of a layout that is not read here",
     "dbrx": "its experts lie in tensors of two dimensions that are not read here",
-    "deepseek_v4": _DEEPSEEK_V4,
-    "deepseek_v41": _DEEPSEEK_V4,
+    "deepseek_v41": _DEEPSEEK_V41,
     "diffusion_gemma": "it denoises whole blocks of text, and only models that predict the next token are served here",
     "dots3_note": "nobody has looked at the names of its experts yet",
     "ernie4_5_vl_moe": "it has two sets of experts of different sizes, and a bit map has one",

@@ -93,6 +93,22 @@ GEMMA4 = {
     "hidden_size_per_layer_input": 0,
     "num_kv_shared_layers": 0,
 }
+DEEPSEEK_V4 = {
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "num_hash_layers": 1,
+    "q_lora_rank": 32,
+    "o_lora_rank": 32,
+    "o_groups": 2,
+    "hc_mult": 2,
+    # vLLM's kernels have these sizes alone.
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+}
 VISION = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 OWN_CODE = ("deepseek", "bailing_moe", "bailing_moe_v2", "bailing_hybrid", "mimo_v2", "sarvam_moe", "sarvam_mla")
 CONFIGS = {
@@ -119,6 +135,7 @@ CONFIGS = {
     "glm_moe_dsa": SPARSE,
     "glm4_moe_lite": {**DEEPSEEK, **ONE_GROUP, "q_lora_rank": 32, "mlp_layer_types": ["dense", "sparse"]},
     "axk1": {**DEEPSEEK, **ONE_GROUP, "q_lora_rank": 32},
+    "deepseek_v4": DEEPSEEK_V4,
     "dots1": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
     "solar_open": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
     "gemma4_text": GEMMA4,
@@ -178,9 +195,18 @@ CONFIGS = {
     "llama": {},
 }
 # Families that the converter cannot run: see ``why_not``.
-WEIGHTS_ONLY = (*OWN_CODE, "kimi_linear", "glm_moe_dsa", "llama4", "llama4_text", "gpt_oss")
+WEIGHTS_ONLY = (*OWN_CODE, "deepseek_v4", "kimi_linear", "glm_moe_dsa", "llama4", "llama4_text", "gpt_oss")
 # Types of model that transformers does not know, and one whose tensors have the same names.
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
+
+
+def _published_deepseek_v4(name):
+    name = name.removeprefix("model.").replace("embed_tokens.", "embed.").replace("hc_head.hc_", "hc_head_")
+    return name.replace(".attn.norm.", ".attn.kv_norm.")
+
+
+# What a published tensor is called, by the name that transformers saves it under.
+PUBLISHED = {"deepseek_v4": _published_deepseek_v4}
 
 
 @pytest.fixture(scope="session")
@@ -198,6 +224,10 @@ def tiny_model(tmp_path_factory):
             model = auto.from_config(config, dtype=torch.bfloat16)
             made[model_type] = tmp_path_factory.mktemp("models") / model_type
             model.save_pretrained(made[model_type])
+            if model_type in PUBLISHED:
+                file = made[model_type] / "model.safetensors"
+                tensors = {PUBLISHED[model_type](name): tensor for name, tensor in load_file(file).items()}
+                save_file(tensors, file, {"format": "pt"})
             if model_type in WRITTEN_AS:
                 config = json.loads((made[model_type] / "config.json").read_bytes())
                 (made[model_type] / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
