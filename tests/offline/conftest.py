@@ -99,6 +99,7 @@ DEEPSEEK_V4 = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
     "num_hash_layers": 1,
+    "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
     "q_lora_rank": 32,
     "o_lora_rank": 32,
     "o_groups": 2,
@@ -200,37 +201,42 @@ WEIGHTS_ONLY = (*OWN_CODE, "deepseek_v4", "kimi_linear", "glm_moe_dsa", "llama4"
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
 
 
-def _published_deepseek_v4(name):
-    name = name.removeprefix("model.").replace("embed_tokens.", "embed.").replace("hc_head.hc_", "hc_head_")
-    return name.replace(".attn.norm.", ".attn.kv_norm.")
+def _published_deepseek_v4(tensors):
+    names = {name: name.removeprefix("model.").replace("embed_tokens.", "embed.") for name in tensors}
+    names = {name: own.replace("hc_head.hc_", "hc_head_").replace(".attn.norm.", ".attn.kv_norm.")
+             for name, own in names.items()}  # fmt: skip
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-# What a published tensor is called, by the name that transformers saves it under.
+# What is published, of the tensors that transformers saves.
 PUBLISHED = {"deepseek_v4": _published_deepseek_v4}
+
+
+def save_tiny_model(model_type, folder):
+    """Write a tiny bfloat16 model of a family, in one file, under its published names."""
+    torch.manual_seed(0)
+    options, auto = {**COMMON, **CONFIGS[model_type]}, transformers.AutoModelForCausalLM
+    if "vision_config" in options:
+        options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
+    config = transformers.AutoConfig.for_model(WRITTEN_AS.get(model_type, model_type), **options)
+    auto.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    if model_type in PUBLISHED:
+        file = folder / "model.safetensors"
+        save_file(PUBLISHED[model_type](load_file(file)), file, {"format": "pt"})
+    if model_type in WRITTEN_AS:
+        config = json.loads((folder / "config.json").read_bytes())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """``tiny_model(model_type)``: the directory of a tiny bfloat16 model in one file, not to be changed."""
+    """``tiny_model(model_type)``: the directory of a model by ``save_tiny_model``, not to be changed."""
     made = {}
 
     def make(model_type):
         if model_type not in made:
-            torch.manual_seed(0)
-            options, auto = {**COMMON, **CONFIGS[model_type]}, transformers.AutoModelForCausalLM
-            if "vision_config" in options:
-                options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
-            config = transformers.AutoConfig.for_model(WRITTEN_AS.get(model_type, model_type), **options)
-            model = auto.from_config(config, dtype=torch.bfloat16)
             made[model_type] = tmp_path_factory.mktemp("models") / model_type
-            model.save_pretrained(made[model_type])
-            if model_type in PUBLISHED:
-                file = made[model_type] / "model.safetensors"
-                tensors = {PUBLISHED[model_type](name): tensor for name, tensor in load_file(file).items()}
-                save_file(tensors, file, {"format": "pt"})
-            if model_type in WRITTEN_AS:
-                config = json.loads((made[model_type] / "config.json").read_bytes())
-                (made[model_type] / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+            save_tiny_model(model_type, made[model_type])
         return made[model_type]
 
     return make
