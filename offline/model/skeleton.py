@@ -59,14 +59,13 @@ def skeleton(source: Checkpoint) -> Any:
 def built_type(checkpoint: Checkpoint) -> str | None:
     """The type of model that transformers builds for a checkpoint; None if it is not known to build what is stored.
 
-    A type that is not in the table of families may be stored under names that transformers would not give its tensors,
-    and of some that are, this is known.
+    A type that is not in the table of families may be stored under names that transformers would not give its tensors.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = checkpoint.config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    built_as = (family.built_as or str(model_type)) if family and not family.renamed else None
+    built_as = (family.built_as or str(model_type)) if family and not family.unbuilt else None
     return built_as if built_as in CONFIG_MAPPING else None
 
 

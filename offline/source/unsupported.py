@@ -19,11 +19,8 @@ REASONS = {
     "longcat_flash": "some of its experts are empty and only pass their input on",
     "minimax_m3": _MINIMAX_M3,
     "minimax_m3_text": _MINIMAX_M3,
-    "minimax_m3_vl": _MINIMAX_M3,
     "nemotron_h_omni": "its language model lies beside encoders, under names that are not read here",
     "qwen3_omni_moe": "its language model lies in `thinker`, beside a second one that speaks, and neither is read here",
     "step3_text": _STEP,
     "step3_vl": _STEP,
-    "step3p5": _STEP,
-    "step3p7": _STEP,
 }

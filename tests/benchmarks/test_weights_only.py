@@ -35,9 +35,7 @@ def test_every_map_fills_its_budget(measured, name, bits):
 
 
 def test_maps_that_know_something_differ(measured):
-    maps = {
-        name: widths_of(measured, name, 3.5) for name in ("uniform", "alpha", "relative error", "kurtosis", "expert")
-    }
+    maps = {name: widths_of(measured, name, 3.5) for name in ("uniform", "alpha", "relative error", "kurtosis", "expert")}
     assert len(set(maps.values())) == len(maps)
     assert widths_of(measured, "random", 3.5, 1) != widths_of(measured, "random", 3.5, 2)
 

@@ -111,6 +111,24 @@ DEEPSEEK_V4 = {
     "index_head_dim": 128,
 }
 VISION = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+MINIMAX_M3 = {
+    "head_dim": 32,
+    "mlp_layer_types": ["dense", "sparse"],
+    "layer_types": ["full_attention", "minimax_m3_sparse"],
+    "dense_intermediate_size": 128,
+    "shared_intermediate_size": 128,
+    "rotary_dim": 16,
+    "index_n_heads": 4,
+    "index_head_dim": 32,
+}
+STEP = {
+    "moe_num_experts": 4,
+    "moe_top_k": 2,
+    "moe_intermediate_size": 128,
+    "share_expert_dim": 128,
+    "head_dim": 32,
+    "moe_layers_enum": "1",
+}
 OWN_CODE = ("deepseek", "bailing_moe", "bailing_moe_v2", "bailing_hybrid", "mimo_v2", "sarvam_moe", "sarvam_mla")
 CONFIGS = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 128},
@@ -137,6 +155,13 @@ CONFIGS = {
     "glm4_moe_lite": {**DEEPSEEK, **ONE_GROUP, "q_lora_rank": 32, "mlp_layer_types": ["dense", "sparse"]},
     "axk1": {**DEEPSEEK, **ONE_GROUP, "q_lora_rank": 32},
     "deepseek_v4": DEEPSEEK_V4,
+    "minimax_m3_vl": {
+        "text_config": {**COMMON, **LOCAL, **MINIMAX_M3},
+        "vision_config": {**VISION, "image_size": 28},
+        "projector_hidden_size": 64,
+    },
+    "step3p5": {"text_config": {**COMMON, **STEP}, "vision_config": VISION},
+    "step3p7": {"text_config": {**COMMON, **STEP}, "vision_config": VISION},
     "dots1": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
     "solar_open": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
     "gemma4_text": GEMMA4,
@@ -196,20 +221,34 @@ CONFIGS = {
     "llama": {},
 }
 # Families that the converter cannot run: see ``why_not``.
-WEIGHTS_ONLY = (*OWN_CODE, "deepseek_v4", "kimi_linear", "glm_moe_dsa", "llama4", "llama4_text", "gpt_oss")
+WEIGHTS_ONLY = (
+    *OWN_CODE, "deepseek_v4", "kimi_linear", "glm_moe_dsa", "llama4", "llama4_text", "gpt_oss", "minimax_m3_vl", "step3p5",
+    "step3p7",
+)  # fmt: skip
 # Types of model that transformers does not know, and one whose tensors have the same names.
-WRITTEN_AS = {"kimi_k2": "deepseek_v3", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
+WRITTEN_AS = {"kimi_k2": "deepseek_v3", "step3p5": "step3p7", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
 
 
-def _published_deepseek_v4(tensors):
+def _deepseek_v4(tensors, config):
     names = {name: name.removeprefix("model.").replace("embed_tokens.", "embed.") for name in tensors}
     names = {name: own.replace("hc_head.hc_", "hc_head_").replace(".attn.norm.", ".attn.kv_norm.")
              for name, own in names.items()}  # fmt: skip
-    return {names[name]: tensor for name, tensor in tensors.items()}
+    return {names[name]: tensor for name, tensor in tensors.items()}, config
 
 
-# What is published, of the tensors that transformers saves.
-PUBLISHED = {"deepseek_v4": _published_deepseek_v4}
+def _minimax_m3(tensors, config):
+    dense = "layers.0.block_sparse_moe."
+    return {name.replace(dense, "layers.0.mlp."): tensor for name, tensor in tensors.items()}, config
+
+
+def _step3p5(tensors, config):
+    """The language model of a Step-3.7 alone."""
+    own = {**config["text_config"], "architectures": ["Step3p5ForCausalLM"]}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("vi")}, own
+
+
+# What is published, of the tensors and the config that transformers saves.
+PUBLISHED = {"deepseek_v4": _deepseek_v4, "minimax_m3_vl": _minimax_m3, "step3p5": _step3p5}
 
 
 def save_tiny_model(model_type, folder):
@@ -220,12 +259,14 @@ def save_tiny_model(model_type, folder):
         options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
     config = transformers.AutoConfig.for_model(WRITTEN_AS.get(model_type, model_type), **options)
     auto.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    if model_type not in {*PUBLISHED, *WRITTEN_AS}:
+        return
+    weights, settings = folder / "model.safetensors", folder / "config.json"
+    tensors, config = load_file(weights), json.loads(settings.read_bytes())
     if model_type in PUBLISHED:
-        file = folder / "model.safetensors"
-        save_file(PUBLISHED[model_type](load_file(file)), file, {"format": "pt"})
-    if model_type in WRITTEN_AS:
-        config = json.loads((folder / "config.json").read_bytes())
-        (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        tensors, config = PUBLISHED[model_type](tensors, config)
+        save_file(tensors, weights, {"format": "pt"})
+    settings.write_text(json.dumps({**config, "model_type": model_type}))
 
 
 @pytest.fixture(scope="session")

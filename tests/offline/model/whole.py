@@ -5,7 +5,7 @@ import json
 import torch
 import transformers
 
-from tests.offline.conftest import WRITTEN_AS
+from tests.offline.conftest import VISION, WRITTEN_AS
 
 
 def whole_model(path):
@@ -14,7 +14,10 @@ def whole_model(path):
     if "vision_config" in settings:
         auto = transformers.AutoModelForImageTextToText
     config = None
-    if model_type := WRITTEN_AS.get(settings.pop("model_type")):
+    if (own_type := settings.pop("model_type")) == "step3p5":
+        # Only as a part of a model that also sees.
+        auto, settings = transformers.AutoModelForImageTextToText, {"text_config": settings, "vision_config": VISION}
+    if model_type := WRITTEN_AS.get(own_type):
         config = transformers.AutoConfig.for_model(model_type, **settings)
     model = auto.from_pretrained(path, config=config, dtype=torch.float32, experts_implementation="eager")
     return model.eval()

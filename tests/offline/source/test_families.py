@@ -16,6 +16,7 @@ EXPERT = "model.layers.1.mlp.experts.2"
 FIRST_LAYER_DENSE = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_linear", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
     "lfm2_moe", "jamba", "ernie4_5_moe", "hy_v3", "afmoe", "exaone_moe", "dots1", "mimo_v2_flash", "laguna", "axk1",
+    "minimax_m3_vl", "step3p5", "step3p7",
 )  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def test_find_experts_finds_every_family(tiny_model, model_type):
     assert len(experts.matrices) == len({matrix.name for matrix in experts.matrices}) == number
     kept = {name for module in experts.modules for name in family.kept_tensors(module)}
     assert {matrix.tensor for matrix in experts.matrices} == {
-        name for name in source.tensors if re.search(r"\.experts\.|moe\.(input|output)_linear", name)
+        name for name in source.tensors if re.search(r"\.experts\.|moe\.(input|output)_linear|\.moe\.\w+_proj", name)
     } - kept
 
 
