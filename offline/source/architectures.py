@@ -120,12 +120,6 @@ _GRANITE = Family(
 )
 _FEED_FORWARD = Family(r"model\.layers\.\d+\.feed_forward")
 _LLAMA4 = replace(_FEED_FORWARD, fused=FusedLayout(transposed=True), individual=False)
-_MINIMAX_M3 = replace(_W1_W3_W2, block=rf"language_model\.{_W1_W3_W2.block}", unbuilt=True)
-_STEP = Family(
-    r"model\.layers\.\d+\.moe",
-    fused=FusedLayout(gate_up="gate_proj.weight", up="up_proj.weight", down="down_proj.weight"),
-    individual=False,
-)
 _GEMMA4 = Family(r"model\.layers\.\d+", individual=False, prefixes=("model.language_model.",))
 
 FAMILIES = {
@@ -151,7 +145,7 @@ FAMILIES = {
     "gemma4_text": _GEMMA4,
     "phimoe": _W1_W3_W2,
     "minimax_m2": _W1_W3_W2,
-    "minimax_m3_vl": _MINIMAX_M3,
+    "minimax_m3_vl": replace(_W1_W3_W2, block=rf"language_model\.{_W1_W3_W2.block}", unbuilt=True),
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
     "granitemoehybrid": _GRANITE,
@@ -170,8 +164,12 @@ FAMILIES = {
     "mimo_v2_flash": _MLP,
     "laguna": replace(_MLP, kept=("experts.e_score_correction_bias",)),
     "axk1": _MLP,
-    "step3p5": replace(_STEP, unbuilt=True),
-    "step3p7": _STEP,
+    "step3p5": Family(
+        r"model\.layers\.\d+\.moe",
+        fused=FusedLayout(gate_up="gate_proj.weight", up="up_proj.weight", down="down_proj.weight"),
+        individual=False,
+        unbuilt=True,
+    ),
     "deepseek": _OWN_CODE,
     "bailing_moe": _OWN_CODE,
     "bailing_moe_v2": _OWN_CODE,

@@ -116,7 +116,7 @@ MINIMAX_M3 = {
     "mlp_layer_types": ["dense", "sparse"],
     "layer_types": ["full_attention", "minimax_m3_sparse"],
     "dense_intermediate_size": 128,
-    "shared_intermediate_size": 128,
+    "shared_intermediate_size": 256,
     "rotary_dim": 16,
     "index_n_heads": 4,
     "index_head_dim": 32,
@@ -161,7 +161,6 @@ CONFIGS = {
         "projector_hidden_size": 64,
     },
     "step3p5": {"text_config": {**COMMON, **STEP}, "vision_config": VISION},
-    "step3p7": {"text_config": {**COMMON, **STEP}, "vision_config": VISION},
     "dots1": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
     "solar_open": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
     "gemma4_text": GEMMA4,
@@ -223,7 +222,6 @@ CONFIGS = {
 # Families that the converter cannot run: see ``why_not``.
 WEIGHTS_ONLY = (
     *OWN_CODE, "deepseek_v4", "kimi_linear", "glm_moe_dsa", "llama4", "llama4_text", "gpt_oss", "minimax_m3_vl", "step3p5",
-    "step3p7",
 )  # fmt: skip
 # Types of model that transformers does not know, and one whose tensors have the same names.
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", "step3p5": "step3p7", **dict.fromkeys(OWN_CODE, "qwen3_moe")}

@@ -10,6 +10,7 @@ from alphaq_vllm import convert
 from alphaq_vllm.format import SCALE, ZERO
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 from tests.offline.conftest import save_tiny_model
+from tests.offline.source.test_families import edit_config
 from tests.reliability.loading import empty_model, one_rank
 
 # What vLLM reads of published configs, where transformers writes something else.
@@ -107,3 +108,43 @@ def test_deepseek_v4(tmp_path, events):
     # What is beside the experts is in bfloat16: vLLM looks at its dtype to choose how to multiply.
     assert torch.equal(model.model.layers[0].attn.wo_a.weight, stored["layers.0.attn.wo_a.weight"])
     assert model.model.layers[0].attn.wo_a.weight.dtype == torch.bfloat16
+
+
+# What vLLM reads of Step's published configs, where transformers writes something else.
+STEP = {
+    "moe_num_experts": 4, "moe_top_k": 2, "num_attention_groups": 4, "moe_layers_enum": "1", "att_impl_type": "GQA",
+    "use_head_wise_attn_gate": True, "use_moe_router_bias": True, "need_fp32_gate": True, "norm_expert_weight": True,
+    "moe_router_activation": "sigmoid", "rope_theta": 10000.0, "swiglu_limits": [0.0, 7.0],
+    "use_rope_layers": [True, True], "rope_parameters": None,
+}  # fmt: skip
+
+
+def test_step3p5(tmp_path):
+    save_tiny_model("step3p5", tmp_path / "source")
+    edit_config(tmp_path / "source", **STEP)
+    convert(tmp_path / "source", tmp_path / "out", bits=3)
+    model, stored = load_all(tmp_path / "out", tmp_path)
+    check_experts(model, stored, ("gate_proj", "up_proj", "down_proj"))
+
+
+# And of MiniMax-M3's.
+MINIMAX_M3 = {
+    "moe_layer_freq": [0, 1],
+    "sparse_attention_config": {
+        "use_sparse_attention": True, "sparse_index_dim": 32, "sparse_num_index_heads": 4, "sparse_topk_blocks": 16,
+        "sparse_block_size": 128, "sparse_disable_index_value": [0, 1], "sparse_score_type": "max",
+        "sparse_init_block": 0, "sparse_local_block": 1, "sparse_attention_freq": [0, 1],
+    },
+}  # fmt: skip
+
+
+def test_minimax_m3(tmp_path):
+    pytest.importorskip("torchvision")
+    save_tiny_model("minimax_m3_vl", tmp_path / "source")
+    settings = json.loads((tmp_path / "source/config.json").read_bytes())
+    text = {**settings["text_config"], **MINIMAX_M3, "model_type": "minimax_m3_text", "hidden_act": "swigluoai"}
+    vision = {**settings["vision_config"], "img_token_compression_config": {}}
+    edit_config(tmp_path / "source", text_config=text, vision_config=vision)
+    convert(tmp_path / "source", tmp_path / "out", bits=3)
+    model, stored = load_all(tmp_path / "out", tmp_path)
+    check_experts(model, stored, ("w1", "w3", "w2"))

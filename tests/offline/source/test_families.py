@@ -16,7 +16,7 @@ EXPERT = "model.layers.1.mlp.experts.2"
 FIRST_LAYER_DENSE = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_linear", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
     "lfm2_moe", "jamba", "ernie4_5_moe", "hy_v3", "afmoe", "exaone_moe", "dots1", "mimo_v2_flash", "laguna", "axk1",
-    "minimax_m3_vl", "step3p5", "step3p7",
+    "minimax_m3_vl", "step3p5",
 )  # fmt: skip
 
 
