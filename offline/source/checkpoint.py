@@ -103,12 +103,11 @@ def open_checkpoint(model: str, revision: str | None = None, family: str | None 
 
 def _named_family(config: Mapping[str, Any]) -> str | None:
     """What the user named as the family when the checkpoint was converted, if anything."""
-    stored = config.get("quantization_config")
-    family = (
-        stored.get("family") if isinstance(stored, Mapping) and stored.get("quant_method") == QUANT_METHOD else None
-    )
-    # What is no string is refused where the whole is read.
-    return family if isinstance(family, str) else None
+    match config.get("quantization_config"):
+        # What is no string is refused where the whole is read.
+        case {"quant_method": method, "family": str(family)} if method == QUANT_METHOD:
+            return family
+    return None
 
 
 def _locate(model: str, revision: str | None) -> Path:

@@ -134,6 +134,37 @@ BAD_CONFIGS = {
         {"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}},
         r"already quantized \(quant_method 'awq, 4 bits, version gemv'\)",
     ),
+    "auto-round of several widths": (
+        {
+            "quantization_config": {
+                "quant_method": "auto-round",
+                "bits": 4,
+                "packing_format": "auto_round:auto_gptq",
+                "extra_config": {
+                    "model.layers.0.mlp.gate": {"bits": 16},
+                    "model.layers.0.self_attn.q_proj": {"bits": 8},
+                },
+            }
+        },
+        r"already quantized \(quant_method 'auto-round, int of 4 and 8 bits, format auto_round:auto_gptq'\)",
+    ),
+    "auto-round in its own layout": (
+        {"quantization_config": {"quant_method": "intel/auto-round", "bits": 2, "backend": "auto_round:exllamav2"}},
+        r"already quantized \(quant_method 'intel/auto-round, int of 2 bits, format auto_round:exllamav2'\)",
+    ),
+    "quark of 4 bits in integers": (
+        {
+            "quantization_config": {
+                "quant_method": "quark",
+                "global_quant_config": {"weight": {"dtype": "uint4", "qscheme": "per_group", "group_size": 128}},
+            }
+        },
+        r"already quantized \(quant_method 'quark, weights of uint4 per_group 128'\)",
+    ),
+    "quark of two scales": (
+        {"quantization_config": {"quant_method": "quark", "global_quant_config": {"weight": [{"dtype": "fp4"}, {}]}}},
+        r"already quantized \(quant_method 'quark, weights of several scales'\)",
+    ),
     "quantization_config not an object": ({"quantization_config": "awq"}, "already quantized"),
     "no hidden_size": ({"hidden_size": None}, "expected hidden_size=None"),
 }
