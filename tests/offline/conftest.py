@@ -221,7 +221,8 @@ CONFIGS = {
 }
 # Families that the converter cannot run: see ``why_not``.
 WEIGHTS_ONLY = (
-    *OWN_CODE, "deepseek_v4", "kimi_linear", "glm_moe_dsa", "llama4", "llama4_text", "gpt_oss", "minimax_m3_vl", "step3p5",
+    *OWN_CODE, "deepseek_v4", "kimi_linear", "glm_moe_dsa", "llama4", "llama4_text", "gpt_oss", "minimax_m3_vl",
+    "step3p5",
 )  # fmt: skip
 # Types of model that transformers does not know, and one whose tensors have the same names.
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", "step3p5": "step3p7", **dict.fromkeys(OWN_CODE, "qwen3_moe")}

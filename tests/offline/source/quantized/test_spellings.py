@@ -79,11 +79,8 @@ def deepseek_v4(name, weight):
 
 def quark_fp8(name, weight):
     codes, scale, means = of_blocks(weight, (1, weight.shape[1]))
-    return {
-        name: codes,
-        f"{name}_scale": scale.view(-1),
-        f"{name.removesuffix('weight')}input_scale": torch.ones(1),
-    }, means
+    activation = f"{name.removesuffix('weight')}input_scale"
+    return {name: codes, f"{name}_scale": scale.view(-1), activation: torch.ones(1)}, means
 
 
 def quark_mxfp4(name, weight):
