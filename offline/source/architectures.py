@@ -33,7 +33,7 @@ class Family:
     that are not quantized; prefixes: what else the names of layers may begin with, for vLLM and transformers to load
     them; built_as: the type of model that transformers builds, if it does not know this one by name; unbuilt: whether
     transformers cannot tell what a checkpoint must hold, because it has the config alone, or saves other names than it
-    loads; own_code: whether
+    loads, or has no causal language model of it; own_code: whether
     the config's code comes with the model, because neither transformers nor vLLM has it.
     """
 
@@ -130,6 +130,7 @@ FAMILIES = {
     "qwen3_vl_moe": replace(_VISION, individual=False),
     "qwen3_5_moe": _VISION,
     "qwen3_5_moe_text": _TEXT_OF_VISION,
+    "qwen3_omni_moe": Family(r"thinker\.model\.layers\.\d+\.mlp", unbuilt=True),
     "olmoe": _MLP,
     "flex_olmo": _MLP,
     "deepseek_v2": _MLP,
@@ -220,9 +221,11 @@ def _without_code(config: Mapping[str, Any], kept: tuple[str, ...]) -> dict[str,
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that describes the language model: nested in a model that also sees."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) else config
+    """The part of a config that describes the language model: nested in a model that also sees, or also speaks."""
+    for key in ("thinker_config", "text_config"):
+        nested = config.get(key)
+        config = nested if isinstance(nested, Mapping) else config
+    return config
 
 
 def with_plain_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Types of Mixture-of-Experts models that cannot be converted, each with what stands in the way: messages say it."""
 
-_STEP = "nobody has tried how vLLM would load its experts one by one"
+_STEP = "vLLM loads its experts only from tensors that hold them all"
 _MINIMAX_M3 = "vLLM knows the config of `minimax_m3_vl` alone, of which this is the language model"
 _DEEPSEEK_V41 = "vLLM does not tell a method of quantization how it renames the experts of this model"
 _INKLING = "vLLM loads its experts by code of its own, from tensors that hold them all"
@@ -20,7 +20,6 @@ REASONS = {
     "minimax_m3": _MINIMAX_M3,
     "minimax_m3_text": _MINIMAX_M3,
     "nemotron_h_omni": "its language model lies beside encoders, under names that are not read here",
-    "qwen3_omni_moe": "its language model lies in `thinker`, beside a second one that speaks, and neither is read here",
     "step3_text": _STEP,
     "step3_vl": _STEP,
     "step3p7": "vLLM reads `width` and more of its config, which transformers' class for it does not keep",

@@ -129,6 +129,15 @@ STEP = {
     "head_dim": 32,
     "moe_layers_enum": "1",
 }
+AUDIO = {
+    "d_model": 64,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "downsample_hidden_size": 32,
+    "output_dim": 128,
+    "num_mel_bins": 16,
+}
 OWN_CODE = ("deepseek", "bailing_moe", "bailing_moe_v2", "bailing_hybrid", "mimo_v2", "sarvam_moe", "sarvam_mla")
 CONFIGS = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 128},
@@ -159,6 +168,14 @@ CONFIGS = {
         "text_config": {**COMMON, **LOCAL, **MINIMAX_M3},
         "vision_config": {**VISION, "image_size": 28},
         "projector_hidden_size": 64,
+    },
+    "qwen3_omni_moe": {
+        "thinker_config": {
+            "text_config": {**COMMON, **EXPERTS, "head_dim": 32, "rope_scaling": {"mrope_section": [4, 6, 6]}},
+            "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]},
+            "audio_config": AUDIO,
+        },
+        "enable_audio_output": False,
     },
     "step3p5": {"text_config": {**COMMON, **STEP}, "vision_config": VISION},
     "dots1": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
@@ -222,7 +239,7 @@ CONFIGS = {
 # Families that the converter cannot run: see ``why_not``.
 WEIGHTS_ONLY = (
     *OWN_CODE, "deepseek_v4", "kimi_linear", "glm_moe_dsa", "llama4", "llama4_text", "gpt_oss", "minimax_m3_vl",
-    "step3p5",
+    "step3p5", "qwen3_omni_moe",
 )  # fmt: skip
 # Types of model that transformers does not know, and one whose tensors have the same names.
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", "step3p5": "step3p7", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
@@ -246,8 +263,15 @@ def _step3p5(tensors, config):
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("vi")}, own
 
 
+def _qwen3_omni(tensors, config):
+    """With an expert of the second model, which speaks."""
+    spoken = {"talker.model.layers.0.mlp.experts.0.gate_proj.weight": torch.ones(32, 16)}
+    return {**tensors, **spoken}, config
+
+
 # What is published, of the tensors and the config that transformers saves.
-PUBLISHED = {"deepseek_v4": _deepseek_v4, "minimax_m3_vl": _minimax_m3, "step3p5": _step3p5}
+PUBLISHED = {"deepseek_v4": _deepseek_v4, "minimax_m3_vl": _minimax_m3, "qwen3_omni_moe": _qwen3_omni,
+             "step3p5": _step3p5}  # fmt: skip
 
 
 def save_tiny_model(model_type, folder):
@@ -256,6 +280,8 @@ def save_tiny_model(model_type, folder):
     options, auto = {**COMMON, **CONFIGS[model_type]}, transformers.AutoModelForCausalLM
     if "vision_config" in options:
         options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
+    elif "thinker_config" in options:
+        options, auto = CONFIGS[model_type], transformers.AutoModelForMultimodalLM
     config = transformers.AutoConfig.for_model(WRITTEN_AS.get(model_type, model_type), **options)
     auto.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     if model_type not in {*PUBLISHED, *WRITTEN_AS}:

@@ -148,3 +148,17 @@ def test_minimax_m3(tmp_path):
     convert(tmp_path / "source", tmp_path / "out", bits=3)
     model, stored = load_all(tmp_path / "out", tmp_path)
     check_experts(model, stored, ("w1", "w3", "w2"))
+
+
+def test_qwen3_omni(tmp_path):
+    pytest.importorskip("torchvision")
+    save_tiny_model("qwen3_omni_moe", tmp_path / "source")
+    thinker = json.loads((tmp_path / "source/config.json").read_bytes())["thinker_config"]
+    # What vLLM reads of a published config, where transformers writes something else.
+    places = 48 * thinker["vision_config"]["patch_size"]
+    thinker["vision_config"] |= {"image_size": places, "apply_vit_abs_pos_embed": True}
+    thinker["text_config"] |= {"tie_word_embeddings": False}
+    edit_config(tmp_path / "source", thinker_config=thinker)
+    convert(tmp_path / "source", tmp_path / "out", bits=3)
+    model, stored = load_all(tmp_path / "out", tmp_path)
+    check_experts(model, stored, ("gate_proj", "up_proj", "down_proj"))

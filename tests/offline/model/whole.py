@@ -13,6 +13,8 @@ def whole_model(path):
     auto, settings = transformers.AutoModelForCausalLM, json.loads((path / "config.json").read_bytes())
     if "vision_config" in settings:
         auto = transformers.AutoModelForImageTextToText
+    elif "thinker_config" in settings:
+        auto = transformers.AutoModelForMultimodalLM
     config = None
     if (own_type := settings.pop("model_type")) == "step3p5":
         # Only as a part of a model that also sees.
