@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from offline.__main__ import main
 
@@ -274,6 +275,11 @@ PUBLISHED = {"deepseek_v4": _deepseek_v4, "minimax_m3_vl": _minimax_m3, "qwen3_o
              "step3p5": _step3p5}  # fmt: skip
 
 
+def config_class(model_type):
+    """transformers' own, also where vLLM has put another in its place, as it does for this process in other tests."""
+    return getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
+
+
 def save_tiny_model(model_type, folder):
     """Write a tiny bfloat16 model of a family, in one file, under its published names."""
     torch.manual_seed(0)
@@ -282,7 +288,7 @@ def save_tiny_model(model_type, folder):
         options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
     elif "thinker_config" in options:
         options, auto = CONFIGS[model_type], transformers.AutoModelForMultimodalLM
-    config = transformers.AutoConfig.for_model(WRITTEN_AS.get(model_type, model_type), **options)
+    config = config_class(WRITTEN_AS.get(model_type, model_type))(**options)
     auto.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     if model_type not in {*PUBLISHED, *WRITTEN_AS}:
         return

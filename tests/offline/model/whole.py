@@ -5,7 +5,7 @@ import json
 import torch
 import transformers
 
-from tests.offline.conftest import VISION, WRITTEN_AS
+from tests.offline.conftest import PUBLISHED, VISION, WRITTEN_AS, config_class
 
 
 def whole_model(path):
@@ -19,7 +19,7 @@ def whole_model(path):
     if (own_type := settings.pop("model_type")) == "step3p5":
         # Only as a part of a model that also sees.
         auto, settings = transformers.AutoModelForImageTextToText, {"text_config": settings, "vision_config": VISION}
-    if model_type := WRITTEN_AS.get(own_type):
-        config = transformers.AutoConfig.for_model(model_type, **settings)
+    if own_type in {*WRITTEN_AS, *PUBLISHED}:
+        config = config_class(WRITTEN_AS.get(own_type, own_type))(**settings)
     model = auto.from_pretrained(path, config=config, dtype=torch.float32, experts_implementation="eager")
     return model.eval()
