@@ -131,16 +131,18 @@ class AlphaQSpec:
     (``model.layers.0.mlp.experts``) and ``projection`` the checkpoint's name for one of its matrices
     (``gate_proj``). The matrix's tensors are ``{module}.{expert}.{projection}.{suffix}``. A module that is not
     listed is not quantized. ``linear`` does the same for linear layers outside the experts, by the module's name
-    (``model.layers.0.self_attn.q_proj``).
+    (``model.layers.0.self_attn.q_proj``). ``family`` is the type of model whose names the experts have, where the user
+    named one; serving does not need it.
     """
 
     group_size: int
     num_bits: BitMap
     linear: Mapping[str, LinearFormat] = field(default_factory=dict)
+    family: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: the widths of one projection are a string with one digit per expert, linear layers are
-        listed by format, and ``linear`` is absent if there are none.
+        listed by format, and ``linear`` is absent if there are none, as is ``family``.
         """
         modules: dict[LinearFormat, list[str]] = {}
         for module, linear_format in self.linear.items():
@@ -155,6 +157,7 @@ class AlphaQSpec:
                 for module, projections in self.num_bits.items()
             },
             **({"linear": linear} if linear else {}),
+            **({"family": self.family} if self.family else {}),
         }
 
     @classmethod
@@ -178,7 +181,7 @@ class AlphaQSpec:
             raise ValueError(
                 f"{where}.format_version: expected {FORMAT_VERSION}, got {version!r}: convert the source again"
             )
-        _require_keys(where, config, ("quant_method", "format_version", "group_size", "num_bits"), ("linear",))
+        _require_keys(where, config, ("quant_method", "format_version", "group_size", "num_bits"), ("linear", "family"))
         group_size = _parse_choice(f"{where}.group_size", config["group_size"], SUPPORTED_GROUP_SIZES)
         modules = config["num_bits"]
         if not isinstance(modules, Mapping) or not modules:
@@ -187,7 +190,10 @@ class AlphaQSpec:
             )
         num_bits = {m: _parse_projections(f"{where}.num_bits.{m}", p) for m, p in modules.items()}
         linear = _parse_linear(f"{where}.linear", config["linear"]) if "linear" in config else {}
-        return cls(group_size, num_bits, linear)
+        family = config.get("family")
+        if family is not None and not isinstance(family, str):
+            raise ValueError(f"{where}.family: expected a type of model, got {family!r:.80}")
+        return cls(group_size, num_bits, linear, family)
 
 
 def _require_keys(where: str, config: Mapping[str, Any], keys: Iterable[str], optional: Iterable[str] = ()) -> None:

@@ -24,9 +24,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = Parser("validate", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("checkpoint", help="directory of an AlphaQ checkpoint, or name of one on the Hub")
     parser.add_argument("--source", default=None, metavar="MODEL", help="the model that it was converted from")
+    parser.add_argument("--revision", default=None, metavar="NAME", help="branch, tag or commit of a source on the Hub")
     add_json_option(parser)
     args = parser.parse_args(arguments)
-    result = validate(args.checkpoint, args.source)
+    result = validate(args.checkpoint, args.source, revision=args.revision)
     if args.json:
         print(json.dumps(result))
         return

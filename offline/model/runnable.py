@@ -30,7 +30,7 @@ def can_run(source: Checkpoint) -> bool:
 def why_not(source: Checkpoint) -> str:
     """Why ``Decoder`` cannot run a model, or nothing. Raises as ``can_run``."""
     if built_type(source) is None:
-        return "transformers does not know the type of model"
+        return "transformers does not build the type of model from tensors of these names"
     model = skeleton(source)
     decoder = text_decoder(model)
     layers = getattr(decoder, "layers", None)

@@ -65,7 +65,7 @@ def built_type(checkpoint: Checkpoint) -> str | None:
 
     model_type = checkpoint.config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    built_as = (family.built_as or str(model_type)) if family else None
+    built_as = (family.built_as or str(model_type)) if family and not family.unbuilt else None
     return built_as if built_as in CONFIG_MAPPING else None
 
 

@@ -11,6 +11,7 @@ import torch
 
 from alphaq_vllm import linear_packing, packing
 from alphaq_vllm.format import PACKED, SCALE, WEIGHTS_FILE, ZERO, AlphaQSpec, LinearFormat, TensorSpec
+from alphaq_vllm.paths import check_path
 from offline.progress import parse_bytes
 from offline.source.alphaq import check_alphaq
 from offline.source.architectures import without_code
@@ -58,6 +59,7 @@ def dequantize(
     shards = plan_shards(_pieces(checkpoint, widths, _DTYPES[dtype]), parse_bytes(max_shard_size))
     size = sum(shard.nbytes for shard in shards)
     out = Path(out).resolve()
+    check_path(out)
     check_output(out, checkpoint.path.resolve(), size, resume)
     dropped = ("quantization_config", WEIGHTS_FILE, "dtype", "torch_dtype")
     kept = {key: value for key, value in checkpoint.config.items() if key not in dropped}

@@ -129,7 +129,8 @@ def plan(job: Job, choice: Choice, extra: Mapping[str, str]) -> Plan:
     """Plan the checkpoint that has the chosen widths; extra: texts of files to add, by name."""
     shards = plan_shards(pieces(job, choice.bits), job.max_shard_bytes)
     spec = to_spec(choice.bits, job.experts, job.group_size)
-    spec = replace(spec, linear={layer.name: linear_format for layer, linear_format in job.linear.items()})
+    linear = {layer.name: linear_format for layer, linear_format in job.linear.items()}
+    spec = replace(spec, linear=linear, family=job.source.family)
     plain = without_quantization(without_code(with_plain_dtypes(job.source.config)))
     config = {**plain, WEIGHTS_FILE: NO_WEIGHTS_FILE, "quantization_config": spec.to_dict()}
     summary = _summary(job, choice, shards)

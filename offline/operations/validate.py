@@ -21,12 +21,13 @@ from offline.source.linear import stored_linear_layers
 from offline.source.recognition import draft_tensors, family_of
 
 
-def validate(model: str | Path, source: str | Path | None = None) -> dict[str, Any]:
+def validate(model: str | Path, source: str | Path | None = None, *, revision: str | None = None) -> dict[str, Any]:
     """Check a checkpoint completely: sums, names, shapes, dtypes, finite values, and what they were converted from.
 
     Args:
         model: An AlphaQ checkpoint: a directory, or a name on the Hugging Face Hub.
         source: What it was converted from, to compare with, or None.
+        revision: The branch, tag or commit of a source on the Hub, by default the main branch.
 
     Returns:
         What was checked; ``errors`` has the quantization error of each width, if there is a source.
@@ -35,6 +36,8 @@ def validate(model: str | Path, source: str | Path | None = None) -> dict[str, A
         ValueError: Naming the file or tensor, for anything that is wrong.
         OSError: For files that are missing or cannot be read.
     """
+    if revision is not None and source is None:
+        raise ValueError(f"`revision`: expected it with `source`, whose it is, got {revision!r:.80} alone")
     checkpoint = open_checkpoint(str(model))
     files = check_sums(checkpoint.path)
     widths = check_alphaq(checkpoint)
@@ -45,7 +48,7 @@ def validate(model: str | Path, source: str | Path | None = None) -> dict[str, A
             f"{damaged}: expected finite values, got NaN, infinity or what makes float32 overflow: "
             "convert the source again"
         )
-    errors = compare(checkpoint, widths, open_checkpoint(str(source))) if source else {}
+    errors = compare(checkpoint, widths, open_checkpoint(str(source), revision, checkpoint.family)) if source else {}
     return {
         "checkpoint": str(checkpoint.path),
         "source": str(source) if source else None,

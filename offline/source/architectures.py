@@ -12,7 +12,14 @@ import torch
 from offline.source.fused import FusedLayout, FusedPart
 
 _NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+_EXPERTS_PER_TOKEN_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
 _MTP_LAYERS_KEYS = ("num_nextn_predict_layers", "num_mtp_modules")
 
 
@@ -24,7 +31,9 @@ class Family:
     experts without a gate, in this order, by the names that vLLM loads; fused: how the experts lie in a block with
     fused tensors; individual: whether transformers also reads one tensor per matrix; kept: tensors of a block's experts
     that are not quantized; prefixes: what else the names of layers may begin with, for vLLM and transformers to load
-    them; built_as: the type of model that transformers builds, if it does not know this one by name; own_code: whether
+    them; built_as: the type of model that transformers builds, if it does not know this one by name; unbuilt: whether
+    transformers cannot tell what a checkpoint must hold, because it has the config alone, or saves other names than it
+    loads, or has no causal language model of it; own_code: whether
     the config's code comes with the model, because neither transformers nor vLLM has it.
     """
 
@@ -35,6 +44,7 @@ class Family:
     kept: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
     built_as: str | None = None
+    unbuilt: bool = False
     own_code: bool = False
 
     @property
@@ -120,11 +130,13 @@ FAMILIES = {
     "qwen3_vl_moe": replace(_VISION, individual=False),
     "qwen3_5_moe": _VISION,
     "qwen3_5_moe_text": _TEXT_OF_VISION,
+    "qwen3_omni_moe": Family(r"thinker\.model\.layers\.\d+\.mlp", unbuilt=True),
     "olmoe": _MLP,
     "flex_olmo": _MLP,
     "deepseek_v2": _MLP,
     "deepseek_v3": _MLP,
     "deepseek_v32": _MLP,
+    "deepseek_v4": Family(r"layers\.\d+\.ffn", projections=("w1", "w3", "w2"), unbuilt=True),
     "kimi_k2": replace(_MLP, built_as="deepseek_v3"),
     "kimi_linear": _W1_W3_W2,
     "glm4_moe": _MLP,
@@ -134,6 +146,7 @@ FAMILIES = {
     "gemma4_text": _GEMMA4,
     "phimoe": _W1_W3_W2,
     "minimax_m2": _W1_W3_W2,
+    "minimax_m3_vl": replace(_W1_W3_W2, block=rf"language_model\.{_W1_W3_W2.block}", unbuilt=True),
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
     "granitemoehybrid": _GRANITE,
@@ -152,6 +165,12 @@ FAMILIES = {
     "mimo_v2_flash": _MLP,
     "laguna": replace(_MLP, kept=("experts.e_score_correction_bias",)),
     "axk1": _MLP,
+    "step3p5": Family(
+        r"model\.layers\.\d+\.moe",
+        fused=FusedLayout(gate_up="gate_proj.weight", up="up_proj.weight", down="down_proj.weight"),
+        individual=False,
+        unbuilt=True,
+    ),
     "deepseek": _OWN_CODE,
     "bailing_moe": _OWN_CODE,
     "bailing_moe_v2": _OWN_CODE,
@@ -202,9 +221,11 @@ def _without_code(config: Mapping[str, Any], kept: tuple[str, ...]) -> dict[str,
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that describes the language model: nested in a model that also sees."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) else config
+    """The part of a config that describes the language model: nested in a model that also sees, or also speaks."""
+    for key in ("thinker_config", "text_config"):
+        nested = config.get(key)
+        config = nested if isinstance(nested, Mapping) else config
+    return config
 
 
 def with_plain_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:

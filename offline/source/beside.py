@@ -21,8 +21,9 @@ from offline.messages import printed
 from offline.source.architectures import has_own_code
 from offline.source.hub import absent_files
 
-# What tells how the source's weights are quantized, which those of a copy are not: ModelOpt's, AutoAWQ's, AutoGPTQ's.
-QUANTIZATION = ("hf_quant_config.json", "quant_config.json", "quantize_config.json")
+# What tells how the source's weights are quantized, which those of a copy are not: ModelOpt's, AutoAWQ's, AutoGPTQ's,
+# AutoRound's.
+QUANTIZATION = ("hf_quant_config.json", "quant_config.json", "quantize_config.json", "quantization_config.json")
 # What a copy writes anew: config, index, card, sums and statistics.
 REPLACED = ("config.json", "model.safetensors.index.json", "README.md", "SHA256SUMS", "alphaq_stats.csv")
 MAX_BYTES = 100_000_000

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from alphaq_vllm.format import TensorSpec
+from alphaq_vllm.format import QUANT_METHOD, TensorSpec
 from offline.messages import some
 from offline.source.beside import REPLACED, Beside, Sidecar, hub_patterns, look_beside, still_wanted
 from offline.source.header import read_header, refuse_lfs_pointer
@@ -39,7 +39,7 @@ class Checkpoint:
     ``tensors`` is in the order of the ``files``, then of the data in each file. quantization: that of the weights, if
     any; fault: why they cannot be read as numbers, or nothing. It counts once the family is known, for what looks like
     damage may be the way of a family that is not. family: the type of model whose experts are named like its, if the
-    user says so.
+    user says so, or said so when it was converted.
     """
 
     path: Path
@@ -94,10 +94,20 @@ def open_checkpoint(model: str, revision: str | None = None, family: str | None 
             tensors = join_tensors(stored, quantization.readers)
         except ValueError as error:
             fault = str(error)
+    family = family or _named_family(config)
     checkpoint = Checkpoint(path, config, [path / name for name in shards], tensors, quantization, fault, family)
     for sidecar in checkpoint.sidecars:
         refuse_lfs_pointer(sidecar.path)
     return checkpoint
+
+
+def _named_family(config: Mapping[str, Any]) -> str | None:
+    """What the user named as the family when the checkpoint was converted, if anything."""
+    match config.get("quantization_config"):
+        # What is no string is refused where the whole is read.
+        case {"quant_method": method, "family": str(family)} if method == QUANT_METHOD:
+            return family
+    return None
 
 
 def _locate(model: str, revision: str | None) -> Path:

@@ -48,7 +48,7 @@ def known_type(checkpoint: Checkpoint) -> str:
     alike = (
         name
         for name, family in FAMILIES.items()
-        if not family.own_code and _prefixes_of(checkpoint.tensors, family) & set(_PREFIXES)
+        if not family.own_code and _prefixes_of(checkpoint.tensors, family) & {*_PREFIXES, family.prefix}
     )
     found = next(alike, None) if isinstance(model_type, str) and model_type not in REASONS else None
     if found is None:
@@ -84,7 +84,8 @@ def _prefix(checkpoint: Checkpoint) -> str:
     """
     name = known_type(checkpoint)
     family = FAMILIES[name]
-    known = (family.prefix, *family.prefixes) if checkpoint.config.get("model_type") == name else _PREFIXES
+    of_its_own = checkpoint.config.get("model_type") == name
+    known = (family.prefix, *(family.prefixes if of_its_own else _PREFIXES))
     found = _prefixes_of(checkpoint.tensors, family)
     if usable := [prefix for prefix in known if prefix in found]:
         return usable[0]

@@ -1,16 +1,15 @@
 """Types of Mixture-of-Experts models that cannot be converted, each with what stands in the way: messages say it."""
 
-_STEP = "nobody has tried how vLLM would load its experts one by one"
-_MINIMAX_M3 = "nobody has looked at the names of its experts yet"
-_DEEPSEEK_V4 = "its experts are stored in 4 bits, under names that are not read here"
+_STEP = "vLLM loads its experts only from tensors that hold them all"
+_MINIMAX_M3 = "vLLM knows the config of `minimax_m3_vl` alone, of which this is the language model"
+_DEEPSEEK_V41 = "vLLM does not tell a method of quantization how it renames the experts of this model"
 _INKLING = "vLLM loads its experts by code of its own, from tensors that hold them all"
 
 REASONS = {
     "aria": "its experts lie in tensors `fc1` and `fc2` of a layout that is not read here",
     "aria_text": "its experts lie in tensors `fc1` and `fc2` of a layout that is not read here",
     "dbrx": "its experts lie in tensors of two dimensions that are not read here",
-    "deepseek_v4": _DEEPSEEK_V4,
-    "deepseek_v41": _DEEPSEEK_V4,
+    "deepseek_v41": _DEEPSEEK_V41,
     "diffusion_gemma": "it denoises whole blocks of text, and only models that predict the next token are served here",
     "dots3_note": "nobody has looked at the names of its experts yet",
     "ernie4_5_vl_moe": "it has two sets of experts of different sizes, and a bit map has one",
@@ -20,11 +19,8 @@ REASONS = {
     "longcat_flash": "some of its experts are empty and only pass their input on",
     "minimax_m3": _MINIMAX_M3,
     "minimax_m3_text": _MINIMAX_M3,
-    "minimax_m3_vl": _MINIMAX_M3,
     "nemotron_h_omni": "its language model lies beside encoders, under names that are not read here",
-    "qwen3_omni_moe": "its language model lies in `thinker`, beside a second one that speaks, and neither is read here",
     "step3_text": _STEP,
     "step3_vl": _STEP,
-    "step3p5": _STEP,
-    "step3p7": _STEP,
+    "step3p7": "vLLM reads `width` and more of its config, which transformers' class for it does not keep",
 }

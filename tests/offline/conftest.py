@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from offline.__main__ import main
 
@@ -93,7 +94,51 @@ GEMMA4 = {
     "hidden_size_per_layer_input": 0,
     "num_kv_shared_layers": 0,
 }
+DEEPSEEK_V4 = {
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "num_hash_layers": 1,
+    "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+    "q_lora_rank": 32,
+    "o_lora_rank": 32,
+    "o_groups": 2,
+    "hc_mult": 2,
+    # vLLM's kernels have these sizes alone.
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+}
 VISION = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+MINIMAX_M3 = {
+    "head_dim": 32,
+    "mlp_layer_types": ["dense", "sparse"],
+    "layer_types": ["full_attention", "minimax_m3_sparse"],
+    "dense_intermediate_size": 128,
+    "shared_intermediate_size": 256,
+    "rotary_dim": 16,
+    "index_n_heads": 4,
+    "index_head_dim": 32,
+}
+STEP = {
+    "moe_num_experts": 4,
+    "moe_top_k": 2,
+    "moe_intermediate_size": 128,
+    "share_expert_dim": 128,
+    "head_dim": 32,
+    "moe_layers_enum": "1",
+}
+AUDIO = {
+    "d_model": 64,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "downsample_hidden_size": 32,
+    "output_dim": 128,
+    "num_mel_bins": 16,
+}
 OWN_CODE = ("deepseek", "bailing_moe", "bailing_moe_v2", "bailing_hybrid", "mimo_v2", "sarvam_moe", "sarvam_mla")
 CONFIGS = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 128},
@@ -119,6 +164,21 @@ CONFIGS = {
     "glm_moe_dsa": SPARSE,
     "glm4_moe_lite": {**DEEPSEEK, **ONE_GROUP, "q_lora_rank": 32, "mlp_layer_types": ["dense", "sparse"]},
     "axk1": {**DEEPSEEK, **ONE_GROUP, "q_lora_rank": 32},
+    "deepseek_v4": DEEPSEEK_V4,
+    "minimax_m3_vl": {
+        "text_config": {**COMMON, **LOCAL, **MINIMAX_M3},
+        "vision_config": {**VISION, "image_size": 28},
+        "projector_hidden_size": 64,
+    },
+    "qwen3_omni_moe": {
+        "thinker_config": {
+            "text_config": {**COMMON, **EXPERTS, "head_dim": 32, "rope_scaling": {"mrope_section": [4, 6, 6]}},
+            "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]},
+            "audio_config": AUDIO,
+        },
+        "enable_audio_output": False,
+    },
+    "step3p5": {"text_config": {**COMMON, **STEP}, "vision_config": VISION},
     "dots1": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
     "solar_open": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
     "gemma4_text": GEMMA4,
@@ -178,33 +238,79 @@ CONFIGS = {
     "llama": {},
 }
 # Families that the converter cannot run: see ``why_not``.
-WEIGHTS_ONLY = (*OWN_CODE, "glm_moe_dsa")
+WEIGHTS_ONLY = (*OWN_CODE, "deepseek_v4", "glm_moe_dsa", "minimax_m3_vl", "step3p5", "qwen3_omni_moe")
 # Types of model that transformers does not know, and one whose tensors have the same names.
-WRITTEN_AS = {"kimi_k2": "deepseek_v3", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
+WRITTEN_AS = {"kimi_k2": "deepseek_v3", "step3p5": "step3p7", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
+
+
+def _deepseek_v4(tensors, config):
+    names = {name: name.removeprefix("model.").replace("embed_tokens.", "embed.") for name in tensors}
+    names = {name: own.replace("hc_head.hc_", "hc_head_").replace(".attn.norm.", ".attn.kv_norm.")
+             for name, own in names.items()}  # fmt: skip
+    return {names[name]: tensor for name, tensor in tensors.items()}, config
+
+
+def _minimax_m3(tensors, config):
+    dense = "layers.0.block_sparse_moe."
+    return {name.replace(dense, "layers.0.mlp."): tensor for name, tensor in tensors.items()}, config
+
+
+def _step3p5(tensors, config):
+    """The language model of a Step-3.7 alone."""
+    own = {**config["text_config"], "architectures": ["Step3p5ForCausalLM"]}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("vi")}, own
+
+
+def _qwen3_omni(tensors, config):
+    """With an expert of the second model, which speaks."""
+    spoken = {"talker.model.layers.0.mlp.experts.0.gate_proj.weight": torch.ones(32, 16)}
+    return {**tensors, **spoken}, config
+
+
+# What is published, of the tensors and the config that transformers saves.
+PUBLISHED = {"deepseek_v4": _deepseek_v4, "minimax_m3_vl": _minimax_m3, "qwen3_omni_moe": _qwen3_omni,
+             "step3p5": _step3p5}  # fmt: skip
+
+
+def config_class(model_type):
+    """transformers' own, also where vLLM has put another in its place, as it does for this process in other tests."""
+    return getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
+
+
+def save_tiny_model(model_type, folder):
+    """Write a tiny bfloat16 model of a family, in one file, under its published names."""
+    torch.manual_seed(0)
+    options, auto = {**COMMON, **CONFIGS[model_type]}, transformers.AutoModelForCausalLM
+    if "vision_config" in options:
+        options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
+    elif "thinker_config" in options:
+        options, auto = CONFIGS[model_type], transformers.AutoModelForMultimodalLM
+    config = config_class(WRITTEN_AS.get(model_type, model_type))(**options)
+    model = auto.from_config(config, dtype=torch.bfloat16)
+    for name, bias in model.named_parameters():
+        if name.endswith("_proj_bias"):
+            # transformers makes them zeros.
+            torch.nn.init.normal_(bias, std=0.1)
+    model.save_pretrained(folder)
+    if model_type not in {*PUBLISHED, *WRITTEN_AS}:
+        return
+    weights, settings = folder / "model.safetensors", folder / "config.json"
+    tensors, config = load_file(weights), json.loads(settings.read_bytes())
+    if model_type in PUBLISHED:
+        tensors, config = PUBLISHED[model_type](tensors, config)
+        save_file(tensors, weights, {"format": "pt"})
+    settings.write_text(json.dumps({**config, "model_type": model_type}))
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """``tiny_model(model_type)``: the directory of a tiny bfloat16 model in one file, not to be changed."""
+    """``tiny_model(model_type)``: the directory of a model by ``save_tiny_model``, not to be changed."""
     made = {}
 
     def make(model_type):
         if model_type not in made:
-            torch.manual_seed(0)
-            options, auto = {**COMMON, **CONFIGS[model_type]}, transformers.AutoModelForCausalLM
-            if "vision_config" in options:
-                options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
-            config = transformers.AutoConfig.for_model(WRITTEN_AS.get(model_type, model_type), **options)
-            model = auto.from_config(config, dtype=torch.bfloat16)
-            for name, bias in model.named_parameters():
-                if name.endswith("_proj_bias"):
-                    # transformers makes them zeros.
-                    torch.nn.init.normal_(bias, std=0.1)
             made[model_type] = tmp_path_factory.mktemp("models") / model_type
-            model.save_pretrained(made[model_type])
-            if model_type in WRITTEN_AS:
-                config = json.loads((made[model_type] / "config.json").read_bytes())
-                (made[model_type] / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+            save_tiny_model(model_type, made[model_type])
         return made[model_type]
 
     return make

@@ -166,6 +166,12 @@ def test_case_11_revision_takes_a_model_at_a_tag_or_a_commit(hub, alphaq_with, t
         card = (tmp_path / out / "README.md").read_text()
         assert "\nbase_model: owner/model\n" in card and "\n# owner/model, quantized with" in card
         assert f"from commit `{sha}`" in card
+    status, output, error = alphaq_with("validate", tmp_path / "tag", "--source", "owner/model", "--revision", "v1")
+    assert (status, "everything else is equal to the source" in output) == (0, True), error
+    # The main branch has other weights since.
+    hub.commit("owner/model", {"config.json": files_of(tiny_model("olmoe"))["config.json"]})
+    assert alphaq_with("validate", tmp_path / "tag", "--source", "owner/model")[0] == 2
+    assert alphaq_with("validate", tmp_path / "tag", "--source", "owner/model", "--revision", first)[0] == 0
 
 
 def test_case_11_a_snapshot_directory_goes_by_the_name_of_its_model(hub, alphaq_with, tiny_model, tmp_path):
@@ -233,5 +239,7 @@ def test_case_11_a_revision_is_of_a_model_on_the_hub(alphaq, tiny_model, tmp_pat
     status, _, error = alphaq("convert", tiny_model("qwen2_moe"), tmp_path / "out", "--revision", "v1")
     assert status == 2
     assert "error: --revision: expected a model on the Hugging Face Hub, got the directory " in error
+    status, _, error = alphaq("validate", tmp_path, "--revision", "v1")
+    assert (status, "error: --revision: expected it with --source, whose it is, got 'v1' alone" in error) == (2, True)
     status, _, error = alphaq("measure", "owner/model", "-o", tmp_path / "a", "--revision", "")
     assert "error: --revision: expected a branch, a tag or a commit, got ''" in error

@@ -32,10 +32,16 @@ def activate(model_type, source, matrices, products):
     gate, up = products
     if model_type.startswith("gemma4"):
         return F.gelu(gate, approximate="tanh") * up
+    if model_type == "minimax_m3_vl":
+        return swiglu_oai(gate, up)
     if model_type != "gpt_oss":
         return F.silu(gate) * up
     bias = source.load(f"{matrices[0].module}.gate_up_proj_bias")[matrices[0].expert].float()
-    gate, up = (gate + bias[0::2]).clamp(max=7), (up + bias[1::2]).clamp(-7, 7)
+    return swiglu_oai(gate + bias[0::2], up + bias[1::2])
+
+
+def swiglu_oai(gate, up):
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from alphaq_vllm import convert
 from offline.writing import output
 from tests.reliability.surroundings import home_is_a_file, no_home
 
@@ -51,6 +52,14 @@ def test_case_13_a_directory_that_vllm_would_not_open_is_refused(tiny_model, alp
     assert f"error: {tmp_path / name}: expected a path that is not a pattern" in error
     assert "got one that means another: choose one without * ? [ ]" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_case_13_a_dequantized_model_that_vllm_would_not_open_is_refused(tiny_model, alphaq, tmp_path):
+    convert(tiny_model("qwen2_moe"), tmp_path / "out", bits=3, noise="analytic", quantizer="mse")
+    status, _, error = alphaq("dequantize", tmp_path / "out", tmp_path / "plain[1]")
+    assert (status, error.count("\n")) == (2, 1)
+    assert f"error: {tmp_path / 'plain[1]'}: expected a path that is not a pattern" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_case_13_a_directory_that_means_others_too_is_refused(tiny_model, alphaq, tmp_path):

@@ -65,7 +65,10 @@ def read_mxfp4(name: str, parts: Parts) -> tuple[str, Fp4Tensor] | None:
 
 
 def read_nvfp4(name: str, parts: Parts) -> tuple[str, Fp4Tensor] | None:
-    """As ``Reader`` says: ``weight`` and ``weight_scale`` as ModelOpt has them, with ``weight_scale_2``."""
+    """As ``Reader`` says: ``weight`` and ``weight_scale`` as ModelOpt has them, with ``weight_scale_2``.
+
+    Quark has MXFP4 so, without that.
+    """
     packed = parts.tensors[name]
     if not name.endswith(".weight") or packed.spec.dtype != torch.uint8:
         return None

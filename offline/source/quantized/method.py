@@ -14,7 +14,7 @@ from offline.source.quantized.packed import PackedReader, TransposedReader
 
 # Where ModelOpt before 0.31 keeps what newer versions have in config.json.
 MODELOPT_CONFIG = "hf_quant_config.json"
-READ = "fp8, mxfp4, compressed-tensors, modelopt, awq or gptq"
+READ = "fp8, mxfp4, compressed-tensors, modelopt, awq, gptq, auto-round or quark"
 
 _KEYS = ("quantization_config", "compression_config")
 # How scales are called after the weight's name.
@@ -140,6 +140,34 @@ def _gptq(method: str, declared: Mapping[str, Any]) -> Quantization:
     return Quantization(method, (TransposedReader(bits, offset=1 if form == "gptq" else 0),), rounded=True)
 
 
+def _auto_round(method: str, declared: Mapping[str, Any]) -> Quantization:
+    """Exports in GPTQ's or AWQ's layout; without the name of one it is GPTQ's."""
+    form = str(declared.get("packing_format") or declared.get("backend") or "auto_round:auto_gptq")
+    kind, bits = str(declared.get("data_type", "int")), declared.get("bits")
+    layers = [_mapping(layer).get("bits", bits) for layer in _mapping(declared.get("extra_config")).values()]
+    # More bits are those of a layer that is not quantized.
+    widths = {str(bits), *(str(width) for width in layers if not (type(width) is int and width > 8))}
+    if kind == "int" and len(widths) == 1 and ("gptq" in form or "awq" in form):
+        read = _gptq(method, {"bits": bits}) if "gptq" in form else _awq(method, {"bits": bits})
+        if read.readers:
+            return read
+    return Quantization(f"{method}, {kind} of {' and '.join(sorted(widths))} bits, format {form}")
+
+
+def _quark(method: str, declared: Mapping[str, Any]) -> Quantization:
+    """Weights in float8 or int8, of which tensors or rows share a scale, or in MXFP4, also in one model."""
+    layers = [declared.get("global_quant_config")]
+    layers += [config for key in ("layer_quant_config", "layer_type_quant_config")
+               for config in _mapping(declared.get(key)).values()]  # fmt: skip
+    for weight in filter(None, (_mapping(layer).get("weight") for layer in layers)):
+        kind = [_mapping(weight).get(key) for key in ("dtype", "qscheme", "group_size")]
+        match kind:
+            case ["fp8_e4m3" | "int8", "per_tensor" | "per_channel", _] | ["fp4", "per_group", 32]:
+                continue
+        return Quantization(f"{method}, weights of {' '.join(str(part) for part in kind if part) or 'several scales'}")
+    return Quantization(method, (Fp8Reader((_FUSED, _PLAIN)), read_nvfp4), rounded=True)
+
+
 _METHODS = {
     "fp8": _fp8,
     "fbgemm-fp8": _fbgemm,
@@ -151,4 +179,7 @@ _METHODS = {
     "modelopt-mixed": _modelopt,
     "awq": _awq,
     "gptq": _gptq,
+    "auto-round": _auto_round,
+    "intel/auto-round": _auto_round,
+    "quark": _quark,
 }

@@ -5,7 +5,7 @@ import json
 import torch
 import transformers
 
-from tests.offline.conftest import WRITTEN_AS
+from tests.offline.conftest import PUBLISHED, VISION, WRITTEN_AS, config_class
 
 
 def whole_model(path):
@@ -13,8 +13,13 @@ def whole_model(path):
     auto, settings = transformers.AutoModelForCausalLM, json.loads((path / "config.json").read_bytes())
     if "vision_config" in settings:
         auto = transformers.AutoModelForImageTextToText
+    elif "thinker_config" in settings:
+        auto = transformers.AutoModelForMultimodalLM
     config = None
-    if model_type := WRITTEN_AS.get(settings.pop("model_type")):
-        config = transformers.AutoConfig.for_model(model_type, **settings)
+    if (own_type := settings.pop("model_type")) == "step3p5":
+        # Only as a part of a model that also sees.
+        auto, settings = transformers.AutoModelForImageTextToText, {"text_config": settings, "vision_config": VISION}
+    if own_type in {*WRITTEN_AS, *PUBLISHED}:
+        config = config_class(WRITTEN_AS.get(own_type, own_type))(**settings)
     model = auto.from_pretrained(path, config=config, dtype=torch.float32, experts_implementation="eager")
     return model.eval()

@@ -16,6 +16,7 @@ EXPERT = "model.layers.1.mlp.experts.2"
 FIRST_LAYER_DENSE = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_linear", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
     "lfm2_moe", "jamba", "ernie4_5_moe", "hy_v3", "afmoe", "exaone_moe", "dots1", "mimo_v2_flash", "laguna", "axk1",
+    "minimax_m3_vl", "step3p5",
 )  # fmt: skip
 
 
@@ -41,9 +42,8 @@ def test_find_experts_finds_every_family(tiny_model, model_type):
     number = layers * 4 * len(family.projections)
     assert len(experts.matrices) == len({matrix.name for matrix in experts.matrices}) == number
     kept = {name for module in experts.modules for name in family.kept_tensors(module)}
-    assert {matrix.tensor for matrix in experts.matrices} == {
-        name for name in source.tensors if re.search(r"\.experts\.|moe\.(input|output)_linear", name)
-    } - kept
+    named = re.compile(r"(?!talker\.).*(\.experts\.|moe\.(input|output)_linear|\.moe\.\w+_proj)")
+    assert {matrix.tensor for matrix in experts.matrices} == set(filter(named.match, source.tensors)) - kept
 
 
 def test_find_experts_orders_layers_and_experts_by_number(tmp_path):
@@ -132,6 +132,37 @@ BAD_CONFIGS = {
     "awq for kernels of few tokens": (
         {"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}},
         r"already quantized \(quant_method 'awq, 4 bits, version gemv'\)",
+    ),
+    "auto-round of several widths": (
+        {
+            "quantization_config": {
+                "quant_method": "auto-round",
+                "bits": 4,
+                "packing_format": "auto_round:auto_gptq",
+                "extra_config": {
+                    "model.layers.0.mlp.gate": {"bits": 16},
+                    "model.layers.0.self_attn.q_proj": {"bits": 8},
+                },
+            }
+        },
+        r"already quantized \(quant_method 'auto-round, int of 4 and 8 bits, format auto_round:auto_gptq'\)",
+    ),
+    "auto-round in its own layout": (
+        {"quantization_config": {"quant_method": "intel/auto-round", "bits": 2, "backend": "auto_round:exllamav2"}},
+        r"already quantized \(quant_method 'intel/auto-round, int of 2 bits, format auto_round:exllamav2'\)",
+    ),
+    "quark of 4 bits in integers": (
+        {
+            "quantization_config": {
+                "quant_method": "quark",
+                "global_quant_config": {"weight": {"dtype": "uint4", "qscheme": "per_group", "group_size": 128}},
+            }
+        },
+        r"already quantized \(quant_method 'quark, weights of uint4 per_group 128'\)",
+    ),
+    "quark of two scales": (
+        {"quantization_config": {"quant_method": "quark", "global_quant_config": {"weight": [{"dtype": "fp4"}, {}]}}},
+        r"already quantized \(quant_method 'quark, weights of several scales'\)",
     ),
     "quantization_config not an object": ({"quantization_config": "awq"}, "already quantized"),
     "no hidden_size": ({"hidden_size": None}, "expected hidden_size=None"),

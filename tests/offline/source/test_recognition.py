@@ -61,11 +61,35 @@ def test_an_unknown_type_is_read_from_fused_tensors_of_either_orientation(copy):
 
 
 def test_the_user_can_name_a_family(copy, tmp_path):
-    path = edit(copy("olmoe"), model_type="step3p5")
-    with pytest.raises(ValueError, match="model_type 'step3p5' is not supported: nobody has tried"):
+    path = edit(copy("olmoe"), model_type="dbrx")
+    with pytest.raises(ValueError, match="model_type 'dbrx' is not supported: its experts lie in"):
         convert(path, tmp_path / "out", **QUICK)
     summary = convert(path, tmp_path / "out", **QUICK, family="olmoe")
     assert "read like olmoe, as `family` says" in summary.found
+
+
+def test_a_family_that_the_user_named_is_known_of_what_was_converted(copy, tmp_path, alphaq):
+    path, out = edit(copy("granitemoe_swa"), model_type="dbrx"), tmp_path / "out"
+    convert(path, out, **QUICK, family="granitemoe_swa", exclude=("*.layers.1.*",))
+    assert validate(out, source=path)["matrices"] == 12
+    assert alphaq("inspect", out)[0] == 0
+    dequantize(out, tmp_path / "plain")
+    # Of families whose single matrices have the same names, that one decides where they lie in fused tensors.
+    assert set(open_checkpoint(str(tmp_path / "plain")).tensors) == set(load_file(path / SINGLE))
+
+
+def test_the_record_of_a_family_that_is_none_is_refused(copy, tmp_path):
+    out = tmp_path / "out"
+    convert(copy("olmoe"), out, **QUICK)
+    for family, message in (
+        (3, r"quantization_config\.family: expected a type of model, got 3"),
+        ("x", "`family`: .* 'x'"),
+    ):
+        config = json.loads((out / "config.json").read_bytes())
+        config["quantization_config"]["family"] = family
+        (out / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            dequantize(out, tmp_path / "plain")
 
 
 def test_a_family_that_the_user_names_is_one_of_the_table(copy, tmp_path):
@@ -118,9 +142,9 @@ def test_names_that_vllm_would_not_load_are_named(copy, prefix, model_type):
 
 UNKNOWN = {
     "fused of a kind of its own": (
-        {"model.layers.3.moe.gate_proj.weight": torch.zeros(4, 8, 8)},
+        {"model.layers.3.moe.fc1.weight": torch.zeros(4, 8, 8)},
         {},
-        r"got 'new', an unknown Mixture-of-Experts model, whose experts are named like model\.layers\.3\.moe\.gate",
+        r"got 'new', an unknown Mixture-of-Experts model, whose experts are named like model\.layers\.3\.moe\.fc1",
     ),
     "of an unknown projection": (
         {"model.layers.3.mlp.experts.0.linear_v.weight": torch.zeros(8, 8)},

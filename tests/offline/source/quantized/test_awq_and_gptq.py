@@ -16,12 +16,17 @@ GROUP = 32
 ALONE = "model.layers.1.mlp.experts.2.up_proj"
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": False}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": False, "data_type": "int"}
 CONFIGS = {
     "awq": AWQ,
     "gptq": GPTQ,
     "gptq of 8 bits": {**GPTQ, "bits": 8},
     "gptq in order of activation": {**GPTQ, "desc_act": True, "checkpoint_format": "gptq"},
     "gptq, second format": {**GPTQ, "checkpoint_format": "gptq_v2"},
+    "auto-round": {**AUTO_ROUND, "packing_format": "auto_round:auto_gptq"},
+    "auto-round of 8 bits": {**AUTO_ROUND, "bits": 8, "extra_config": {"lm_head": {"bits": 16}}},
+    "auto-round, older": {**AUTO_ROUND, "quant_method": "intel/auto-round", "backend": "auto_round:gptq:exllamav2"},
+    "auto-round as awq": {**AUTO_ROUND, "packing_format": "auto_round:auto_awq"},
 }
 
 
@@ -36,11 +41,12 @@ def quantized(weight, config):
     greatest = torch.stack([columns[order == group].amax(0) for group in range(inputs // GROUP)])
     scales = ((greatest - least) / (2**bits - 1)).half()
     # The first format of GPTQ stores zero points less one.
-    first = config["quant_method"] == "gptq" and config.get("checkpoint_format", "gptq") == "gptq"
+    awq = "awq" in (config["quant_method"], config.get("packing_format", "").removeprefix("auto_round:auto_"))
+    first = not awq and config.get("checkpoint_format", "gptq") == "gptq"
     zeros = (-least / scales.double()).round().clamp(1 if first else 0, 2**bits - 1).int()
     codes = (columns / scales.double()[order] + zeros[order]).round().clamp(0, 2**bits - 1).int()
     meaning = ((codes - zeros[order]).double() * scales.double()[order]).T
-    if config["quant_method"] == "awq":
+    if awq:
         packed = {"qweight": awq_pack(codes, 4, *codes.shape), "qzeros": awq_pack(zeros, 4, *zeros.shape)}
     else:
         stored = zeros - 1 if first else zeros

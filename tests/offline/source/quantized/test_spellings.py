@@ -77,6 +77,22 @@ def deepseek_v4(name, weight):
     return {name: packed.view(torch.int8), scale_name: scale.to(torch.float8_e8m0fnu)}, means
 
 
+def quark_fp8(name, weight):
+    codes, scale, means = of_blocks(weight, (1, weight.shape[1]))
+    activation = f"{name.removesuffix('weight')}input_scale"
+    return {name: codes, f"{name}_scale": scale.view(-1), activation: torch.ones(1)}, means
+
+
+def quark_mxfp4(name, weight):
+    """Experts in MXFP4 with scales as bytes, the rest in float8."""
+    if ".experts." not in name:
+        return quark_fp8(name, weight)
+    groups = weight.double().unflatten(-1, (-1, 32))
+    scale = (groups.abs().amax(-1) / 6).clamp(min=2.0**-60).log2().ceil().exp2()
+    packed, means = e2m1(groups, scale)
+    return {name: packed, f"{name}_scale": (scale.log2() + 127).to(torch.uint8)}, means
+
+
 def modelopt_nvfp4(name, weight):
     groups = weight.double().unflatten(-1, (-1, 16))
     second = (groups.abs().amax() / 6 / 448).float()
@@ -99,6 +115,8 @@ def e2m1(groups, scale):
     return codes[:, 0::2] | codes[:, 1::2] << 4, means
 
 
+QUARK_FP8 = {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_channel", "ch_axis": 0, "group_size": None}}
+QUARK_MXFP4 = {"weight": {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}}
 # How a weight is written, quantization_config, whether that is an old ModelOpt's, and bits of a code.
 SPELLINGS = {
     "ModelOpt fp8": (per_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}, False, 8),
@@ -115,6 +133,18 @@ SPELLINGS = {
     "old ModelOpt nvfp4": (modelopt_nvfp4, {"quant_algo": "NVFP4", "group_size": 16}, True, 4),
     "Mistral": (mistral, {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}, False, 8),
     "fbgemm": (fbgemm, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, False, 8),
+    "Quark fp8": (
+        quark_fp8,
+        {"quant_method": "quark", "global_quant_config": QUARK_FP8, "layer_quant_config": {}},
+        False,
+        8,
+    ),
+    "Quark mxfp4": (
+        quark_mxfp4,
+        {"quant_method": "quark", "global_quant_config": QUARK_MXFP4, "layer_quant_config": {"*attn*": QUARK_FP8}},
+        False,
+        4,
+    ),
     "DeepSeek-V4": (
         deepseek_v4,
         {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]},
@@ -165,7 +195,7 @@ def test_open_checkpoint_reads_every_spelling(tiny_model, tmp_path, spelling):
         assert torch.equal(load_matrix(source, matrix), source.tensors[matrix.tensor].load_float32())
 
 
-@pytest.mark.parametrize("spelling", ["old ModelOpt fp8", "ModelOpt nvfp4", "DeepSeek-V4"])
+@pytest.mark.parametrize("spelling", ["old ModelOpt fp8", "ModelOpt nvfp4", "DeepSeek-V4", "Quark mxfp4"])
 def test_convert_takes_every_spelling(tiny_model, tmp_path, spelling):
     write(tmp_path / "source", tiny_model("qwen2_moe"), spelling)
     summary = convert(tmp_path / "source", tmp_path / "out", bits=3, mode="uniform", quantizer="mse")
@@ -223,8 +253,8 @@ def test_find_experts_knows_the_family_before_it_looks_for_scales(tiny_model, tm
         ValueError, match=r"up_proj\.weight: expected .*weight_scale_inv as the scale of an int8 tensor"
     ):
         find_experts(open_checkpoint(str(tmp_path / "source")))
-    (tmp_path / "source/config.json").write_text(json.dumps({**config, "model_type": "deepseek_v4"}))
-    with pytest.raises(ValueError, match=r"model_type 'deepseek_v4' is not supported: "):
+    (tmp_path / "source/config.json").write_text(json.dumps({**config, "model_type": "deepseek_v41"}))
+    with pytest.raises(ValueError, match=r"model_type 'deepseek_v41' is not supported: "):
         find_experts(open_checkpoint(str(tmp_path / "source")))
 
 
