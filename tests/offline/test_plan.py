@@ -112,7 +112,7 @@ def test_plan_says_why_a_model_is_not_covered(hub, planned, alphaq, model):
     assert f"{model}\ncannot be converted: model.layers.0.mlp: expected 9 experts as config.json says" in output
     (model / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     assert "model_type 'llama' is not in the table of families: read like qwen2_moe" in alphaq("plan", model)[1]
-    (model / "config.json").write_text(json.dumps({**config, "model_type": "deepseek_v4"}))
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "inkling_text"}))
     hub.commit("owner/other", files_of(model))
     status, output = planned("owner/other", "--json")
     result = json.loads(output)
