@@ -52,9 +52,7 @@ FIGURES = {
     "KL": lambda row: f"{row['kl']:.3f}",
 }
 QUALITY_TABLES = [
-    (file, head, rows)
-    for file in (README, QUALITY)
-    for head, rows in by_column(file, "`convert` with", "stored bits")
+    (file, head, rows) for file in (README, QUALITY) for head, rows in by_column(file, "`convert` with", "stored bits")
 ]
 
 
