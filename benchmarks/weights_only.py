@@ -29,11 +29,14 @@ from benchmarks.ablations import Matrices, write_replaced
 from benchmarks.alternatives import restored
 from benchmarks.machine import machine
 from benchmarks.quality import Bench, known
+from offline.allocation.costs import relative_reach
 from offline.allocation.knapsack import auto_gamma, importance
 from offline.allocation.modes import least_cost, randomly, uniform
 from offline.quantizers.grids import GRIDS
+from offline.sensitivity.matrices import MatrixStats
 from offline.sensitivity.reach import activation_of, reaches
 from offline.sensitivity.spectra import choose_block_size, hill_alpha
+from offline.source.families import by_expert
 
 RESULTS = Path(__file__).parent / "results" / "weights_only.jsonl"
 # The converter's candidates, and for a budget that leaves them no choice those around it.
@@ -84,17 +87,12 @@ class Measured(Matrices):
     def reach(self) -> np.ndarray:
         """What ``--noise expert`` weighs errors by."""
         activation = activation_of(self.source.config)
-        experts: dict[tuple[str, int], list[str]] = {}
-        for matrix in self.experts:
-            experts.setdefault((matrix.module, matrix.expert), []).append(matrix.name)
-        found: dict[str, dict[str, float]] = {}
-        for (module, _), names in experts.items():
-            values = reaches([self.weights[name] for name in names], activation)
-            found.setdefault(module, {}).update(zip(names, values, strict=True))
-        relative = {
-            name: reach / np.mean([*layer.values()]) for layer in found.values() for name, reach in layer.items()
-        }
-        return np.array([relative[name] / weight.numel() for name, weight in self.weights.items()])
+        stats = [
+            MatrixStats(matrix.name, alpha=0.0, variance=0.0, reach=reach, numel=matrix.numel, mse={})
+            for expert in by_expert(self.experts)
+            for matrix, reach in zip(expert, reaches([self.weights[m.name] for m in expert], activation), strict=True)
+        ]
+        return relative_reach(stats)
 
     @cached_property
     def through_expert(self) -> np.ndarray:

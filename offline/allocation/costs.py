@@ -31,7 +31,7 @@ class Sensitivity(Sized, Protocol):
 
     @property
     def reach(self) -> float:
-        """Squared error of its expert's output for a mean squared error of 1 in it, relative."""
+        """Squared error of its expert's output for a mean squared error of 1 in it, relative to it."""
         ...
 
     @property
@@ -58,12 +58,12 @@ def noise(matrices: Sequence[Sensitivity], widths: Sequence[int], kind: str) -> 
             # Gains are of whole matrices.
             mse *= [[(m.gain or 0.0) / m.numel] for m in matrices]
         elif kind == "expert":
-            mse *= _relative_reach(matrices)[:, None]
+            mse *= relative_reach(matrices)[:, None]
         return mse
     return np.outer([matrix.variance for matrix in matrices], 4.0 ** -np.array(widths))
 
 
-def _relative_reach(matrices: Sequence[Sensitivity]) -> np.ndarray:
+def relative_reach(matrices: Sequence[Sensitivity]) -> np.ndarray:
     """The reach of each matrix by the mean of its layer, per weight, ``[matrices]``; 0 in a layer without any."""
     by_layer: dict[str, list[float]] = {}
     modules = [matrix.name.rsplit(".", 2)[0] for matrix in matrices]

@@ -25,7 +25,7 @@ from alphaq_vllm.format import PACKED, SCALE, ZERO
 from offline.journal import Journal, sync
 from offline.model.decoder import Decoder
 from offline.model.formula import Formula
-from offline.model.forward import by_expert, expert_outputs
+from offline.model.forward import expert_outputs
 from offline.model.layer import Routes, add_outputs, advance, route
 from offline.model.passes import Pass
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
@@ -130,7 +130,7 @@ class SequentialGptq:
                         advance(layer, hidden, workers)
                         continue
                     routes = route(layer, hidden, workers)
-                experts = by_expert(self._experts, layer.source_experts)
+                experts = self._experts.of(layer.source_experts)
                 # Nothing comes after the last layer.
                 last = layer is self.decoder.layers[-1]
                 load: Callable[[ExpertMatrix], Tensor] = partial(load_weight, self._source)
@@ -156,7 +156,7 @@ class SequentialGptq:
 
     def quantize_expert(self, num_bits: int, group_size: int, inputs: Tensor, topk_weights: Tensor) -> None:
         """Quantize the first expert for the time that it takes; inputs, topk_weights: of tokens as if routed to it."""
-        bits = dict.fromkeys(by_expert(self._experts, self._experts.matrices[0].module)[0], num_bits)
+        bits = dict.fromkeys(self._experts.of(self._experts.modules[0])[0], num_bits)
         formula = Formula(torch.nn.functional.silu)
         _quantize(_Task(0, self._source, bits, group_size, formula, inputs, topk_weights, outputs=True))
 

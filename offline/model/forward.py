@@ -46,22 +46,13 @@ def forward(
                     advance(layer, hidden, workers)
                     continue
                 routes = route(layer, hidden, workers)
-            matrices = by_expert(experts, layer.source_experts)
+            matrices = experts.of(layer.source_experts)
             outputs = expert_outputs(matrices, load, routes, workers)
             add_outputs(layer, hidden, outputs, routes, source, workers)
             if observe:
                 observe(layer, matrices, routes, hidden)
             progress.advance(sum(matrix_nbytes(source, matrix) for expert in matrices for matrix in expert))
     return hidden
-
-
-def by_expert(experts: Experts, module: str) -> list[list[ExpertMatrix]]:
-    """The matrices of each expert of a module, in order: gate, up and down, or up and down."""
-    found: dict[int, list[ExpertMatrix]] = {}
-    for matrix in experts.matrices:
-        if matrix.module == module:
-            found.setdefault(matrix.expert, []).append(matrix)
-    return list(found.values())
 
 
 def expert_outputs(

@@ -15,7 +15,6 @@ from offline.allocation.widths import Budget
 from offline.journal import Journal
 from offline.layerwise.sequential import SequentialGptq
 from offline.model.decoder import Decoder
-from offline.model.forward import by_expert
 from offline.model.layer import route
 from offline.model.passes import passed
 from offline.model.sampling import predictions_held
@@ -25,7 +24,7 @@ from offline.quantizers.quantize import quantize
 from offline.sensitivity.matrices import describe
 from offline.sensitivity.propagation import LENGTH, TOKENS, expert_gains
 from offline.source.architectures import experts_per_token
-from offline.source.families import ExpertMatrix, Experts, load_weight
+from offline.source.families import ExpertMatrix, Experts, by_expert, load_weight
 from offline.threads import compute_device, one_thread
 
 # A group's search takes the same time whatever is in it, so few rows tell; so do few tokens and predictions.
@@ -52,7 +51,7 @@ def expect(
     expected: dict[str, float] = {}
     if budget and budget.needs_alpha and not measured:
         some = (budget.measured_widths, job.group_size, job.data_free_quantizer)
-        first = [m for m in matrices if (m.module, m.expert) == (matrices[0].module, matrices[0].expert)]
+        first = by_expert(matrices)[0]
         seconds = _seconds(lambda: describe(job.source, first, *some)) / len(first)
         expected["measure"] = seconds * (len(matrices) - _entries(journal, "stats")) / job.workers
     propagated = bool(budget and budget.needs_gains and not measured)
@@ -160,7 +159,7 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
         # The first run also finds out what the layer does with its experts.
         formula = route(layer, hidden.clone()).formula.of(0)
         window = _seconds(lambda: route(layer, hidden.clone())) * LENGTH / length
-    first = by_expert(experts, str(layer.source_experts))[0]
+    first = experts.of(str(layer.source_experts))[0]
     weights: list[torch.Tensor] = []
     load_expert = _seconds(lambda: weights.extend(load_weight(source, matrix) for matrix in first))
     inputs, topk_weights = _routed(job, _TOKENS)

@@ -5,8 +5,6 @@ Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from offline.quantizers.quantize import Quantized, check_matrix, chunks
 
 # Share of the mean diagonal that is added to the diagonal of X^T X, and its growth until a factor exists.
 DAMPING, DAMPING_GROWTH = 0.03, 10.0
-# That are looked at together.
+# Of inputs, and of their products, that are looked at together.
 _ROWS = 1024
 
 
@@ -62,20 +60,16 @@ def sampling_share(inputs: Tensor, products: Tensor) -> float:
     inverse = torch.where(products.diagonal() > 0, products.diagonal().rsqrt(), 0.0)
     squared, spread = -float((inverse > 0).sum()), 0.0
     # Few rows at a time, because the whole takes as much memory as all else.
-    for part in _parts(len(products)):
-        correlations = products[part] * inverse[part, None] * inverse
+    for part, own in zip(products.split(_ROWS), inverse.split(_ROWS), strict=True):
+        correlations = part * own[:, None] * inverse
         squared += float(correlations.square_().sum(dtype=torch.float64))
-    for part in _parts(tokens):
-        shares = (inputs[part] * inverse).square_()
+    for part in inputs.split(_ROWS):
+        shares = (part * inverse).square_()
         spread += float((shares.sum(1).square_() - shares.square_().sum(1)).sum(dtype=torch.float64))
     if tokens < 2 or not squared > 0:
         return 1.0
     variance = (spread * tokens - squared) / (tokens - 1)
     return min(1.0, max(0.0, variance / squared))
-
-
-def _parts(length: int) -> Iterator[slice]:
-    return (slice(start, start + _ROWS) for start in range(0, length, _ROWS))
 
 
 def gptq(weight: Tensor, factor: Tensor, num_bits: int, group_size: int) -> Quantized:

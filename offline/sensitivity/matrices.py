@@ -14,7 +14,7 @@ from offline.quantizers.quantize import quantization_mse
 from offline.sensitivity.reach import activation_of, reaches
 from offline.sensitivity.spectra import choose_block_size, hill_alpha, relative_noise
 from offline.source.checkpoint import Checkpoint
-from offline.source.families import ExpertMatrix, load_weight, matrix_nbytes
+from offline.source.families import ExpertMatrix, by_expert, load_weight, matrix_nbytes
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,11 @@ def measure_matrices(
     Raises ValueError, naming the matrix, for NaN or infinite weights.
     """
     known = _measured(journal, widths) if journal else {}
-    experts: dict[tuple[str, int], list[ExpertMatrix]] = {}
-    for matrix in matrices:
-        experts.setdefault((matrix.module, matrix.expert), []).append(matrix)
-    unknown = [expert for expert in experts.values() if any(matrix.name not in known for matrix in expert)]
+    experts = by_expert(matrices)
+    unknown = [expert for expert in experts if any(matrix.name not in known for matrix in expert)]
     block_size = choose_block_size(matrix.shape for matrix in matrices)
     measure = partial(_describe, source, tuple(widths), group_size, quantizer, block_size)
-    total, left = (_nbytes(source, some) for some in (experts.values(), unknown))
+    total, left = (_nbytes(source, some) for some in (experts, unknown))
     with Progress("measure", total, total - left) as progress, closing(run_all(measure, unknown, workers)) as results:
         for expert, measured in results:
             known.update((stats.name, stats) for stats in measured)

@@ -33,8 +33,8 @@ class Family:
     that are not quantized; prefixes: what else the names of layers may begin with, for vLLM and transformers to load
     them; built_as: the type of model that transformers builds, if it does not know this one by name; unbuilt: whether
     transformers cannot tell what a checkpoint must hold, because it has the config alone, or saves other names than it
-    loads, or has no causal language model of it; own_code: whether
-    the config's code comes with the model, because neither transformers nor vLLM has it.
+    loads, or has no causal language model of it; own_code: whether the config's code comes with the model, because
+    neither transformers nor vLLM has it.
     """
 
     block: str

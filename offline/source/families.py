@@ -79,6 +79,10 @@ class Experts:
         """Number of weights."""
         return sum(matrix.numel for matrix in self.matrices)
 
+    def of(self, module: str) -> list[list[ExpertMatrix]]:
+        """The matrices of each expert of a module, in order: gate, up and down, or up and down."""
+        return by_expert(matrix for matrix in self.matrices if matrix.module == module)
+
 
 def find_experts(source: Checkpoint) -> Experts:
     """Find the routed experts of a checkpoint that is to be converted, and check that they are complete.
@@ -98,6 +102,14 @@ def find_experts(source: Checkpoint) -> Experts:
     ]
     check_shapes(matrices, family, source.config)
     return Experts(str(source.config["model_type"]), expected, tuple(matrices))
+
+
+def by_expert(matrices: Iterable[ExpertMatrix]) -> list[list[ExpertMatrix]]:
+    """The matrices of each expert of each module, in the order that they have."""
+    found: dict[tuple[str, int], list[ExpertMatrix]] = {}
+    for matrix in matrices:
+        found.setdefault((matrix.module, matrix.expert), []).append(matrix)
+    return list(found.values())
 
 
 def load_matrix(source: Checkpoint, matrix: ExpertMatrix) -> torch.Tensor:

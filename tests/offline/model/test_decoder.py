@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offline.model.decoder import Decoder
-from offline.model.forward import by_expert, expert_outputs, forward
+from offline.model.forward import expert_outputs, forward
 from offline.model.layer import add_outputs, advance, route
 from offline.model.runnable import can_run, last_norm, text_decoder
 from offline.source.architectures import FAMILIES
@@ -43,7 +43,7 @@ def test_decoder_computes_what_transformers_computes(tiny_model, latent_model, m
                 advance(layer, hidden)
                 continue
             routes = route(layer, hidden)
-        outputs = expert_outputs(by_expert(experts, layer.source_experts), partial(load_weight, source), routes)
+        outputs = expert_outputs(experts.of(layer.source_experts), partial(load_weight, source), routes)
         # Unless they are normalized, they have to be large enough to matter.
         assert layer.scale is None or outputs.norm() > 1e-3 * hidden.norm()
         add_outputs(layer, hidden, outputs, routes, source)
