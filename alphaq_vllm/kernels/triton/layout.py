@@ -27,8 +27,10 @@ from alphaq_vllm.packing import unpack
 
 STRIPE = 32
 SLOTS = 16
-# Codes repacked at a time: their integers take four bytes each in several temporary tensors.
-PIECE = 2**23
+# Codes repacked at a time: their integers take four bytes each in several temporary tensors. A piece has stripes of any
+# matrices of one width, for a layer has hundreds of matrices, and starting an operation takes a GPU longer than a small
+# matrix of a parallel rank.
+PIECE = 2**24
 
 
 def repack_(experts: PackedExperts) -> PackedExperts:
@@ -40,17 +42,21 @@ def repack_(experts: PackedExperts) -> PackedExperts:
         raise ValueError(f"experts: expected the order of the checkpoint, got that of a {experts.order}")
     if experts.N % STRIPE:
         raise ValueError(f"experts: expected a multiple of {STRIPE} rows, got {experts.N}")
-    quads = devices.device_of(experts.packed.device).quads
-    rows_per_piece = max(1, PIECE // (STRIPE * experts.K)) * STRIPE
-    for widths, starts in zip(experts.num_bits.tolist(), experts.offsets.tolist(), strict=True):
-        for num_bits, start in zip(widths, starts, strict=True):
-            words_per_row = experts.K * num_bits // 32
-            matrix = experts.packed[start : start + experts.N * words_per_row].view(experts.N, words_per_row)
-            for rows in matrix.split(rows_per_piece):
-                rows.view(-1).copy_(tile_codes(unpack(rows, num_bits), num_bits, experts.group_size, quads))
+    device = experts.packed.device
+    quads = devices.device_of(device).quads
+    stripes_per_piece = max(1, PIECE // (STRIPE * experts.K))
+    for num_bits in experts.widths:
+        words_per_stripe = experts.K * num_bits
+        within = torch.arange(words_per_stripe, device=device)
+        matrices = experts.offsets[experts.num_bits == num_bits]
+        stripes = matrices[:, None] + words_per_stripe * torch.arange(experts.N // STRIPE, device=device)
+        for piece in stripes.flatten().split(stripes_per_piece):
+            words = piece[:, None] + within
+            codes = unpack(experts.packed[words].view(-1, words_per_stripe // STRIPE), num_bits)
+            experts.packed[words] = tile_codes(codes, num_bits, experts.group_size, quads).view_as(words)
     for values in (experts.scales, experts.zero_points):
-        for matrix in values.flatten(0, 1):
-            matrix.view(-1).copy_(matrix.view(-1, 4, 8, matrix.shape[1]).permute(0, 3, 2, 1).flatten())
+        for piece in values.view(-1, STRIPE, values.shape[-1]).split(stripes_per_piece):
+            piece.copy_(piece.unflatten(1, (4, 8)).permute(0, 3, 2, 1).reshape_as(piece))
     return dataclasses.replace(experts, order="gpu")
 
 

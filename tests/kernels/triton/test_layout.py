@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphaq_vllm.kernels import PackedExperts, repack_
 from alphaq_vllm.kernels.triton import devices
@@ -96,6 +97,37 @@ def test_repack_does_large_matrices_in_pieces(make_experts, monkeypatch):
     whole = repack_(dataclasses.replace(experts, packed=experts.packed.clone(), scales=experts.scales.clone()))
     monkeypatch.setattr("alphaq_vllm.kernels.triton.layout.PIECE", 1)
     assert torch.equal(repack_(dataclasses.replace(experts, scales=experts.scales.clone())).packed, whole.packed)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what would be started on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_repack_starts_no_more_operations_for_more_matrices(make_experts):
+    """A layer of DeepSeek-V3 has 768: one at a time they are minutes of a server's start."""
+    numbers = []
+    for num_experts in (2, 64):
+        experts = make_experts([[2, 3]] * num_experts, 64, 64, 32)
+        with Operations() as operations:
+            repack_(experts)
+        numbers.append(operations.number)
+    assert numbers[0] == numbers[1]
+
+
+def test_repack_knows_widths_that_no_matrix_has(make_experts):
+    experts = make_experts([[3]], 64, 64, 32)
+    known = dataclasses.replace(
+        experts, widths=(2, 3, 5), **{n: getattr(experts, n).clone() for n in ("packed", "scales")}
+    )
+    assert torch.equal(repack_(known).packed, repack_(experts).packed)
 
 
 def test_repack_refuses_what_it_cannot_tile(make_experts):
