@@ -7,6 +7,7 @@ memory. None outlives the process that it works for, however that ends.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import signal
@@ -168,6 +169,8 @@ def _work(connection: Connection, shared_bytes: bytes, function_bytes: bytes) ->
     """What a process does: call the function on each item that comes, until the connection ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    # What concerns all of them is told by the process that they work for.
+    logging.getLogger("alphaq_vllm").setLevel(logging.ERROR)
     shared = pickle.loads(shared_bytes)
     function = _loads(function_bytes, shared)
     items: SimpleQueue[bytes | None] = SimpleQueue()

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 FORMAT = {
     "alphaq_vllm.format", "alphaq_vllm.packing", "alphaq_vllm.linear_packing", "alphaq_vllm.checksums",
     "alphaq_vllm.cache", "alphaq_vllm.cores", "alphaq_vllm.paths", "alphaq_vllm.ranks",
+    "alphaq_vllm.native_build",
 }  # fmt: skip
 # Modules of ``offline`` itself that any room may use.
 COMMON = {"offline", "offline.messages", "offline.strict_json", "offline.progress", "offline.threads"}

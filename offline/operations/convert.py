@@ -29,6 +29,7 @@ from offline.operations.plan import Job
 from offline.operations.summary import Summary
 from offline.operations.timing import expect
 from offline.progress import Course, course, format_seconds
+from offline.quantizers.quantize import prepare
 from offline.sensitivity.propagation import LENGTH, TOKENS
 from offline.sensitivity.stats import read_statistics
 from offline.source.architectures import text_config
@@ -93,6 +94,7 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     check_path(out)
     check_output(out, source.path.resolve(), needed_bytes, options.resume)
     check_values(source, found, every_expert)
+    prepare(quantizer)
     settings = {
         "widths": asdict(widths) if isinstance(widths, Budget) else widths,
         "group_size": group_size,

@@ -15,6 +15,7 @@ from offline.model.runnable import can_run
 from offline.model.text import MAX_TOKENS
 from offline.operations.options import MeasureOptions, with_options
 from offline.operations.plan import Job, plan, quantized_specs
+from offline.quantizers.quantize import prepare
 from offline.sensitivity.matrices import measure_matrices
 from offline.sensitivity.propagation import error_gains
 from offline.sensitivity.stats import STATS, Origin, Statistics, read_statistics
@@ -59,6 +60,7 @@ def measure(model: str | Path, output: str | Path | None, options: MeasureOption
         output.touch()
         output.unlink()
     check_values(source, held, experts)
+    prepare(options.quantizer)
     workers = choose_workers(options.workers, experts.numel)
     job = Job(str(model), source, experts, options.group_size, workers=workers, quantizer=options.quantizer)
     statistics = take_statistics(job, budget.measured_widths, gains=budget.needs_gains)

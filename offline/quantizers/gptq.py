@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alphaq_vllm.packing import pack
+from offline.quantizers import native
 from offline.quantizers.grids import mse_grid
 from offline.quantizers.groups import quantize_groups
 from offline.quantizers.quantize import Quantized, check_matrix, chunks
@@ -87,21 +88,31 @@ def gptq(weight: Tensor, factor: Tensor, num_bits: int, group_size: int) -> Quan
     grids, sse = [], 0.0
     for start in range(0, in_features, group_size):
         end = start + group_size
-        block, errors = left[start:end], torch.empty_like(left[start:end])
+        block, own = left[start:end], factor[start:end, start:end]
         scale, zero = _grid(block.T.contiguous(), top)
         grids.append((scale, zero))
         step, offset = scale.float(), zero.float()
-        for j in range(group_size):
-            code = (block[j] / step).add_(offset).clamp_(0, top).round_()
-            codes[start + j] = code
-            block_row = factor[start + j, start + j : end]
-            errors[j] = (block[j] - (code - offset) * step) / block_row[0]
-            block[j + 1 :].addr_(block_row[1:], errors[j], alpha=-1)
+        errors = _round_columns(block, own, step, offset, top, codes[start:end])
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
         restored = (codes[start:end] - offset) * step
         sse += (restored - weight[:, start:end].T).double().square().sum().item()
     scale, zero = (torch.stack(tensors, 1) for tensors in zip(*grids, strict=True))
     return Quantized(pack(codes.T.contiguous(), num_bits), scale, zero, sse / weight.numel())
+
+
+def _round_columns(block: Tensor, factor: Tensor, step: Tensor, offset: Tensor, top: int, codes: Tensor) -> Tensor:
+    """Write the codes of a group's columns, ``block [group_size, out_features]``, which may be overwritten, and
+    return the errors that are to be made up for in the columns after it.
+    """
+    if block.device.type == "cpu" and (code := native.library()):
+        return native.round_columns(code, block, factor, step, offset, top, codes)
+    errors = torch.empty_like(block)
+    for j, row in enumerate(factor):
+        rounded = (block[j] / step).add_(offset).clamp_(0, top).round_()
+        codes[j] = rounded
+        errors[j] = (block[j] - (rounded - offset) * step) / row[j]
+        block[j + 1 :].addr_(row[j + 1 :], errors[j], alpha=-1)
+    return errors
 
 
 def _grid(weight: Tensor, top: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from offline.quantizers import native
 from offline.quantizers.groups import FindGrid, Groups, stored_grid
 
 # The first grids cover these fractions of the way from the group's range to its range divided by 2 ** (num_bits / 2).
@@ -50,20 +51,22 @@ def mse_grid(groups: Groups, top: int) -> tuple[Tensor, Tensor]:
 
     For fixed codes the best scale and zero point are a linear regression of the weights on the codes, and for a fixed
     grid the best codes are the nearest ones. Alternating the two only finds the optimum nearby: each round here takes
-    such a step from several disturbed copies of the best grid so far.
+    such a step from several disturbed copies of the best grid so far. On a CPU native code does it where there is one.
     """
     # Nothing is left to the default dtype, which vLLM changes while it loads a model.
     dtype, device = torch.float32, groups.x.device
-    shrink = 1 - torch.tensor(STARTS, dtype=dtype, device=device).view(-1, 1, 1) / math.sqrt(top + 1)
-    inverse_step = (top / 2 / shrink).expand(-1, len(groups.x), 1)
-    inverse_step, zero = _refit(groups, inverse_step, torch.full_like(inverse_step, top / 2), top)
-    angles = torch.arange(DIRECTIONS, dtype=dtype, device=device).view(-1, 1, 1) * (2 * math.pi / DIRECTIONS)
+    starts = top / 2 / (1 - torch.tensor(STARTS, dtype=dtype, device=device) / math.sqrt(top + 1))
+    angles = torch.arange(DIRECTIONS, dtype=dtype, device=device) * (2 * math.pi / DIRECTIONS)
     # The undisturbed grid competes too, so that no round can make matters worse.
     ring = torch.stack((angles.cos() * STRETCH, angles.sin() * SHIFT))
     ring = torch.cat((torch.zeros_like(ring[:, :1]), ring), 1)
-    for halvings in range(ROUNDS):
-        stretch, shift = ring / 2**halvings
-        factor = (2 / top * stretch).exp()
+    stretches, shifts = ring[:, None] / 2 ** torch.arange(ROUNDS, dtype=dtype, device=device)[:, None]
+    factors = (2 / top * stretches).exp()
+    if device.type == "cpu" and (code := native.library()):
+        return stored_grid(groups, *native.mse_grid(code, groups, top, starts, factors, shifts), top)
+    inverse_step = starts.view(-1, 1, 1).expand(-1, len(groups.x), 1)
+    inverse_step, zero = _refit(groups, inverse_step, torch.full_like(inverse_step, top / 2), top)
+    for factor, shift in zip(factors[..., None, None], shifts[..., None, None], strict=True):
         inverse_step, zero = _refit(groups, inverse_step * factor, (zero - top / 2) * factor + top / 2 + shift, top)
     return stored_grid(groups, inverse_step, zero, top)
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from alphaq_vllm.format import PACKED, SCALE, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, ZERO, matrix_tensors
 from alphaq_vllm.packing import pack
+from offline.quantizers import native
 from offline.quantizers.grids import GRIDS
 from offline.quantizers.groups import FindGrid, Groups, normalize, quantize_groups
 
 QUANTIZERS = (*GRIDS, "gptq")
+_NATIVE = ("mse", "gptq")
 # Weights searched at a time: what keeps the disturbed copies in a CPU's cache, and a GPU busy.
 CPU_CHUNK, GPU_CHUNK = 2**16, 2**22
 # ``quantization_mse`` quantizes about this many groups, and no fewer rows.
@@ -91,6 +93,14 @@ def _sum_errors(
         for i, num_bits in enumerate(widths):
             errors[i] += quantize_groups(groups, 2**num_bits - 1, find_grid)[-1].item()
     return deviation, errors
+
+
+def prepare(quantizer: str) -> None:
+    """Compile what a quantizer runs on this machine, so that processes which use it at once find it ready, and so that
+    the lack of a compiler is told once.
+    """
+    if quantizer in _NATIVE and not torch.cuda.is_available():
+        native.library()
 
 
 def check_matrix(weight: Tensor, widths: Sequence[int], group_size: int) -> None:

@@ -15,7 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PASSED = Path(__file__).with_name("PASSED")
 SUFFIXES = (".py", ".cpp", ".h")
-SOURCES = ("alphaq_vllm/kernels", "alphaq_vllm/packing.py", "alphaq_vllm/format.py", "tests/kernels", "tests/emulator")
+SOURCES = (
+    "alphaq_vllm/kernels", "alphaq_vllm/native_build.py", "alphaq_vllm/packing.py", "alphaq_vllm/format.py",
+    "tests/kernels", "tests/emulator",
+)  # fmt: skip
 
 
 def digest() -> str:

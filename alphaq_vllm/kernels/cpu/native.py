@@ -6,21 +6,18 @@ import ctypes
 import dataclasses
 import logging
 import math
-import os
 import struct
-import subprocess
 from functools import cache
 
 import torch
 
-from alphaq_vllm.kernels.cpu import build
+from alphaq_vllm import native_build
 from alphaq_vllm.kernels.experts import PackedExperts
 from alphaq_vllm.kernels.gate import SUPPORTED_ACTIVATIONS
 from alphaq_vllm.kernels.routing import Routing
 from alphaq_vllm.kernels.weights import MoEWeights
+from alphaq_vllm.native_build import KERNEL, load
 
-# Chooses an instruction set of build.INSTRUCTION_SETS, or `none` for torch.
-INSTRUCTION_SET = "ALPHAQ_CPU_KERNEL"
 ROWS = 16
 # Bytes to an activation: 2 hold bfloat16 and float16 with more precision than a product in these has.
 DIGITS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 3}
@@ -39,49 +36,16 @@ _pointer, _int64 = ctypes.c_void_p, ctypes.c_int64
 
 @cache
 def best_instruction_set() -> str:
-    """The instruction set to compute with, or ``none`` for torch.
-
-    It is the user's choice, or the best that this processor has and for which the kernel can be built. The log says why
-    it is not the best of the processor.
-
-    Raises ValueError for a choice that this processor does not have.
-    """
-    has = build.supported()
-    chosen = os.environ.get(INSTRUCTION_SET)
-    if chosen and chosen not in (*has, "none"):
-        raise ValueError(f"{INSTRUCTION_SET}: expected one of {', '.join((*has, 'none'))} here, got {chosen}")
-    first_error: Exception | None = None
-    for name in (chosen,) if chosen else has:
-        if name == "none":
-            return name
-        try:
-            load(name)
-        except (OSError, subprocess.SubprocessError) as error:
-            first_error = first_error or error
-            continue
-        if first_error:
-            logger.warning("AlphaQ's CPU kernel uses %s, not %s: %s", name, has[0], first_error)
-        return name
-    logger.warning("AlphaQ computes experts with torch, many times slower than its CPU kernel: %s", first_error)
-    return "none"
+    """The instruction set to compute with, or ``none`` for torch; see ``choose_instruction_set``."""
+    without = "AlphaQ computes experts with torch, many times slower than its CPU kernel"
+    return native_build.choose_instruction_set(KERNEL, "AlphaQ's CPU kernel", without)
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernel for this processor, or None if there is none."""
     name = best_instruction_set()
-    return None if name == "none" else load(name)
-
-
-@cache
-def load(instruction_set: str) -> ctypes.CDLL:
-    """The kernel for an instruction set.
-
-    Raises OSError or subprocess.SubprocessError if it cannot be built, and ValueError if it cannot run here.
-    """
-    if instruction_set not in build.supported():
-        raise ValueError(f"instruction_set: expected one of {build.supported()} here, got {instruction_set}")
-    return ctypes.CDLL(str(build.library_path(instruction_set)))
+    return None if name == "none" else load(KERNEL, name)
 
 
 def repack_(experts: PackedExperts, instruction_set: str | None = None) -> PackedExperts:
@@ -101,7 +65,7 @@ def repack_(experts: PackedExperts, instruction_set: str | None = None) -> Packe
         raise ValueError(f"experts: expected the order of the checkpoint, got that of a {experts.order}")
     if experts.N % ROWS:
         raise ValueError(f"experts: expected a multiple of {ROWS} rows, got {experts.N}")
-    kernel = load(instruction_set or best_instruction_set())
+    kernel = load(KERNEL, instruction_set or best_instruction_set())
     shape = (experts.N, experts.K)
     for widths, starts in zip(experts.num_bits.tolist(), experts.offsets.tolist(), strict=True):
         for num_bits, start in zip(widths, starts, strict=True):
@@ -128,7 +92,7 @@ def repack_linear_(
     rows, words = packed.shape
     if rows % ROWS:
         raise ValueError(f"packed: expected a multiple of {ROWS} rows, got {rows}")
-    kernel = load(instruction_set or best_instruction_set())
+    kernel = load(KERNEL, instruction_set or best_instruction_set())
     _reorder(kernel, packed.data_ptr(), (rows, words * 32 // num_bits), num_bits, linear=True)
     _reorder_groups(kernel, scales)
 
@@ -188,7 +152,7 @@ def fused_moe(
         *_threads(),
     )
     w13, w2 = _experts(weights.w13, weights.w13_bias), _experts(weights.w2, weights.w2_bias)
-    result = load(instruction_set or best_instruction_set()).alphaq_fused_moe(w13, w2, call)
+    result = load(KERNEL, instruction_set or best_instruction_set()).alphaq_fused_moe(w13, w2, call)
     if result == UNKNOWN_EXPERT:
         raise ValueError(f"topk_ids: expected local ids below {weights.w13.num_experts}, got {int(expert_ids.max())}")
     _check(result)
@@ -219,7 +183,7 @@ def linear(
     weights = LINEAR.pack(packed.data_ptr(), scales.data_ptr(), num_bits, N, K, K // groups)
     digits = digits or DIGITS[x.dtype]
     call = LINEAR_CALL.pack(x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], x.shape[0], digits, *_threads())
-    _check(load(instruction_set or best_instruction_set()).alphaq_linear(weights, call))
+    _check(load(KERNEL, instruction_set or best_instruction_set()).alphaq_linear(weights, call))
     return out
 
 

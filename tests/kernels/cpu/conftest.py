@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from alphaq_vllm import native_build as build
 from alphaq_vllm.kernels import PackedExperts
-from alphaq_vllm.kernels.cpu import build, native
+from alphaq_vllm.kernels.cpu import native
 from alphaq_vllm.kernels.gate import SUPPORTED_ACTIVATIONS
 
 Driver = Callable[..., torch.Tensor]
@@ -23,7 +24,7 @@ def build_driver(directory: Path, command: Sequence[str], emulator: Sequence[str
     """
     program = directory / "driver"
     source = Path(__file__).with_name("driver.cpp")
-    options = ["-std=c++17", "-Wno-psabi", "-pthread", f"-I{build.SOURCES}", str(source), "-o", str(program)]
+    options = ["-std=c++17", "-Wno-psabi", "-pthread", f"-I{build.KERNEL.directory}", str(source), "-o", str(program)]
     subprocess.run([*command, *options], check=True, timeout=900)
 
     def run(problem, threads: int = 1) -> torch.Tensor:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from alphaq_vllm.kernels.cpu import build
+from alphaq_vllm import native_build as build
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 pytestmark = pytest.mark.skipif(not (COMPILER and EMULATOR), reason="no cross compiler or no emulator for Arm")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from alphaq_vllm import linear_packing
-from alphaq_vllm.kernels.cpu import build, native
+from alphaq_vllm import native_build as build
+from alphaq_vllm.kernels.cpu import native
 from alphaq_vllm.kernels.linear import PackedLinear, linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from alphaq_vllm import native_build as build
 from alphaq_vllm.kernels import MoEWeights, PackedExperts, fused_moe, prepare_
-from alphaq_vllm.kernels.cpu import build, native
+from alphaq_vllm.kernels.cpu import native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

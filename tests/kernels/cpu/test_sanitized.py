@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alphaq_vllm.kernels.cpu import build
+from alphaq_vllm import native_build as build
 
 CASES = ("group-32-all-widths", "100-tokens-padding", "no-gate-100-tokens-padding")
 QUICK = [f"{case}-{build.supported()[0]}-address" for case in CASES]

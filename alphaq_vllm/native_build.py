@@ -1,13 +1,14 @@
-"""The native kernel as a shared library: compiled on first use, for the processor at hand, and kept.
+"""Native code as shared libraries: compiled on first use, for the processor at hand, and kept.
 
-    python -m alphaq_vllm.kernels.cpu.build [INSTRUCTION_SET ...]
+    python -m alphaq_vllm.native_build [INSTRUCTION_SET ...]
 
-builds into the package itself, for images and for machines without a compiler.
+builds into the packages themselves, for images and for machines without a compiler.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import shlex
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +25,20 @@ from filelock import FileLock
 
 from alphaq_vllm.cache import cache_directory
 
-SOURCES = Path(__file__).with_name("native")
+
+@dataclass(frozen=True)
+class Sources:
+    """What one library is compiled from: a directory, its file that includes all others, and options of its own."""
+
+    directory: Path
+    main: str
+    flags: tuple[str, ...] = ()
+
+
+_PACKAGES = Path(__file__).parents[1]
+KERNEL = Sources(_PACKAGES / "alphaq_vllm/kernels/cpu/native", "layer.cpp")
+# Sums and products are rounded one by one, so that all instruction sets compute the same bits.
+QUANTIZERS = Sources(_PACKAGES / "offline/quantizers/native", "quantize.cpp", ("-ffp-contract=off",))
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi")
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -45,6 +60,10 @@ KERNEL_NAMES = {
 }  # fmt: skip
 PORTABLE = "portable"
 NO_COMPILER = "no C++ compiler: install g++, or name one in CXX"
+# Chooses an instruction set, or `none` for torch.
+INSTRUCTION_SET = "ALPHAQ_CPU_KERNEL"
+
+logger = logging.getLogger("alphaq_vllm")
 
 
 def instruction_sets(machine: str = platform.machine()) -> dict[str, tuple[str, ...]]:
@@ -78,27 +97,66 @@ def _may_use_tiles() -> bool:
     return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
-def library_path(instruction_set: str) -> Path:
+def choose_instruction_set(sources: Sources, what: str, without: str) -> str:
+    """The instruction set to compute with, or ``none`` for torch.
+
+    It is the user's choice, or the best that this processor has and for which the library can be built. The log says
+    why it is not the best of the processor; what, without: its subjects, the library and work that is done without one.
+
+    Raises ValueError for a choice that this processor does not have.
+    """
+    has = supported()
+    chosen = os.environ.get(INSTRUCTION_SET)
+    if chosen and chosen not in (*has, "none"):
+        raise ValueError(f"{INSTRUCTION_SET}: expected one of {', '.join((*has, 'none'))} here, got {chosen}")
+    first_error: Exception | None = None
+    for name in (chosen,) if chosen else has:
+        if name == "none":
+            return name
+        try:
+            load(sources, name)
+        except (OSError, subprocess.SubprocessError) as error:
+            first_error = first_error or error
+            continue
+        if first_error:
+            logger.warning("%s uses %s, not %s: %s", what, name, has[0], first_error)
+        return name
+    logger.warning("%s: %s", without, first_error)
+    return "none"
+
+
+@cache
+def load(sources: Sources, instruction_set: str) -> ctypes.CDLL:
+    """The library for an instruction set.
+
+    Raises OSError or subprocess.SubprocessError if it cannot be built, and ValueError if it cannot run here.
+    """
+    if instruction_set not in supported():
+        raise ValueError(f"instruction_set: expected one of {supported()} here, got {instruction_set}")
+    return ctypes.CDLL(str(library_path(sources, instruction_set)))
+
+
+def library_path(sources: Sources, instruction_set: str) -> Path:
     """The library for an instruction set, built now if it was not before.
 
     Raises OSError or subprocess.SubprocessError if it cannot be built: no compiler, or nowhere to put it.
     """
-    name = library_name(instruction_set)
-    if (shipped := SOURCES / name).is_file():
+    name = library_name(sources, instruction_set)
+    if (shipped := sources.directory / name).is_file():
         return shipped
     if (compiler := find_compiler()) is None:
         raise OSError(NO_COMPILER)
     path = _private_directory() / name
     with FileLock(f"{path}.lock"):
         if not path.is_file():
-            compile_to(path, instruction_set, compiler)
+            compile_to(path, sources, instruction_set, compiler)
     return path
 
 
-def library_name(instruction_set: str) -> str:
+def library_name(sources: Sources, instruction_set: str) -> str:
     """A name that another machine, and an update of the sources, does not share."""
-    total = sha256(repr((FLAGS, instruction_sets()[instruction_set])).encode())
-    for source in sorted(SOURCES.glob("*.[hc]*")):
+    total = sha256(repr((FLAGS, sources.flags, instruction_sets()[instruction_set])).encode())
+    for source in sorted(sources.directory.glob("*.[hc]*")):
         total.update(source.read_bytes())
     return f"alphaq-{platform.machine()}-{instruction_set}-{total.hexdigest()[:16]}.so"
 
@@ -110,18 +168,12 @@ def find_compiler() -> list[str] | None:
     return next(([found] for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
 
 
-def compile_to(path: Path, instruction_set: str, compiler: list[str]) -> None:
+def compile_to(path: Path, sources: Sources, instruction_set: str, compiler: list[str]) -> None:
     """Write the library whole or not at all. Raises OSError or subprocess.SubprocessError."""
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         built = Path(directory, path.name)
-        command = [
-            *compiler,
-            *FLAGS,
-            *instruction_sets()[instruction_set],
-            str(SOURCES / "layer.cpp"),
-            "-o",
-            str(built),
-        ]
+        options = (*FLAGS, *sources.flags, *instruction_sets()[instruction_set])
+        command = [*compiler, *options, str(sources.directory / sources.main), "-o", str(built)]
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         if result.returncode:
             raise OSError(f"{shlex.join(command)}: {(result.stderr.strip() or 'failed').splitlines()[0]}")
@@ -152,7 +204,8 @@ def main() -> None:
     for name in sys.argv[1:] or instruction_sets():
         if name not in instruction_sets():
             sys.exit(f"{name}: expected one of {', '.join(instruction_sets())}")
-        compile_to(SOURCES / library_name(name), name, compiler)
+        for sources in (KERNEL, QUANTIZERS):
+            compile_to(sources.directory / library_name(sources, name), sources, name, compiler)
 
 
 if __name__ == "__main__":

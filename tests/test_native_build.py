@@ -1,4 +1,4 @@
-"""How the native CPU kernel comes to be: built on first use, kept where nobody else can write, done without at need."""
+"""How native code comes to be: built on first use, kept where nobody else can write, done without at need."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from alphaq_vllm.kernels.cpu import build
+from alphaq_vllm import native_build as build
 
 # What a process of its own prints: the order of experts that prepare_ leaves, and what it logs.
 PREPARE = """
@@ -52,7 +53,7 @@ def test_is_built_once_in_a_directory_that_is_the_users_alone(cache):
 def test_a_directory_that_others_can_write_to_is_not_used(cache, monkeypatch):
     cache.mkdir(parents=True)
     cache.chmod(0o777)
-    path = build.library_path(build.PORTABLE)
+    path = build.library_path(build.KERNEL, build.PORTABLE)
     assert path.parent != cache
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert not list(cache.iterdir())
@@ -100,24 +101,27 @@ def test_the_instruction_set_can_be_chosen(cache):
     )
 
 
-def test_every_instruction_set_of_this_machine_compiles(tmp_path):
+@pytest.mark.parametrize("sources", [build.KERNEL, build.QUANTIZERS], ids=lambda sources: sources.main)
+def test_every_instruction_set_of_this_machine_compiles(sources, tmp_path):
     compiler = build.find_compiler()
     assert compiler
     for name in build.instruction_sets():
         if name not in build.supported():
-            build.compile_to(tmp_path / name, name, compiler)
+            build.compile_to(tmp_path / name, sources, name, compiler)
             assert (tmp_path / name).is_file()
 
 
 def test_the_command_builds_into_the_package(tmp_path, monkeypatch, cache):
     """So an image needs no compiler later."""
-    sources = tmp_path / "native"
-    shutil.copytree(build.SOURCES, sources)
-    monkeypatch.setattr(build, "SOURCES", sources)
+    for name in ("KERNEL", "QUANTIZERS"):
+        sources = getattr(build, name)
+        shutil.copytree(sources.directory, tmp_path / name)
+        monkeypatch.setattr(build, name, replace(sources, directory=tmp_path / name))
     monkeypatch.setattr(sys, "argv", ["build", build.PORTABLE])
     build.main()
     monkeypatch.setenv("PATH", "/nowhere")
-    assert build.library_path(build.PORTABLE).parent == sources
+    for sources in (build.KERNEL, build.QUANTIZERS):
+        assert build.library_path(sources, build.PORTABLE).parent == sources.directory
     assert not cache.exists()
     with pytest.raises(SystemExit, match=r"no C\+\+ compiler"):
         build.main()
