@@ -251,7 +251,8 @@ def _deepseek_v4(tensors, config):
     return {names[name]: tensor for name, tensor in tensors.items()}, config
 
 
-def _minimax_m3(tensors, config):
+def _dense(tensors, config):
+    """A first layer without experts, whose block is named otherwise."""
     dense = "layers.0.block_sparse_moe."
     return {name.replace(dense, "layers.0.mlp."): tensor for name, tensor in tensors.items()}, config
 
@@ -269,8 +270,8 @@ def _qwen3_omni(tensors, config):
 
 
 # What is published, of the tensors and the config that transformers saves.
-PUBLISHED = {"deepseek_v4": _deepseek_v4, "minimax_m3_vl": _minimax_m3, "qwen3_omni_moe": _qwen3_omni,
-             "step3p5": _step3p5}  # fmt: skip
+PUBLISHED = {"deepseek_v4": _deepseek_v4, "kimi_linear": _dense, "minimax_m3_vl": _dense,
+             "qwen3_omni_moe": _qwen3_omni, "step3p5": _step3p5}  # fmt: skip
 
 
 def config_class(model_type):
