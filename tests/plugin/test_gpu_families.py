@@ -3,6 +3,7 @@
 What it builds on GPUs is built here too, with stand-ins for what that needs beside weights: nothing is computed.
 """
 
+import json
 from importlib import import_module
 
 import pytest
@@ -38,11 +39,14 @@ PUBLISHED = {
         "sliding_window_size": 128, "add_swa_attention_sink_bias": True,
     },
     "axk1": {"topk_method": "noaux_tc"},
+    "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
 }  # fmt: skip
 LOADED = (
     *PUBLISHED, "jamba", "laguna", "dots1", "solar_open", "granitemoe_swa", "hunyuan_v1_moe", "exaone_moe", "mellum",
-    "flex_olmo",
+    "flex_olmo", "gemma4",
 )  # fmt: skip
+# vLLM's code for models that see imports torchvision.
+TORCHVISION = ("gemma4", "qwen3_vl_moe")
 # Those that another class serves on GPUs than on CPUs.
 ON_GPUS = ("deepseek_v32", "glm_moe_dsa")
 # What vLLM makes and does not fill: it does not use it, or see below.
@@ -74,6 +78,13 @@ def stand_ins(monkeypatch):
     monkeypatch.setenv("VLLM_KIMI_K3_GEMM_AR", "0")
 
 
+def publish(source, settings):
+    """Write settings into a config, also into parts of it."""
+    config = json.loads((source / "config.json").read_bytes())
+    parts = {key: {**config[key], **own} for key, own in settings.items() if isinstance(config.get(key), dict)}
+    edit_config(source, **{**settings, **parts})
+
+
 def empty_model(checkpoint, place):
     """The model that a config asks for, of the class in a place, and in it nothing but NaN and zeros."""
     kind = getattr(import_module(place[0]), place[1]) if place else None
@@ -101,8 +112,10 @@ def bytes_of_codes(tensors):
     ("model_type", "place"), [*((model_type, None) for model_type in LOADED), *((name, DSA) for name in ON_GPUS)]
 )
 def test_vllm_loads_every_tensor_of_what_is_converted(model_type, place, tmp_path, stand_ins):
+    if model_type in TORCHVISION:
+        pytest.importorskip("torchvision")
     save_tiny_model(model_type, tmp_path / "source")
-    edit_config(tmp_path / "source", **PUBLISHED.get(model_type, {}))
+    publish(tmp_path / "source", PUBLISHED.get(model_type, {}))
     convert(tmp_path / "source", tmp_path / "out", bits=3, group_size=64, noise="expert", quantizer="mse")
     (weights,) = (tmp_path / "out").glob("*.safetensors")
     stored = load_file(weights)

@@ -1,12 +1,15 @@
 """What layers hand on besides hidden states: taken from one, kept, and given to the next."""
 
 import inspect
+import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaDecoderLayer, GlmMoeDsaModel
 
+from alphaq_vllm import convert
 from offline.journal import Journal
 from offline.model.decoder import Decoder
 from offline.model.forward import forward
@@ -92,6 +95,25 @@ def test_what_depends_on_the_experts_is_handed_on_when_they_are_done(tmp_path, w
     check(tmp_path, decoder, source, experts, windows)
     # What comes out of the last goes nowhere.
     assert [layer.scale for layer in decoder.layers] == [None, None, None, None, 1]
+
+
+def test_indexers_that_no_layer_uses_are_kept(tiny_model, tmp_path):
+    """Published checkpoints have one for every layer, and vLLM leaves out those that it does not use."""
+    plain, full = tiny_model("glm_moe_dsa"), tmp_path / "full"
+    tensors = load_file(shutil.copytree(plain, full) / "model.safetensors")
+    unused = {name.replace(".0.", ".1."): t.clone() for name, t in tensors.items() if ".0.self_attn.indexer." in name}
+    assert unused
+    assert not unused.keys() & tensors.keys()
+    save_file(tensors | unused, full / "model.safetensors", {"format": "pt"})
+    converted = {}
+    for source in (plain, full):
+        out = tmp_path / f"{source.name}-out"
+        summary = convert(source, out, bits=3.0, group_size=64, calibration_tokens=256, calibration_length=64)
+        assert (summary.quantizer, summary.noise) == ("gptq", "propagated")
+        (weights,) = out.glob("*.safetensors")
+        converted[source] = load_file(weights)
+    assert converted[full].keys() == converted[plain].keys() | unused.keys()
+    assert all(torch.equal(converted[full][name], tensor) for name, tensor in (converted[plain] | unused).items())
 
 
 def test_layers_are_refused_that_take_what_an_earlier_one_returned(tmp_path, windows, monkeypatch):
