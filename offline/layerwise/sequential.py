@@ -64,7 +64,7 @@ class SequentialGptq:
     def __init__(self, source: Checkpoint, experts: Experts, calibration: Calibration) -> None:
         self._source, self._experts = source, experts
         self.decoder = Decoder(source, experts)
-        self._length = calibration.length
+        self.length = calibration.length
         self._max_tokens = calibration.tokens or max(calibration.length, default_tokens(source, experts))
         self._text = read_windows(source, calibration, self._max_tokens) if calibration.files else None
         self._written: Tensor | None = None
@@ -79,17 +79,17 @@ class SequentialGptq:
         """Number of tokens of calibration text."""
         if self._text is not None:
             return self._text.numel()
-        length = min(self._length, self.decoder.context)
+        length = min(self.length, self.decoder.context)
         return self._max_tokens // length * length
 
     def writes(self, tokens: int, length: int) -> bool:
         """Whether ``text`` begins with what ``write_text`` writes for so many tokens in windows of ``length``."""
-        return self.own_text and self._length == length and self._max_tokens >= tokens
+        return self.own_text and self.length == length and self._max_tokens >= tokens
 
     @property
     def digest(self) -> str:
         """What tells one calibration from another."""
-        text = (self._length, self._max_tokens) if self._text is None else self._text.tolist()
+        text = (self.length, self._max_tokens) if self._text is None else self._text.tolist()
         return hashlib.sha256(repr(text).encode()).hexdigest()
 
     def text(self, workers: int = 1, journal: Journal | None = None) -> Tensor:
@@ -97,7 +97,7 @@ class SequentialGptq:
         if self._text is not None:
             return self._text
         if self._written is None:
-            some = (self._max_tokens, self._length, workers, journal)
+            some = (self._max_tokens, self.length, workers, journal)
             self._written = write_text(self.decoder, self._source, self._experts, *some)
         return self._written
 

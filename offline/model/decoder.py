@@ -6,11 +6,13 @@ The weights of routed experts are never loaded here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from offline.model.handed import nbytes, num_returned
 from offline.model.layer import Layer, advance, recorder, route
 from offline.model.runnable import (
     computed_buffers,
@@ -31,6 +33,7 @@ from offline.source.recognition import family_of
 class Decoder:
     """The decoder of a checkpoint that has all tensors of its model, without weights.
 
+    ``hands_on``: whether its layers may return more than hidden states for the next.
     Raises ValueError for a family that cannot be run layer by layer.
     """
 
@@ -62,6 +65,9 @@ class Decoder:
         # What Granite divides its predictions by, Cohere multiplies them by, and Gemma bends them to.
         self._logits_scaling = getattr(config, "logits_scaling", 1.0) / (getattr(config, "logit_scale", None) or 1.0)
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._num_returned = num_returned(self._decoder)
+        self.hands_on = self._num_returned > 1
+        self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.context: int = config.max_position_embeddings
         below = f"{names[self._decoder.layers]}."
@@ -75,11 +81,14 @@ class Decoder:
             routed = experts_module(module) if name in experts.modules else None
             back = latent_projection(module) if routed else None
             self.layers.append(Layer(module, tensors, routed, name if routed else None, back, kept))
+        for layer, following in pairwise(self.layers):
+            layer.following = following
 
     @torch.no_grad()
-    def rehearse(self, source: Checkpoint) -> None:
-        """Take a token through the model without weights, to see that its config lets it run.
+    def rehearse(self, source: Checkpoint, length: int = 1) -> int:
+        """Take a window of so many tokens through the model without weights, to see that its config lets it run.
 
+        Returns the most bytes that a layer hands on for it besides hidden states.
         Raises ValueError for a config with which transformers fails, or computes no numbers.
         """
         if self.context < 1:
@@ -88,7 +97,7 @@ class Decoder:
                 f"got {self.context}: correct it or download it again"
             )
         with by_transformers(source, "run"):
-            hidden = torch.zeros(1, 1, self._decoder.config.hidden_size)
+            hidden, handed_nbytes = torch.zeros(1, length, self.hidden_size), 0
             self._enter(hidden)
             computed = [hidden / self._logits_scaling, *tree_iter([layer.arguments for layer in self.layers])]
             hidden = hidden.to("meta")
@@ -98,11 +107,13 @@ class Decoder:
                     advance(layer, hidden)
                 else:
                     route(layer, hidden)
+                handed_nbytes = max(handed_nbytes, *(nbytes(handed) for handed in layer.handed.values()), 0)
         if any(bool(part.isnan().any()) for part in computed if isinstance(part, Tensor)):
             raise ValueError(
                 f"{source.path}: config.json: expected positions and factors that transformers can compute with, "
                 "got some that give NaN: correct it or download it again"
             )
+        return handed_nbytes
 
     @torch.no_grad()
     def embed(self, source: Checkpoint, windows: Tensor, device: torch.device) -> Tensor:
@@ -117,8 +128,8 @@ class Decoder:
 
     def _enter(self, hidden: Tensor) -> None:
         """Replace rows of the embedding table, ``[windows, length, hidden_size]``, by the input of the first layer."""
-        for layer in self.layers:
-            layer.module.forward = recorder(layer)  # type: ignore[method-assign]
+        for number, layer in enumerate(self.layers):
+            layer.module.forward = recorder(layer, number, self._num_returned)  # type: ignore[method-assign]
         setattr(self._decoder, self._norm_name, nn.Identity())
         place_buffers(self._decoder, self._buffers, hidden.device)
         for window in hidden:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from offline.model.formula import Formula, formula_of
+from offline.model.handed import Arguments, Handed, Place, filled, places, same
 from offline.model.runnable import place_buffers
 from offline.source.checkpoint import Checkpoint
 from offline.threads import in_threads
@@ -54,9 +55,10 @@ class Layer:
     tensors: the source's tensors whose rows, one's after another's, make each parameter and buffer of the module but
     its experts'; experts: the module of routed experts and source_experts its name in the source, if it has one; back:
     what projects the sum of their outputs from latents, if anything does; buffers: what no checkpoint has of it;
-    arguments: what it is called with besides its input; scale: what the output of the experts, projected back, is
-    multiplied by before it is added to the rest, None if that is not all that happens to it, and unknown before the
-    layer runs.
+    arguments: what it is called with besides its input, and takes what it needs for that of what the layer before it
+    returns, which ``handed`` has by window; following: the layer after it; scale: what the output of the experts,
+    projected back, is multiplied by before it is added to the rest, None if that is not all that happens to it, and
+    unknown before the layer runs.
     """
 
     module: nn.Module
@@ -65,7 +67,10 @@ class Layer:
     source_experts: str | None
     back: nn.Linear | None = None
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    arguments: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
+    arguments: Arguments = ((), {})
+    takes: list[Place] = field(default_factory=list)
+    handed: dict[int, Handed] = field(default_factory=dict)
+    following: Layer | None = field(default=None, repr=False)
     scale: float | None = None
     probed: bool = False
 
@@ -97,7 +102,7 @@ def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
     features = hidden.shape[2] if layer.back is None else layer.back.in_features
     inputs = hidden.new_empty(*hidden.shape[:2], features)
     if not layer.probed and not hidden.is_meta:
-        layer.scale, layer.probed = _scale(layer, hidden[0]), True
+        layer.scale, layer.probed = _scale(layer, hidden), True
     before = hidden.clone() if layer.probed and layer.scale is None else None
 
     def record(hidden_states: Tensor, *topk: Tensor) -> Tensor:
@@ -105,7 +110,7 @@ def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
         return torch.zeros_like(hidden_states)
 
     def run(number: int) -> tuple[Tensor, Tensor]:
-        hidden[number] = _call(layer, hidden[number])
+        hidden[number] = _call(layer, hidden, number)
         inputs[number] = seen.inputs.view_as(inputs[number])
         return seen.topk
 
@@ -135,18 +140,21 @@ def _answer(outputs: Tensor, hidden_states: Tensor) -> Tensor:
     return answer
 
 
-def _scale(layer: Layer, window: Tensor) -> float | None:
+def _scale(layer: Layer, hidden: Tensor) -> float | None:
     """What a layer multiplies the output of its experts by before it adds it to the rest, if that is all that it does.
 
     It is found by adding noise to that output.
     """
+    window = hidden[0]
     features = window.shape[-1] if layer.back is None else layer.back.in_features
     outputs = window.new_zeros(*window.shape[:-1], features)
     layer.experts.forward = lambda hidden_states, *_: _answer(outputs, hidden_states)  # type: ignore[union-attr]
-    without = _call(layer, window).view_as(window)
+    without, handed = _call(layer, hidden, 0).view_as(window), _handed_on(layer, 0)
     noise = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(window.device)
     outputs = noise * without.square().mean().sqrt()
-    change = (_call(layer, window).view_as(window) - without).double()
+    change = (_call(layer, hidden, 0).view_as(window) - without).double()
+    if not same(handed, _handed_on(layer, 0)):
+        return None
     added = (outputs if layer.back is None else outputs @ layer.back.weight.T).double()
     scale = float((change * added).sum() / added.square().sum())
     # Multipliers have few digits, and rounding blurs the last ones.
@@ -173,7 +181,7 @@ def add_outputs(
 
     def run(number: int) -> None:
         part.outputs = outputs[number]
-        hidden[number] = _call(layer, before[number])
+        hidden[number] = _call(layer, before, number)
 
     with layer.loaded(source, hidden.device):
         layer.experts.forward = lambda states, *_: _answer(part.outputs, states)  # type: ignore[union-attr]
@@ -185,23 +193,45 @@ def add_outputs(
 def advance(layer: Layer, hidden: Tensor, workers: int = 1) -> None:
     """Replace ``hidden``, the input of a loaded layer without experts, by its output; workers: as of ``route``."""
 
-    def run(window: Tensor) -> None:
-        window.copy_(_call(layer, window))
+    def run(number: int) -> None:
+        hidden[number] = _call(layer, hidden, number)
 
-    for _ in in_threads(run, hidden, workers):
+    for _ in in_threads(run, range(len(hidden)), workers):
         pass
 
 
-def _call(layer: Layer, window: Tensor) -> Tensor:
-    positional, named = layer.arguments
-    return layer.module(window[None], *positional, **named)[0]
+def _call(layer: Layer, hidden: Tensor, number: int) -> Tensor:
+    """A layer's output for one window of its input; what it returns besides goes to the following layer."""
+    positional, named = filled(layer.arguments, layer.handed[number]) if layer.takes else layer.arguments
+    returned = layer.module(hidden[number][None], *positional, **named)
+    if layer.following and layer.following.takes:
+        layer.following.handed[number] = {part.place: returned[part.place] for part in layer.following.takes}
+    output: Tensor = returned[0]
+    return output
 
 
-def recorder(layer: Layer) -> Callable[..., Tensor]:
-    """What stands for a layer to learn with what else the decoder calls it; it passes its input on."""
+def _handed_on(layer: Layer, number: int) -> Handed:
+    """What a layer has returned for a window, of what the following layer takes."""
+    return layer.following.handed.get(number, {}) if layer.following else {}
 
-    def record(hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+
+def recorder(layer: Layer, number: int, num_returned: int) -> Callable[..., Any]:
+    """What stands for a layer to learn with what else the decoder calls it; it passes its input on.
+
+    number: of the layer; num_returned: how many values the decoder takes from it.
+    Raises ValueError where the layer takes what another than the one before it returns.
+    """
+
+    def record(hidden_states: Tensor, *positional: Any, **named: Any) -> Any:
         layer.arguments = positional, named
-        return hidden_states
+        layer.takes, layer.handed = places(layer.arguments), {}
+        for part in layer.takes:
+            if part.layer != number - 1:
+                raise ValueError(
+                    f"layer {number}: expected to be called with what layer {number - 1} returns, "
+                    f"got what layer {part.layer} returns"
+                )
+        others = [Place(number, place) for place in range(1, num_returned)]
+        return (hidden_states, *others) if others else hidden_states
 
     return record

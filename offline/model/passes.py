@@ -6,6 +6,7 @@ the layers before it again would give the same, but would read all their experts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from offline.journal import KEPT, Journal, sync
 from offline.model.decoder import Decoder
+from offline.model.handed import keep, restored
 from offline.model.layer import Layer
 from offline.progress import Progress
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts, matrix_nbytes
 from offline.threads import compute_device
+
+# The file beside what enters a layer, for what the layer before has handed to it otherwise.
+_HANDED = ".handed"
 
 
 class Pass:
@@ -44,14 +49,17 @@ class Pass:
     def begin(self, source: Checkpoint, windows: Tensor) -> Tensor:
         """What enters the first layer of ``layers``, as of ``Decoder.embed``: ``[windows, length, hidden_size]``."""
         hidden = self._decoder.embed(source, windows, compute_device())
-        if self._kept:
-            hidden.copy_(torch.from_file(str(self._kept), size=hidden.numel(), dtype=hidden.dtype).view_as(hidden))
+        if path := self._kept:
+            hidden.copy_(torch.from_file(str(path), size=hidden.numel(), dtype=hidden.dtype).view_as(hidden))
+            if (layer := self._next) and layer.takes:
+                layer.handed = restored(path.with_suffix(_HANDED), len(hidden), layer.takes, hidden.device)
         return hidden
 
     def layers(self, hidden: Tensor) -> Iterator[Layer]:
         """The layers that are left. Each has to replace ``hidden``, its input, by its output before the next."""
         for layer in self._decoder.layers[self.done :]:
             yield layer
+            layer.handed = {}
             if self._output or self.done + 1 < len(self._decoder.layers):
                 self._advance(hidden)
 
@@ -65,6 +73,9 @@ class Pass:
         if path := self._kept:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(hidden.cpu().numpy().data)
+            if (layer := self._next) and layer.takes:
+                keep(layer.handed, path.with_suffix(_HANDED))
+                sync(path.with_suffix(_HANDED))
             for directory in path.parents[:2]:
                 sync(directory)
         self._commit()
@@ -76,9 +87,15 @@ class Pass:
         self._journal.record(entry, self._kept)
         self._journal.commit()
         # Also what kills have left of layers and passes before.
+        kept = self._kept
         for path in self._journal.path.with_name(KEPT).glob("*"):
-            if path != self._kept:
+            if kept is None or path.stem != kept.stem:
                 path.unlink()
+
+    @property
+    def _next(self) -> Layer | None:
+        """The layer that what is kept enters, if it is not the output of the last."""
+        return next(iter(self._decoder.layers[self.done :]), None)
 
     @property
     def _kept(self) -> Path | None:
@@ -88,9 +105,13 @@ class Pass:
         return self._journal.path.with_name(KEPT) / f"{self.name}-{self.done}.float32"
 
 
-def kept_nbytes(tokens: int, hidden_size: int) -> int:
-    """Bytes on disk that a pass of so many tokens takes at most: what enters one layer and, for a moment, the next."""
-    return 2 * tokens * hidden_size * torch.float32.itemsize
+def kept_nbytes(decoder: Decoder, source: Checkpoint, tokens: int, length: int) -> int:
+    """Bytes on disk that a pass of so many tokens, in windows of ``length``, takes at most: what enters one layer and,
+    for a moment, the next.
+    """
+    length = min(length, decoder.context)
+    handed = decoder.rehearse(source, length) if decoder.hands_on else 0
+    return 2 * (tokens * decoder.hidden_size * torch.float32.itemsize + math.ceil(tokens / length) * handed)
 
 
 def passed(journal: Journal | None, phase: str, layers: int) -> float:

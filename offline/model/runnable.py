@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +16,6 @@ from offline.source.recognition import family_of
 
 # What Nemotron projects the sum of its experts' outputs by; an identity where they do not compute on latents.
 _LATENT_PROJECTION = "fc2_latent_proj"
-# How a decoder calls layers that return more than hidden states.
-_MORE = re.compile(r"^\s*\w+\s*,[^=\n]*=\s*\w*layer\(", re.MULTILINE)
 
 
 def can_run(source: Checkpoint) -> bool:
@@ -41,8 +37,6 @@ def why_not(source: Checkpoint) -> str:
         return "its experts compute something else than down(act(gate(x)) * up(x)) or down(act(up(x)))"
     if any(map(takes_sorted, modules)) and experts_per_token(source.config) > 1:
         return "its router scales the inputs of several experts for each token"
-    if _MORE.search(inspect.getsource(inspect.unwrap(type(decoder).forward))):
-        return "its layers hand each other more than hidden states"
     names = {module: name for name, module in model.named_modules()}
     prefix = f"{names[decoder]}." if names[decoder] else ""
     needed = {f"{prefix}{key}": tensor for key, tensor in tensors_beside_experts(decoder).items()}

@@ -169,10 +169,15 @@ def stored_rows(model: Any, family: Family, tensors: Mapping[str, Tensor]) -> di
 def _naming(model: Any, family: Family) -> Callable[[str], str]:
     """From names that transformers would give the tensors of a model to those of the family."""
     own = FAMILIES[model.config.model_type].prefix if model.config.model_type in FAMILIES else family.prefix
+    routed = {layer_number(key) for key in model.state_dict() if _MATRICES.search(key)}
 
     def named(name: str) -> str:
         below = name.removeprefix(own)
-        return name if below == name else family.prefix + below
+        name = name if below == name else family.prefix + below
+        block = re.match(rf"{family.block}(?=\.)", name)
+        if not (family.dense and block) or layer_number(name) in routed:
+            return name
+        return f"{block[0].rpartition('.')[0]}.{family.dense}{name[block.end() :]}"
 
     return named
 

@@ -20,6 +20,7 @@ from offline.allocation.widths import Budget, average_left
 from offline.journal import Journal
 from offline.layerwise.sequential import SequentialGptq
 from offline.model.check import check_source, check_values
+from offline.model.decoder import Decoder
 from offline.model.passes import kept_nbytes
 from offline.model.runnable import can_run
 from offline.model.text import Calibration
@@ -32,8 +33,7 @@ from offline.progress import Course, course, format_seconds
 from offline.quantizers.quantize import prepare
 from offline.sensitivity.propagation import LENGTH, TOKENS
 from offline.sensitivity.stats import read_statistics
-from offline.source.architectures import text_config
-from offline.source.checkpoint import open_checkpoint
+from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import Experts, find_experts
 from offline.source.linear import choose_formats, find_linear_layers
 from offline.source.selection import Selection
@@ -87,10 +87,9 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     if gptq:
         job = replace(job, calibration_tokens=gptq.tokens, own_text=gptq.own_text)
     propagates = isinstance(widths, Budget) and widths.needs_gains and not given
-    tokens = max(gptq.tokens if gptq else 0, TOKENS if propagates else 0)
     # The results of gptq lie beside the checkpoint until that is complete.
     needed_bytes = _least_bytes(job, widths, room) * (2 if gptq else 1)
-    needed_bytes += kept_nbytes(tokens, text_config(source.config)["hidden_size"])
+    needed_bytes += _kept_bytes(source, every_expert, gptq, propagates)
     check_path(out)
     check_output(out, source.path.resolve(), needed_bytes, options.resume)
     check_values(source, found, every_expert)
@@ -140,6 +139,17 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
         dry_run=options.dry_run,
         found=str(found),
     )
+
+
+def _kept_bytes(source: Checkpoint, experts: Experts, gptq: SequentialGptq | None, propagates: bool) -> int:
+    """Bytes that are kept while the model runs, for a resumed run to go on from; experts: all of the source's."""
+    texts = [(gptq.tokens, gptq.length)] if gptq else []
+    if propagates:
+        texts.append((TOKENS, LENGTH))
+    if not texts:
+        return 0
+    decoder = gptq.decoder if gptq else Decoder(source, experts)
+    return max(kept_nbytes(decoder, source, tokens, length) for tokens, length in texts)
 
 
 def _say_how_long(phases: Course) -> None:

@@ -15,7 +15,7 @@ from offline.allocation.widths import Budget
 from offline.journal import Journal
 from offline.layerwise.sequential import SequentialGptq
 from offline.model.decoder import Decoder
-from offline.model.layer import route
+from offline.model.layer import advance, route
 from offline.model.passes import passed
 from offline.model.sampling import predictions_held
 from offline.model.text import CONTEXT_TOKENS
@@ -152,7 +152,13 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
     length = min(LENGTH, decoder.context)
     windows = torch.randint(decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     hidden = decoder.embed(source, windows, device)
-    layer = next(layer for layer in decoder.layers if layer.source_experts is not None)
+    number = next(number for number, layer in enumerate(decoder.layers) if layer.source_experts is not None)
+    layer = decoder.layers[number]
+    if layer.takes:
+        # Layers before it have something for it.
+        for before in decoder.layers[:number]:
+            with before.loaded(source, device):
+                advance(before, hidden)
     start = time.monotonic()
     with layer.loaded(source, device):
         load = time.monotonic() - start

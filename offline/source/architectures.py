@@ -30,11 +30,12 @@ class Family:
     block: pattern of the MoE blocks, each with a module ``experts``; projections: gate, up and down, or up and down of
     experts without a gate, in this order, by the names that vLLM loads; fused: how the experts lie in a block with
     fused tensors; individual: whether transformers also reads one tensor per matrix; kept: tensors of a block's experts
-    that are not quantized; prefixes: what else the names of layers may begin with, for vLLM and transformers to load
-    them; built_as: the type of model that transformers builds, if it does not know this one by name; unbuilt: whether
-    transformers cannot tell what a checkpoint must hold, because it has the config alone, or saves other names than it
-    loads, or has no causal language model of it; own_code: whether the config's code comes with the model, because
-    neither transformers nor vLLM has it.
+    that are not quantized; dense: what stands in place of a block in a layer without experts, where transformers would
+    save another name than is published, which vLLM reads; prefixes: what else the names of layers may begin with, for
+    vLLM and transformers to load them; built_as: the type of model that transformers builds, if it does not know this
+    one by name; unbuilt: whether transformers cannot tell what a checkpoint must hold, because it has the config alone,
+    or saves other names than it loads, or has no causal language model of it; own_code: whether the config's code comes
+    with the model, because neither transformers nor vLLM has it.
     """
 
     block: str
@@ -42,6 +43,7 @@ class Family:
     fused: FusedLayout = field(default_factory=FusedLayout)
     individual: bool = True
     kept: tuple[str, ...] = ()
+    dense: str = ""
     prefixes: tuple[str, ...] = ()
     built_as: str | None = None
     unbuilt: bool = False
@@ -138,7 +140,7 @@ FAMILIES = {
     "deepseek_v32": _MLP,
     "deepseek_v4": Family(r"layers\.\d+\.ffn", projections=("w1", "w3", "w2"), unbuilt=True),
     "kimi_k2": replace(_MLP, built_as="deepseek_v3"),
-    "kimi_linear": _W1_W3_W2,
+    "kimi_linear": replace(_W1_W3_W2, dense="mlp"),
     "glm4_moe": _MLP,
     "glm4_moe_lite": _MLP,
     "glm_moe_dsa": _MLP,

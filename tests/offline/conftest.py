@@ -161,7 +161,8 @@ CONFIGS = {
     "nemotron_h": NEMOTRON,
     "kimi_k2": {**DEEPSEEK, "q_lora_rank": 32, "n_group": 1, "topk_group": 1},
     "deepseek_v32": SPARSE,
-    "glm_moe_dsa": SPARSE,
+    # The second layer attends to what the first one's indexer chooses.
+    "glm_moe_dsa": {**SPARSE, "index_topk_freq": 2, "index_skip_topk_offset": 1},
     "glm4_moe_lite": {**DEEPSEEK, **ONE_GROUP, "q_lora_rank": 32, "mlp_layer_types": ["dense", "sparse"]},
     "axk1": {**DEEPSEEK, **ONE_GROUP, "q_lora_rank": 32},
     "deepseek_v4": DEEPSEEK_V4,
@@ -238,7 +239,7 @@ CONFIGS = {
     "llama": {},
 }
 # Families that the converter cannot run: see ``why_not``.
-WEIGHTS_ONLY = (*OWN_CODE, "deepseek_v4", "glm_moe_dsa", "minimax_m3_vl", "step3p5", "qwen3_omni_moe")
+WEIGHTS_ONLY = (*OWN_CODE, "deepseek_v4", "minimax_m3_vl", "step3p5", "qwen3_omni_moe")
 # Types of model that transformers does not know, and one whose tensors have the same names.
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", "step3p5": "step3p7", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
 
@@ -250,7 +251,8 @@ def _deepseek_v4(tensors, config):
     return {names[name]: tensor for name, tensor in tensors.items()}, config
 
 
-def _minimax_m3(tensors, config):
+def _dense(tensors, config):
+    """A first layer without experts, whose block is named otherwise."""
     dense = "layers.0.block_sparse_moe."
     return {name.replace(dense, "layers.0.mlp."): tensor for name, tensor in tensors.items()}, config
 
@@ -268,8 +270,8 @@ def _qwen3_omni(tensors, config):
 
 
 # What is published, of the tensors and the config that transformers saves.
-PUBLISHED = {"deepseek_v4": _deepseek_v4, "minimax_m3_vl": _minimax_m3, "qwen3_omni_moe": _qwen3_omni,
-             "step3p5": _step3p5}  # fmt: skip
+PUBLISHED = {"deepseek_v4": _deepseek_v4, "kimi_linear": _dense, "minimax_m3_vl": _dense,
+             "qwen3_omni_moe": _qwen3_omni, "step3p5": _step3p5}  # fmt: skip
 
 
 def config_class(model_type):

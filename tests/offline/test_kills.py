@@ -159,9 +159,9 @@ def test_a_kill_costs_at_most_one_layer_or_one_part_of_the_predictions(source, c
     assert not server.run(tmp_path / "last", [point, moments[-1] + 1])[0]
 
 
-@pytest.mark.parametrize("model_type", ["granitemoe", "gemma4_text", "nemotron_h"])
+@pytest.mark.parametrize("model_type", ["granitemoe", "gemma4_text", "nemotron_h", "glm_moe_dsa"])
 def test_layers_of_all_kinds_go_on_from_what_is_kept(tiny_model, tmp_path, monkeypatch, model_type):
-    """Layers that scale what comes out of their experts, that run twice, and that are not all the same."""
+    """Layers that scale what comes out of their experts, that run twice, that differ, and that hand on more."""
     settings = {"bits": 3.0, "calibration_tokens": 1024, "calibration_length": 512, "workers": 1}
     convert(tiny_model(model_type), tmp_path / "whole", **settings)
     commit, seen = Pass._commit, set()

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 from alphaq_vllm import convert
 from alphaq_vllm.format import SCALE, ZERO
@@ -82,7 +83,7 @@ def check_experts(model, stored, projections):
     """
     gate, up, down = projections
     modules = {number(name): name.partition(f".0.{gate}.{SCALE}")[0] for name in stored if f".0.{gate}.{SCALE}" in name}
-    layers = [module for module in model.modules() if type(module).__name__ == "RoutedExperts"]
+    layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     assert {number(layer.quant_method.prefix) for layer in layers} == set(modules)
     for layer in layers:
         assert isinstance(layer.quant_method, AlphaQMoEMethod)

@@ -257,8 +257,8 @@ def test_gptq_refuses_what_it_cannot_calibrate_on(speaker, text, tmp_path, name)
 
 
 def test_gptq_refuses_a_family_that_it_cannot_run(tiny_model, calibration):
-    source, experts = open_model(tiny_model("glm_moe_dsa"))
-    with pytest.raises(ValueError, match=r"cannot be done with glm_moe_dsa: .*: leave both out"):
+    source, experts = open_model(tiny_model("deepseek_v4"))
+    with pytest.raises(ValueError, match=r"cannot be done with deepseek_v4: .*: leave both out"):
         SequentialGptq(source, experts, calibration)
 
 
