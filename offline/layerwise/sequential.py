@@ -1,32 +1,26 @@
 """GPTQ of all experts of a model, layer by layer, each on what reaches it through the quantized layers before it.
 
-Memory holds the activations of the calibration text, one layer without its experts, and one expert at a time. The
-results of a layer go to a file as soon as they are complete, so that an interrupted run goes on after the last file.
+Memory holds the activations of the calibration text, one layer without its experts, and one expert at a time. What is
+quantized is handed on at once. An interrupted run begins again with the layer that it was at.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from alphaq_vllm import packing
 from alphaq_vllm.format import PACKED, SCALE, ZERO
-from offline.journal import Journal, sync
+from offline.journal import Journal
 from offline.model.decoder import Decoder
 from offline.model.formula import Formula
-from offline.model.forward import expert_outputs
-from offline.model.layer import Routes, add_outputs, advance, route
+from offline.model.forward import run_experts
+from offline.model.layer import Outputs, Routes, advance, route
 from offline.model.passes import Pass
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
 from offline.parallel import run_all
@@ -35,6 +29,8 @@ from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
 from offline.threads import compute_device, one_thread
+
+Store = Callable[[Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -106,17 +102,17 @@ class SequentialGptq:
         self,
         widths: Mapping[str, int],
         group_size: int,
-        directory: Path,
+        store: Store,
         workers: int = 1,
         journal: Journal | None = None,
     ) -> int:
-        """Quantize experts into files of ``directory``, from which ``load_quantized`` reads them.
+        """Quantize experts.
 
-        widths: by matrix name, for whole modules; directory: made if absent, and used as far as an interrupted run has
-        filled it; workers: processes to use, which changes no result; journal: see ``Pass``.
+        widths: by matrix name, for whole modules; store: what takes the stored tensors of an expert, by their names, on
+        the CPU, those of an interrupted layer again; workers: processes to use, which changes no result; journal: see
+        ``Pass``.
         Returns the number of experts that no token reached, which are quantized without data.
         """
-        directory.mkdir(exist_ok=True)
         device, pass_ = compute_device(), Pass(self.decoder, "gptq", journal)
         entries = journal.entries if journal else []
         starved = {entry["gptq"]: entry["starved"] for entry in entries if "gptq" in entry}
@@ -133,23 +129,18 @@ class SequentialGptq:
                 experts = self._experts.of(layer.source_experts)
                 # Nothing comes after the last layer.
                 last = layer is self.decoder.layers[-1]
-                load: Callable[[ExpertMatrix], Tensor] = partial(load_weight, self._source)
-                outputs = None
+                outputs = None if last else Outputs(layer, hidden, routes)
                 if experts[0][0].name in widths:
-                    path = _path(directory, layer.source_experts)
-                    if not path.exists():
-                        tasks = self._tasks(experts, widths, group_size, routes, not last)
-                        tensors, outputs = _run(tasks, routes, workers, self._source)
-                        _write(path, tensors)
-                    load = partial(_restore, directory, widths)
+                    tasks = self._tasks(experts, widths, group_size, routes, not last)
+                    _run(tasks, store, outputs, workers, self._source)
                     module = layer.source_experts
                     starved[module] = sum(not len(routes.of(expert)[0]) for expert in range(len(experts)))
                     if journal:
                         journal.record({"gptq": module, "starved": starved[module]})
-                if not last:
-                    if outputs is None:
-                        outputs = expert_outputs(experts, load, routes, workers)
-                    add_outputs(layer, hidden, outputs, routes, self._source, workers)
+                elif outputs:
+                    run_experts(experts, partial(load_weight, self._source), routes, outputs, workers)
+                if outputs:
+                    outputs.finish(self._source, workers)
                 progress.advance(sum(matrix_nbytes(self._source, matrix) for expert in experts for matrix in expert))
         pass_.finish()
         return sum(starved.values())
@@ -175,33 +166,19 @@ class SequentialGptq:
             yield _Task(number, self._source, bits, group_size, formula, inputs, topk_weights, outputs)
 
 
-def load_quantized(directory: Path, matrix: ExpertMatrix) -> dict[str, Tensor]:
-    """The stored tensors of a matrix, by their names, from the files of ``SequentialGptq.run``."""
-    with safe_open(_path(directory, matrix.module), "pt") as file:
-        return {name: file.get_tensor(name) for name in _names(matrix)}
-
-
-def _run(
-    tasks: Iterable[_Task], routes: Routes, workers: int, source: Checkpoint
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The stored tensors of a layer's experts, on the CPU, and what comes out of them if that is wanted, as of
-    ``expert_outputs`` with the quantized matrices.
-    """
-    stored: dict[str, Tensor] = {}
-    outputs: Tensor | None = None
+def _run(tasks: Iterable[_Task], store: Store, outputs: Outputs | None, workers: int, source: Checkpoint) -> None:
+    """Quantize a layer's experts, and add what comes out of the quantized ones, if that is wanted."""
     # Results come in any order, and are added in one.
     waiting: dict[int, Tensor] = {}
     added = 0
     for task, (tensors, output) in run_all(_quantize, tasks, workers, shared=source):
-        stored |= {name: tensor.cpu() for name, tensor in tensors.items()}
-        if output is None:
+        store({name: tensor.cpu() for name, tensor in tensors.items()})
+        if output is None or outputs is None:
             continue
-        outputs = torch.zeros_like(routes.inputs) if outputs is None else outputs
         waiting[task.number] = output
         while added in waiting:
-            outputs.index_add_(0, routes.of(added)[0], waiting.pop(added))
+            outputs.add(added, waiting.pop(added))
             added += 1
-    return stored, outputs
 
 
 @torch.no_grad()
@@ -232,11 +209,6 @@ def _gptq(task: _Task, matrix: ExpertMatrix, factor: Tensor) -> dict[str, Tensor
     return gptq(load_weight(task.source, matrix), factor, task.bits[matrix], task.group_size).tensors(matrix.name)
 
 
-def _restore(directory: Path, widths: Mapping[str, int], matrix: ExpertMatrix) -> Tensor:
-    tensors = {name: tensor.to(compute_device()) for name, tensor in load_quantized(directory, matrix).items()}
-    return _weight(tensors, matrix, widths[matrix.name])
-
-
 def _weight(tensors: Mapping[str, Tensor], matrix: ExpertMatrix, num_bits: int) -> Tensor:
     packed, scale, zero_point = (tensors[name] for name in _names(matrix))
     return packing.dequantize(packed, scale, zero_point, num_bits)
@@ -244,22 +216,3 @@ def _weight(tensors: Mapping[str, Tensor], matrix: ExpertMatrix, num_bits: int) 
 
 def _names(matrix: ExpertMatrix) -> list[str]:
     return [f"{matrix.name}.{suffix}" for suffix in (PACKED, SCALE, ZERO)]
-
-
-def _path(directory: Path, module: str) -> Path:
-    return directory / f"{module}.safetensors"
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file whose name stands for a complete one. Raises OSError, as for a full disk."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(tensors, temporary)
-    except SafetensorError as error:
-        # All that it tells of the system's error is a text.
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(temporary)) from error
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from offline.model.decoder import Decoder
-from offline.model.layer import Layer, Routes, add_outputs, advance, route
+from offline.model.layer import Layer, Outputs, Routes, advance, route
 from offline.model.passes import Pass
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
@@ -47,29 +46,29 @@ def forward(
                     continue
                 routes = route(layer, hidden, workers)
             matrices = experts.of(layer.source_experts)
-            outputs = expert_outputs(matrices, load, routes, workers)
-            add_outputs(layer, hidden, outputs, routes, source, workers)
+            outputs = Outputs(layer, hidden, routes)
+            run_experts(matrices, load, routes, outputs, workers)
+            outputs.finish(source, workers)
             if observe:
                 observe(layer, matrices, routes, hidden)
             progress.advance(sum(matrix_nbytes(source, matrix) for expert in matrices for matrix in expert))
     return hidden
 
 
-def expert_outputs(
+def run_experts(
     experts: Sequence[Sequence[ExpertMatrix]],
     load: Callable[[ExpertMatrix], Tensor],
     routes: Routes,
+    outputs: Outputs,
     workers: int = 1,
-) -> Tensor:
-    """What comes out of the experts, ``[tokens, hidden_size]``, added in the same order on every run."""
+) -> None:
+    """Add what comes out of the experts to ``outputs``, in the same order on every run."""
 
-    def run(number: int) -> tuple[Tensor, Tensor]:
+    def run(number: int) -> Tensor:
         tokens, topk_weights = routes.of(number)
         *first, down = (load(matrix) for matrix in experts[number])
         formula = routes.formula.of(number)
-        return tokens, formula.project(formula.inner(routes.inputs[tokens], first), down, topk_weights)
+        return formula.project(formula.inner(routes.inputs[tokens], first), down, topk_weights)
 
-    outputs = torch.zeros_like(routes.inputs)
-    for tokens, output in in_threads(run, range(len(experts)), workers):
-        outputs.index_add_(0, tokens, output)
-    return outputs
+    for number, output in enumerate(in_threads(run, range(len(experts)), workers)):
+        outputs.add(number, output)

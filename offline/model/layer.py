@@ -20,7 +20,7 @@ from offline.model.formula import Formula, formula_of
 from offline.model.handed import Arguments, Handed, Place, filled, places, same
 from offline.model.runnable import place_buffers
 from offline.source.checkpoint import Checkpoint
-from offline.threads import in_threads
+from offline.threads import in_threads, release_memory
 
 # How far the output of a layer may be from its experts' output times a number, added to the rest.
 _ROUNDING = 1e-3
@@ -89,13 +89,14 @@ class Layer:
             yield
         finally:
             self.module.to("meta")
+            release_memory()
 
 
 @torch.no_grad()
 def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
     """What reaches the experts of a loaded layer with the input ``hidden``, ``[windows, length, hidden_size]``.
 
-    ``hidden`` becomes the layer's output but for what ``add_outputs`` adds. workers: threads to use, which changes no
+    ``hidden`` becomes the layer's output but for what ``Outputs`` adds. workers: threads to use, which changes no
     number.
     """
     seen = threading.local()
@@ -162,31 +163,48 @@ def _scale(layer: Layer, hidden: Tensor) -> float | None:
     return scale if float((change - scale * added).norm()) < _ROUNDING * float(change.norm()) else None
 
 
-@torch.no_grad()
-def add_outputs(
-    layer: Layer, hidden: Tensor, expert_outputs: Tensor, routes: Routes, source: Checkpoint, workers: int = 1
-) -> None:
-    """Add what comes out of a layer's experts, ``[tokens, features]``, to what ``route`` has left of ``hidden``.
+class Outputs:
+    """Takes what comes out of a layer's experts, and adds it to what ``route`` has left of ``hidden``.
 
-    routes: what ``route`` returned; source: where the layer is loaded from if it has to run again; workers: threads to
-    use, which changes no number.
+    layer, routes: what was routed, and what ``route`` returned.
     """
-    if routes.before is None:
-        if routes.back is not None:
-            expert_outputs = expert_outputs @ routes.back.T
-        hidden.flatten(0, 1).add_(expert_outputs, alpha=layer.scale)  # type: ignore[arg-type]
-        return
-    before, part = routes.before, threading.local()
-    outputs = expert_outputs.view(*hidden.shape[:2], -1)
 
-    def run(number: int) -> None:
-        part.outputs = outputs[number]
-        hidden[number] = _call(layer, before, number)
+    def __init__(self, layer: Layer, hidden: Tensor, routes: Routes) -> None:
+        self._layer, self._hidden, self._routes = layer, hidden, routes
+        # Where the layer only adds their sum, it is not kept apart: it takes as much memory as ``hidden``.
+        self._direct = routes.before is None and routes.back is None
+        self._sum = hidden.flatten(0, 1) if self._direct else torch.zeros_like(routes.inputs)
 
-    with layer.loaded(source, hidden.device):
-        layer.experts.forward = lambda states, *_: _answer(part.outputs, states)  # type: ignore[union-attr]
-        for _ in in_threads(run, range(len(hidden)), workers):
-            pass
+    @torch.no_grad()
+    def add(self, expert: int, output: Tensor) -> None:
+        """Add the output of an expert for its tokens, ``[tokens of the expert, features]``.
+
+        The order of calls decides how the sum is rounded.
+        """
+        scale = float(self._layer.scale) if self._direct else 1.0  # type: ignore[arg-type]
+        self._sum.index_add_(0, self._routes.of(expert)[0], output, alpha=scale)
+
+    @torch.no_grad()
+    def finish(self, source: Checkpoint, workers: int = 1) -> None:
+        """Make ``hidden`` the output of the layer, after all experts.
+
+        source: where the layer is loaded from if it has to run again; workers: threads to use, which changes no number.
+        """
+        layer, hidden, before, part = self._layer, self._hidden, self._routes.before, threading.local()
+        if before is None:
+            if self._routes.back is not None:
+                hidden.flatten(0, 1).addmm_(self._sum, self._routes.back.T, alpha=layer.scale)  # type: ignore[arg-type]
+            return
+        outputs = self._sum.view(*hidden.shape[:2], -1)
+
+        def run(number: int) -> None:
+            part.outputs = outputs[number]
+            hidden[number] = _call(layer, before, number)
+
+        with layer.loaded(source, hidden.device):
+            layer.experts.forward = lambda states, *_: _answer(part.outputs, states)  # type: ignore[union-attr]
+            for _ in in_threads(run, range(len(hidden)), workers):
+                pass
 
 
 @torch.no_grad()

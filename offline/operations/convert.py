@@ -39,7 +39,7 @@ from offline.source.linear import choose_formats, find_linear_layers
 from offline.source.selection import Selection
 from offline.source.splitting import check_group_size
 from offline.threads import WORTH_PROCESSES, choose_workers
-from offline.writing.output import RESULTS, check_output, conditions, open_output
+from offline.writing.output import check_output, conditions, open_output
 
 # Seconds of work that is announced.
 _LONG = 60.0
@@ -87,9 +87,7 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     if gptq:
         job = replace(job, calibration_tokens=gptq.tokens, own_text=gptq.own_text)
     propagates = isinstance(widths, Budget) and widths.needs_gains and not given
-    # The results of gptq lie beside the checkpoint until that is complete.
-    needed_bytes = _least_bytes(job, widths, room) * (2 if gptq else 1)
-    needed_bytes += _kept_bytes(source, every_expert, gptq, propagates)
+    needed_bytes = _least_bytes(job, widths, room) + _kept_bytes(source, every_expert, gptq, propagates)
     check_path(out)
     check_output(out, source.path.resolve(), needed_bytes, options.resume)
     check_values(source, found, every_expert)
@@ -120,14 +118,14 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
         with open_output(out, conditions(source, settings), options.resume) as output:
             if experts.numel >= WORTH_PROCESSES:
                 announce(output.journal)
-            results = output.directory.with_name(RESULTS) if gptq else None
             # The model writes its text once, where both need it.
             text = partial(gptq.text, workers, output.journal) if gptq and gptq.writes(TOKENS, LENGTH) else None
-            plan = choose_widths(replace(job, calibrated=results), widths, fixed, room, given, output.journal, text)
-            if gptq and results:
-                starved = gptq.run(plan.bits, group_size, results, workers, output.journal)
+            plan = choose_widths(job, widths, fixed, room, given, output.journal, text)
+            writer = plan.writer(output)
+            if gptq:
+                starved = gptq.run(plan.bits, group_size, writer.store, workers, output.journal)
                 plan = replace(plan, summary=replace(plan.summary, starved=starved))
-            plan.write(output)
+            plan.complete(writer)
     limit = str(room) if room else None
     return replace(
         plan.summary,

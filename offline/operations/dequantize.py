@@ -20,7 +20,7 @@ from offline.source.families import ExpertMatrix, tensor_shape
 from offline.source.linear import LinearLayer, stored_linear_layers
 from offline.threads import choose_workers
 from offline.writing.output import check_output, conditions, open_output
-from offline.writing.writer import DEFAULT_SHARD_BYTES, Piece, copied, plan_shards, write_checkpoint
+from offline.writing.writer import DEFAULT_SHARD_BYTES, Piece, Writer, copied, plan_shards
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -66,14 +66,8 @@ def dequantize(
     config = {**without_code(kept), "dtype": dtype}
     settings = {"dtype": dtype, "max_shard_bytes": parse_bytes(max_shard_size)}
     with open_output(out, conditions(checkpoint, settings), resume) as output:
-        write_checkpoint(
-            output,
-            shards,
-            config,
-            checkpoint.sidecars,
-            workers=choose_workers(workers, sum(matrix.numel for matrix in widths)),
-            shared=checkpoint,
-        )
+        writer = Writer(output, shards, config, checkpoint.sidecars)
+        writer.write(choose_workers(workers, sum(matrix.numel for matrix in widths)), shared=checkpoint)
     return {
         "source": str(model),
         "output": str(out),

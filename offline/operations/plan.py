@@ -26,7 +26,6 @@ from offline.allocation.bit_map import average_bits
 from offline.allocation.sizes import Room
 from offline.allocation.widths import Choice
 from offline.journal import sync
-from offline.layerwise.sequential import load_quantized
 from offline.messages import printed
 from offline.operations.card import CARD, render_card
 from offline.operations.summary import Summary, count_widths
@@ -40,7 +39,7 @@ from offline.source.linear import LinearLayer
 from offline.source.quantized.method import without_quantization
 from offline.threads import compute_device
 from offline.writing.output import Output
-from offline.writing.writer import DEFAULT_SHARD_BYTES, Piece, Shard, copied, plan_shards, small_files, write_checkpoint
+from offline.writing.writer import DEFAULT_SHARD_BYTES, Piece, Shard, Writer, copied, plan_shards, small_files
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,7 @@ class Job:
 
     model: the source as the user named it; experts: those to quantize; max_shard_bytes: of data in one file; workers:
     processes to use, on which the result does not depend; linear: the linear layers to quantize; quantizer: one of
-    ``QUANTIZERS``; calibration_tokens, own_text, calibrated: of gptq, how many it uses, whether the model writes them
-    itself, and the directory of its results.
+    ``QUANTIZERS``; calibration_tokens, own_text: of gptq, how many it uses, and whether the model writes them itself.
     """
 
     model: str
@@ -63,7 +61,6 @@ class Job:
     quantizer: str = "mse"
     calibration_tokens: int = 0
     own_text: bool = False
-    calibrated: Path | None = None
 
     @property
     def data_free_quantizer(self) -> str:
@@ -116,12 +113,16 @@ class Plan:
         """Bytes of what has to keep to the room."""
         return self.tensor_bytes if room.in_memory else sum(self.sizes.values())
 
-    def write(self, output: Output) -> None:
-        """Compute and write all files."""
-        sidecars, workers = self.job.source.sidecars, self.job.workers
-        write_checkpoint(output, self.shards, self.config, sidecars, self.extra, workers, shared=self.job)
-        sums = output.directory / SUMS
-        sums.write_text(render_sums(output.directory))
+    def writer(self, output: Output) -> Writer:
+        """What writes the files. Of gptq, the matrices are for somebody else to store with it, before all else."""
+        return Writer(output, self.shards, self.config, self.job.source.sidecars, self.extra)
+
+    def complete(self, writer: Writer) -> None:
+        """Compute and write what nobody has stored, and the sums of all files."""
+        writer.write(self.job.workers, shared=self.job)
+        directory = writer.output.directory
+        sums = directory / SUMS
+        sums.write_text(render_sums(directory))
         sync(sums)
 
 
@@ -155,7 +156,8 @@ def pieces(job: Job, bits: Mapping[str, int]) -> list[Piece]:
             planned.append(copied(job.source, name))
         for matrix in matrices.get(name, ()):
             specs = quantized_specs([matrix], bits, job.group_size)
-            planned.append(Piece(specs, partial(_quantized, job, matrix, bits[matrix.name])))
+            compute = None if job.quantizer == "gptq" else partial(_quantized, job, matrix, bits[matrix.name])
+            planned.append(Piece(specs, compute))
     return planned
 
 
@@ -171,8 +173,6 @@ def quantized_specs(
 
 
 def _quantized(job: Job, matrix: ExpertMatrix, num_bits: int) -> dict[str, torch.Tensor]:
-    if job.calibrated:
-        return load_quantized(job.calibrated, matrix)
     return quantize(load_weight(job.source, matrix), num_bits, job.group_size, job.quantizer).tensors(matrix.name)
 
 

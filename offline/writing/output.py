@@ -4,7 +4,6 @@ While it is made it lies in a directory beside its place, with a journal of what
 
     OUT.partial/journal.jsonl   first what the result depends on, then what is finished
     OUT.partial/checkpoint      becomes OUT
-    OUT.partial/gptq            results that the checkpoint is made of
     OUT.partial/kept            what enters the next layer, while the model runs
 
 A name that has no room for ``.partial`` is shortened there.
@@ -33,7 +32,7 @@ from offline.source.checkpoint import CONFIG, Checkpoint
 from offline.source.fingerprint import fingerprint
 from offline.threads import compute_device
 
-JOURNAL, DIRECTORY, RESULTS = "journal.jsonl", "checkpoint", "gptq"
+JOURNAL, DIRECTORY = "journal.jsonl", "checkpoint"
 # Of a whole path in bytes: what Linux takes, less the longest names that are put below.
 PATH_LIMIT = 4096 - 4 * 256
 
@@ -173,7 +172,7 @@ def _check_empty(out: Path, resume: bool = False) -> None:
 def _is_left_over(partial: Path, out: Path) -> bool:
     """Whether a run was killed after ``out`` was complete, while it removed what was no longer needed."""
     complete = out.is_dir() and any(out.iterdir())
-    return complete and partial.is_dir() and {path.name for path in partial.iterdir()} <= {RESULTS, KEPT}
+    return complete and partial.is_dir() and {path.name for path in partial.iterdir()} <= {KEPT}
 
 
 def _begin(partial: Path, out: Path, journal: Journal, depends_on: Mapping[str, Any]) -> Path:

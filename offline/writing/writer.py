@@ -37,14 +37,15 @@ COPY_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that are computed and stored together: their specs, and the function that computes them.
+    """Tensors that are computed and stored together: their specs, and the function that computes them, if it is not
+    somebody else who hands them to ``Writer.store``.
 
     The function can be pickled, and depends on nothing that another piece computes. A source's tensor that it returns
     is copied without ever being in memory as a whole.
     """
 
     specs: Mapping[str, TensorSpec]
-    compute: Callable[[], Mapping[str, torch.Tensor | LazyTensor]]
+    compute: Callable[[], Mapping[str, torch.Tensor | LazyTensor]] | None
 
     @property
     def nbytes(self) -> int:
@@ -106,38 +107,93 @@ def small_files(
     }
 
 
-def write_checkpoint(
-    output: Output,
-    shards: Sequence[Shard],
-    config: Mapping[str, Any],
-    sidecars: Sequence[Sidecar],
-    extra: Mapping[str, str] = MappingProxyType({}),
-    workers: int = 1,
-    shared: object = None,
-) -> None:
-    """Write the shards and then the other files: index, copies of ``sidecars``, ``extra`` texts by name, config.json.
+class Writer:
+    """Writes shards and the other files of a checkpoint: index, copies of ``sidecars``, ``extra`` texts by name,
+    config.json. What the journal of the output says is finished is kept.
 
-    workers, shared: see ``run_all``; the bytes depend on the other arguments alone. What the journal says is finished
-    is kept; raises ValueError if that belongs to another plan.
+    Raises ValueError if that belongs to another plan.
     """
-    small = small_files(shards, config, sidecars, extra)
-    _match_plan(output, shards, small)
-    unfinished = _unfinished(output, shards)
-    total = sum(piece.nbytes for shard in shards for piece in shard.pieces)
-    left = sum(shards[number].pieces[i].nbytes for number, pieces in unfinished.items() for i in pieces)
-    tasks = run_all(_write_piece, _tasks(output.directory, shards, unfinished), workers, shared)
-    with Progress("write", total, total - left) as progress, closing(tasks) as finished:
-        for task, _ in finished:
-            output.journal.record({"written": [task.shard, task.number]}, task.path)
-            progress.advance(task.piece.nbytes)
-            unfinished[task.shard].remove(task.number)
-            if not unfinished[task.shard]:
-                output.journal.commit()
-                task.path.rename(output.directory / shards[task.shard].name)
-    for name, content in small.items():
-        path = output.directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_file(path, content)
+
+    def __init__(
+        self,
+        output: Output,
+        shards: Sequence[Shard],
+        config: Mapping[str, Any],
+        sidecars: Sequence[Sidecar],
+        extra: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.output, self._shards = output, shards
+        self._small = small_files(shards, config, sidecars, extra)
+        _match_plan(output, shards, self._small)
+        self._unfinished = _unfinished(output, shards)
+        self._offsets: dict[int, Mapping[str, int]] = {}
+
+    def store(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write pieces that somebody else has computed, all tensors of each; those that are finished stay as they are.
+
+        The journal of the output has them from its next commit on.
+        """
+        for shard, number in sorted({self._places[name] for name in tensors}):
+            if number in self._unfinished.get(shard, ()):
+                task = self._task(shard, number)
+                _write_tensors(task, tensors)
+                self.output.journal.record({"written": [shard, number]}, task.path)
+                self._unfinished[shard].remove(number)
+
+    def write(self, workers: int = 1, shared: object = None) -> None:
+        """Compute and write what is left; workers, shared: see ``run_all``, the bytes do not depend on them."""
+        journal, shards = self.output.journal, self._shards
+        total = sum(piece.nbytes for shard in shards for piece in shard.pieces)
+        left = sum(shards[number].pieces[i].nbytes for number, pieces in self._unfinished.items() for i in pieces)
+        tasks = run_all(_write_piece, self._tasks(), workers, shared)
+        with Progress("write", total, total - left) as progress, closing(tasks) as finished:
+            for task, _ in finished:
+                journal.record({"written": [task.shard, task.number]}, task.path)
+                progress.advance(task.piece.nbytes)
+                self._unfinished[task.shard].remove(task.number)
+                if not self._unfinished[task.shard]:
+                    self._complete(task.shard)
+        for name, content in self._small.items():
+            path = self.output.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_file(path, content)
+
+    def _complete(self, shard: int) -> None:
+        """Give a file its name."""
+        self.output.journal.commit()
+        final = self.output.directory / self._shards[shard].name
+        _temporary(final).rename(final)
+
+    def _tasks(self) -> Iterator[_Task]:
+        """What is left, in order."""
+        for shard, numbers in list(self._unfinished.items()):
+            if not numbers:
+                self._complete(shard)
+            for number in sorted(numbers):
+                yield self._task(shard, number)
+
+    def _task(self, shard: int, number: int) -> _Task:
+        """A task, its file having been made for the first one that writes to it."""
+        path = _temporary(self.output.directory / self._shards[shard].name)
+        if shard not in self._offsets:
+            header, self._offsets[shard] = layout(self._shards[shard].specs)
+            path.touch()
+            with path.open("r+b", buffering=0) as file:
+                _write(file, header)
+                file.truncate(self._shards[shard].nbytes)
+            sync(self.output.directory)
+        piece = self._shards[shard].pieces[number]
+        return _Task(shard, number, piece, path, {name: self._offsets[shard][name] for name in piece.specs})
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """The numbers of the shard and of the piece of every tensor."""
+        return {
+            name: (shard, number)
+            for shard, planned in enumerate(self._shards)
+            for number, piece in enumerate(planned.pieces)
+            for name in piece.specs
+        }
 
 
 @dataclass(frozen=True)
@@ -187,24 +243,12 @@ def _unfinished(output: Output, shards: Sequence[Shard]) -> dict[int, set[int]]:
     return unfinished
 
 
-def _tasks(directory: Path, shards: Sequence[Shard], unfinished: Mapping[int, set[int]]) -> Iterator[_Task]:
-    """The tasks, each file having been made when the first one that writes to it is drawn."""
-    for number, pieces in list(unfinished.items()):
-        shard = shards[number]
-        header, offsets = layout(shard.specs)
-        path = _temporary(directory / shard.name)
-        path.touch()
-        with path.open("r+b", buffering=0) as file:
-            _write(file, header)
-            file.truncate(shard.nbytes)
-        sync(directory)
-        for i in sorted(pieces):
-            piece = shard.pieces[i]
-            yield _Task(number, i, piece, path, {name: offsets[name] for name in piece.specs})
-
-
 def _write_piece(task: _Task) -> None:
-    tensors = task.piece.compute()
+    assert task.piece.compute, f"{', '.join(task.piece.specs)}: expected them to be stored before"
+    _write_tensors(task, task.piece.compute())
+
+
+def _write_tensors(task: _Task, tensors: Mapping[str, torch.Tensor | LazyTensor]) -> None:
     with task.path.open("r+b", buffering=0) as file:
         for name, spec in task.piece.specs.items():
             tensor = tensors[name]

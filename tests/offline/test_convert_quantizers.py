@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from alphaq_vllm import convert, validate
 from offline.layerwise import sequential
 from offline.model.text import Calibration
-from offline.operations import plan
 from offline.operations.dequantize import dequantize
 from offline.quantizers.quantize import quantization_mse, quantize
 from offline.sensitivity.stats import read_statistics
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts, load_weight
 from offline.threads import one_thread
+from offline.writing import writer
 from tests.offline.model.whole import whole_model
 
 DOCS_MOE = Path(__file__).parents[1] / "models" / "docs-moe"
@@ -90,13 +90,12 @@ def test_convert_with_gptq_stores_its_results(speaking_model, tmp_path, text, ca
     experts = find_experts(source)
     spec = json.loads((out / "config.json").read_bytes())["quantization_config"]["num_bits"]
     bits = {m.name: int(spec[m.module][m.projection][m.expert]) for m in experts.matrices}
-    sequential.SequentialGptq(source, experts, Calibration((text,), tokens=256, length=64)).run(
-        bits, 64, tmp_path / "gptq"
-    )
+    results = {}
+    gptq = sequential.SequentialGptq(source, experts, Calibration((text,), tokens=256, length=64))
+    gptq.run(bits, 64, results.update)
     tensors = stored(out)
-    for matrix in experts.matrices:
-        for name, tensor in sequential.load_quantized(tmp_path / "gptq", matrix).items():
-            assert torch.equal(tensors[name], tensor)
+    assert len(results) == 3 * len(experts.matrices)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in results.items())
     assert validate(str(out), str(path))["matrices"] == 24
 
 
@@ -195,6 +194,7 @@ def test_convert_with_gptq_resumes_to_the_same_bytes(
     speaking_model, tmp_path, calibration, monkeypatch, calls_before, calls_after
 ):
     path, quantize_expert, calls = str(speaking_model("qwen2_moe")), sequential._quantize, []
+    write_piece = writer._write_piece
     options = {**UNIFORM, "quantizer": "gptq", **calibration}
     convert(path, tmp_path / "whole", **options)
 
@@ -206,7 +206,7 @@ def test_convert_with_gptq_resumes_to_the_same_bytes(
 
     monkeypatch.setattr(sequential, "_quantize", fail_late)
     if calls_before == 8:
-        monkeypatch.setattr(plan, "load_quantized", lambda *_: fail_late(None))
+        monkeypatch.setattr(writer, "_write_piece", fail_late)
     with pytest.raises(OSError, match=r"No space left.*`resume`"):
         convert(path, tmp_path / "out", **options)
     with pytest.raises(ValueError, match=r"quantizer = .*gptq.*, not .*mse"):
@@ -215,7 +215,7 @@ def test_convert_with_gptq_resumes_to_the_same_bytes(
     with pytest.raises(ValueError, match=r"calibration = .*, not "):
         convert(path, tmp_path / "out", resume=True, **{**options, **other})
     calls.clear()
-    monkeypatch.setattr(plan, "load_quantized", sequential.load_quantized)
+    monkeypatch.setattr(writer, "_write_piece", write_piece)
     monkeypatch.setattr(sequential, "_quantize", lambda task: calls.append(task) or quantize_expert(task))
     convert(path, tmp_path / "out", **options, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -10,9 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from alphaq_vllm import packing
+from alphaq_vllm.format import PACKED, SCALE, ZERO
 from offline.journal import Journal
 from offline.layerwise import sequential
-from offline.layerwise.sequential import SequentialGptq, load_quantized
+from offline.layerwise.sequential import SequentialGptq
 from offline.model.text import Calibration, read_windows
 from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import open_checkpoint
@@ -41,23 +42,23 @@ def every_width(experts):
     return {matrix.name: next(widths) for matrix in experts.matrices}
 
 
-def run(path, calibration, directory, widths=None, **options):
+def run(path, calibration, stored, widths=None, **options):
     source, experts = open_model(path)
     widths = widths or every_width(experts)
-    return SequentialGptq(source, experts, calibration).run(widths, 64, directory, **options)
+    return SequentialGptq(source, experts, calibration).run(widths, 64, stored.update, **options)
 
 
-def restore(directory, matrix, num_bits):
-    return packing.dequantize(*load_quantized(directory, matrix).values(), num_bits)
+def restore(stored, matrix, num_bits):
+    return packing.dequantize(*(stored[f"{matrix.name}.{suffix}"] for suffix in (PACKED, SCALE, ZERO)), num_bits)
 
 
-def write_dequantized(path, source, experts, directory, widths):
+def write_dequantized(path, source, experts, results, widths):
     """A copy of the source, in float32, with the quantized experts."""
     tensors = {name: source.load(name).float() for name in source.tensors}
     for matrix in experts.matrices:
         stored = tensors[matrix.tensor]
         place = matrix.fused.view(stored[matrix.expert]) if matrix.fused else stored
-        place.copy_(restore(directory, matrix, widths[matrix.name]))
+        place.copy_(restore(results, matrix, widths[matrix.name]))
     shutil.copytree(source.path, path, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -68,10 +69,6 @@ def inputs_of(arguments):
     return arguments[0] if len(arguments) > 1 else arguments[0].unflatten(0, (4, -1)).sum(0)
 
 
-def contents(directory):
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
-
-
 @pytest.mark.parametrize(
     ("model_type", "num_bits"),
     [("qwen2_moe", 2), ("qwen2_moe", 3), ("nemotron_h", 3), ("gpt_oss", 3), ("llama4_text", 3)],
@@ -80,11 +77,11 @@ def contents(directory):
 def test_gptq_changes_the_output_of_experts_less_than_the_data_free_quantizer(
     speaking_model, calibration, tmp_path, monkeypatch, model_type, num_bits
 ):
-    path, seen = speaking_model(model_type), []
+    path, seen, stored = speaking_model(model_type), [], {}
     route = sequential.route
     monkeypatch.setattr(sequential, "route", lambda *arguments: seen.append(route(*arguments)) or seen[-1])
     source, experts = open_model(path)
-    run(path, calibration, tmp_path / "gptq", {matrix.name: num_bits for matrix in experts.matrices})
+    run(path, calibration, stored, {matrix.name: num_bits for matrix in experts.matrices})
     for expert in range(experts.num_experts):
         places = [(matrix.module, matrix.expert) for matrix in experts.matrices]
         first = (experts.modules[0], expert)
@@ -100,7 +97,7 @@ def test_gptq_changes_the_output_of_experts_less_than_the_data_free_quantizer(
         originals = [load_weight(source, matrix) for matrix in matrices]
         plain = [quantize(weight, num_bits, 64) for weight in originals]
         data_free = [packing.dequantize(q.packed, q.scale, q.zero_point, num_bits) for q in plain]
-        calibrated = [restore(tmp_path / "gptq", matrix, num_bits) for matrix in matrices]
+        calibrated = [restore(stored, matrix, num_bits) for matrix in matrices]
         error, before = ((outputs(w) - outputs(originals)).norm() for w in (calibrated, data_free))
         assert error < 0.6 * before
 
@@ -111,13 +108,13 @@ def test_gptq_changes_the_output_of_experts_less_than_the_data_free_quantizer(
 def test_layers_are_calibrated_on_what_the_quantized_model_computes(
     speaking_model, calibration, tmp_path, monkeypatch, model_type
 ):
-    path, seen = speaking_model(model_type), []
+    path, seen, stored = speaking_model(model_type), [], {}
     route = sequential.route
     monkeypatch.setattr(sequential, "route", lambda *arguments: seen.append(route(*arguments)) or seen[-1])
     source, experts = open_model(path)
     widths = every_width(experts)
-    run(path, calibration, tmp_path / "gptq", widths)
-    model = write_dequantized(tmp_path / "plain", source, experts, tmp_path / "gptq", widths)
+    run(path, calibration, stored, widths)
+    model = write_dequantized(tmp_path / "plain", source, experts, stored, widths)
     expected = []
     for name, module in model.named_modules():
         if name.split(".")[-1] == "experts":
@@ -140,27 +137,26 @@ def test_an_expert_without_tokens_is_quantized_without_data_and_counted(
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     source, experts = open_model(path)
     widths = every_width(experts)
-    journal = Journal(tmp_path / "journal")
-    assert run(path, calibration, tmp_path / "gptq", widths, journal=journal) == 1
+    journal, stored = Journal(tmp_path / "journal"), {}
+    assert run(path, calibration, stored, widths, journal=journal) == 1
     journal.close()
     with monkeypatch.context() as patch:
         # A run that is finished is not run again, and still tells what it counted.
         patch.delattr(sequential, "route")
-        assert run(path, calibration, tmp_path / "gptq", widths, journal=Journal(tmp_path / "journal")) == 1
+        assert run(path, calibration, {}, widths, journal=Journal(tmp_path / "journal")) == 1
     for matrix in experts.matrices:
         plain = quantize(load_weight(source, matrix), widths[matrix.name], 64).tensors(matrix.name)
-        stored = load_quantized(tmp_path / "gptq", matrix)
         same = all(torch.equal(stored[name], plain[name]) for name in plain)
         assert same == (matrix.expert == 2)
 
 
 def test_experts_that_are_left_alone_are_run_as_they_are(speaking_model, calibration, tmp_path, monkeypatch):
-    path, seen = speaking_model("qwen2_moe"), []
+    path, seen, stored = speaking_model("qwen2_moe"), [], {}
     route = sequential.route
     monkeypatch.setattr(sequential, "route", lambda *arguments: seen.append(route(*arguments)) or seen[-1])
     widths = {name: bits for name, bits in every_width(open_model(path)[1]).items() if ".layers.1." in name}
-    run(path, calibration, tmp_path / "gptq", widths)
-    assert [file.name for file in (tmp_path / "gptq").iterdir()] == ["model.layers.1.mlp.experts.safetensors"]
+    run(path, calibration, stored, widths)
+    assert {name.rpartition(".")[0] for name in stored} == widths.keys()
     expected = []
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model.model.layers[1].mlp.experts.register_forward_pre_hook(lambda _, arguments: expected.append(arguments[0]))
@@ -184,28 +180,18 @@ def test_memory_holds_the_weights_of_one_layer_and_no_experts(speaking_model, ca
         return route(layer, hidden, workers)
 
     monkeypatch.setattr(sequential, "route", check)
-    gptq.run(every_width(experts), 64, tmp_path / "gptq")
+    gptq.run(every_width(experts), 64, {}.update)
     assert len(checked) == 2
     assert all(tensor.is_meta for layer in checked for tensor in layer.module.state_dict().values())
 
 
 @pytest.mark.parametrize(("model_type", "workers"), [("qwen2_moe", 1), ("qwen2_moe", 2), ("gpt_oss", 2)])
-def test_the_same_input_gives_the_same_bytes(speaking_model, calibration, tmp_path, model_type, workers):
-    for name, number in (("one", 1), ("two", workers)):
-        run(speaking_model(model_type), calibration, tmp_path / name, workers=number)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-
-
-def test_an_interrupted_run_continues_after_the_last_complete_layer(speaking_model, calibration, tmp_path, monkeypatch):
-    path, directory = speaking_model("qwen2_moe"), tmp_path / "gptq"
-    run(path, calibration, directory)
-    whole = contents(directory)
-    (directory / "model.layers.1.mlp.experts.safetensors").rename(directory / "model.layers.1.mlp.experts.tmp")
-    tasks, quantize_expert = [], sequential._quantize
-    monkeypatch.setattr(sequential, "_quantize", lambda task: tasks.append(task) or quantize_expert(task))
-    run(path, calibration, directory)
-    assert contents(directory) == whole
-    assert len(tasks) == 4
+def test_the_same_input_gives_the_same_bytes(speaking_model, calibration, model_type, workers):
+    one, two = {}, {}
+    for stored, number in ((one, 1), (two, workers)):
+        run(speaking_model(model_type), calibration, stored, workers=number)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_windows_are_spread_over_the_whole_text(speaker, tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from offline.journal import KEPT
 from offline.source.checkpoint import open_checkpoint
 from offline.writing import output as module
 from offline.writing.output import check_output, conditions, open_output
@@ -150,7 +151,7 @@ def test_check_output_removes_what_a_run_leaves_that_was_killed_when_it_was_comp
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(SystemExit), open_output(tmp_path / "out", {}) as output:
             (output.directory / "file").write_text("x")
-            output.directory.with_name("gptq").mkdir()
+            output.directory.with_name(KEPT).mkdir()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.partial"}
     with pytest.raises(ValueError, match="got one with files" + resume * r" \(there is nothing to resume: "):
         check_output(tmp_path / "out", tmp_path / "source", 0, resume)

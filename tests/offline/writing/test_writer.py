@@ -15,7 +15,7 @@ from offline.source.checkpoint import open_checkpoint
 from offline.source.stored import StoredTensor
 from offline.writing import writer
 from offline.writing.output import open_output
-from offline.writing.writer import Piece, plan_shards, write_checkpoint
+from offline.writing.writer import Piece, Writer, plan_shards
 
 DTYPES = (torch.bfloat16, torch.int32, torch.bool, torch.float64, torch.float8_e4m3fn)
 
@@ -45,7 +45,7 @@ def test_plan_shards_fills_files_in_order(sizes, expected):
     assert shards[-1].name == f"model-{len(expected):05}-of-{len(expected):05}.safetensors"
 
 
-def test_write_checkpoint_is_read_back_by_safetensors_and_as_long_as_planned(tmp_path):
+def test_writer_is_read_back_by_safetensors_and_as_long_as_planned(tmp_path):
     torch.manual_seed(0)
     tensors = {f"t{i}": (torch.rand(3, 5) * 4).to(dtype) for i, dtype in enumerate(DTYPES)}
     tensors |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 7), "ü": torch.ones(1, 2).t()}
@@ -53,7 +53,7 @@ def test_write_checkpoint_is_read_back_by_safetensors_and_as_long_as_planned(tmp
     shards = plan_shards(pieces, 200)
     assert len(shards) == 2
     with open_output(tmp_path / "out", {}) as output:
-        write_checkpoint(output, shards, {"a": 1}, [])
+        Writer(output, shards, {"a": 1}, []).write()
     out = tmp_path / "out"
     files = sorted(out.glob("*.safetensors"))
     assert [file.name for file in files] == [shard.name for shard in shards]
@@ -69,20 +69,20 @@ def test_write_checkpoint_is_read_back_by_safetensors_and_as_long_as_planned(tmp
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16)])
-def test_write_checkpoint_refuses_what_was_not_planned(tmp_path, wrong):
+def test_writer_refuses_what_was_not_planned(tmp_path, wrong):
     planned = Piece({"t": TensorSpec((2,), torch.float32)}, lambda: {"t": wrong})
     with pytest.raises(ValueError, match="t: expected TensorSpec"), open_output(tmp_path / "out", {}) as output:
-        write_checkpoint(output, plan_shards([planned], 100), {}, [])
+        Writer(output, plan_shards([planned], 100), {}, []).write()
     assert not list(tmp_path.iterdir())
 
 
-def test_write_checkpoint_copies_a_stored_tensor_in_parts(tmp_path, monkeypatch):
+def test_writer_copies_a_stored_tensor_in_parts(tmp_path, monkeypatch):
     content = bytes(range(250))
     (tmp_path / "source").write_bytes(b"before" + content + b"after")
     stored = StoredTensor(tmp_path / "source", 6, TensorSpec((250,), torch.uint8))
     monkeypatch.setattr(writer, "COPY_BYTES", 96)
     with open_output(tmp_path / "out", {}) as output:
-        write_checkpoint(output, plan_shards([Piece({"t": stored.spec}, lambda: {"t": stored})], 1000), {}, [])
+        Writer(output, plan_shards([Piece({"t": stored.spec}, lambda: {"t": stored})], 1000), {}, []).write()
     assert load_file(next((tmp_path / "out").glob("*.safetensors")))["t"].numpy().tobytes() == content
     assert [len(chunk) for chunk in stored.chunks(96)] == [96, 96, 58]
     (tmp_path / "source").write_bytes(b"before")
@@ -104,7 +104,7 @@ class Failing:
         return {"late": self.tensor}
 
 
-def test_write_checkpoint_computes_only_what_is_not_finished(tmp_path):
+def test_writer_computes_only_what_is_not_finished(tmp_path):
     calls = []
 
     def early(i):
@@ -117,37 +117,67 @@ def test_write_checkpoint_computes_only_what_is_not_finished(tmp_path):
     pieces += [Piece({"late": TensorSpec((10,), torch.uint8)}, late)]
     shards = plan_shards(pieces, 20)
     with pytest.raises(OSError, match="`resume`") as caught, open_output(tmp_path / "out", {}) as output:
-        write_checkpoint(output, shards, {"a": 1}, [])
+        Writer(output, shards, {"a": 1}, []).write()
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, "disk")
     with open_output(tmp_path / "out", {}, resume=True) as output:
-        write_checkpoint(output, shards, {"a": 1}, [])
+        Writer(output, shards, {"a": 1}, []).write()
     assert calls == [0, 1, 2, 3, 4]
     with open_output(tmp_path / "whole", {}) as output:
-        write_checkpoint(output, shards, {"a": 1}, [])
+        Writer(output, shards, {"a": 1}, []).write()
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
 
 
-def test_write_checkpoint_refuses_to_continue_another_plan(tmp_path):
+def test_writer_refuses_to_continue_another_plan(tmp_path):
     failing = Piece({"late": TensorSpec((10,), torch.uint8)}, Failing(torch.ones(10, dtype=torch.uint8)))
     with pytest.raises(OSError), open_output(tmp_path / "out", {}) as output:
-        write_checkpoint(output, plan_shards([failing], 20), {"a": 1}, [])
+        Writer(output, plan_shards([failing], 20), {"a": 1}, []).write()
     with (
         pytest.raises(ValueError, match=r"cannot be resumed: .* planned other tensors or files"),
         open_output(tmp_path / "out", {}, resume=True) as output,
     ):
-        write_checkpoint(output, plan_shards([failing], 20), {"a": 2}, [])
+        Writer(output, plan_shards([failing], 20), {"a": 2}, []).write()
     assert (tmp_path / "out.partial").exists()
 
 
-def test_write_checkpoint_misses_a_file_that_was_taken_away(tmp_path):
+def test_writer_misses_a_file_that_was_taken_away(tmp_path):
     failing = Piece({"late": TensorSpec((10,), torch.uint8)}, Failing(torch.ones(10, dtype=torch.uint8)))
     shards = plan_shards([*pieces_of([10]), failing], 20)
     with pytest.raises(OSError), open_output(tmp_path / "out", {}) as output:
-        write_checkpoint(output, shards, {}, [])
+        Writer(output, shards, {}, []).write()
     next((tmp_path / "out.partial").rglob("*.tmp")).unlink()
     with (
         pytest.raises(ValueError, match=r"\.tmp: expected the file that an interrupted run left, got none"),
         open_output(tmp_path / "out", {}, resume=True) as output,
     ):
-        write_checkpoint(output, shards, {}, [])
+        Writer(output, shards, {}, []).write()
+
+
+def test_writer_stores_what_others_compute_and_computes_the_rest(tmp_path):
+    theirs = {f"t{i}": torch.full((10,), i, dtype=torch.uint8) for i in range(3)}
+    spec = TensorSpec((10,), torch.uint8)
+    planned = [Piece({"t0": spec, "t1": spec}, None), piece(late=torch.ones(10)), Piece({"t2": spec}, None)]
+    shards = plan_shards(planned, 30)
+    with pytest.raises(OSError), open_output(tmp_path / "out", {}) as output:
+        Writer(output, shards, {}, []).store({"t0": theirs["t0"], "t1": theirs["t1"]})
+        raise OSError(errno.EIO, "Input/output error", "disk")
+    with open_output(tmp_path / "out", {}, resume=True) as output:
+        resumed = Writer(output, shards, {}, [])
+        # What is stored stays as it is.
+        resumed.store({name: torch.zeros_like(tensor) for name, tensor in theirs.items() if name != "t2"})
+        resumed.store({"t2": theirs["t2"]})
+        resumed.write()
+    loaded = {
+        name: tensor for file in (tmp_path / "out").glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    assert loaded.keys() == {*theirs, "late"}
+    assert all(torch.equal(loaded[name], theirs[name]) for name in theirs)
+
+
+def test_writer_misses_what_nobody_stored(tmp_path):
+    planned = Piece({"t": TensorSpec((10,), torch.uint8)}, None)
+    with (
+        pytest.raises(AssertionError, match="t: expected them to be stored before"),
+        open_output(tmp_path / "out", {}) as output,
+    ):
+        Writer(output, plan_shards([planned], 30), {}, []).write()
