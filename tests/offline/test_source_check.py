@@ -180,6 +180,7 @@ def test_case_4_a_projection_of_half_the_width_is_refused(docs_moe):
         pytest.param({"rms_norm_eps": float("nan")}, "an epsilon of norms from 0 up, got nan", id="epsilon nan"),
         pytest.param({"rms_norm_eps": float("inf")}, "an epsilon of norms from 0 up, got inf", id="infinite epsilon"),
         pytest.param({"rms_norm_eps": -1.0}, "an epsilon of norms from 0 up, got -1.0", id="negative epsilon"),
+        pytest.param({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "give NaN", id="nan"),
         pytest.param({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "some that give NaN", id="angles"),
     ],
 )  # fmt: skip
@@ -200,6 +201,15 @@ def test_predictions_that_are_not_numbers_are_refused_and_leave_nothing(tiny_mod
     with pytest.raises(ValueError, match="expected a model that predicts tokens, got NaN"):
         convert(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_whose_layers_give_zeros_is_refused_and_leaves_nothing(model, tmp_path):
+    """Nothing tells which of its widths matter."""
+    edit_tensors(model, lambda tensors: tensors["model.embed_tokens.weight"].zero_())
+    with pytest.raises(ValueError, match=r"got zeros from that of model\.layers\.0\.mlp\.experts: compare its files"):
+        convert(model, tmp_path / "out", calibration_length=16, calibration_tokens=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    convert(model, tmp_path / "out", **WEIGHTS_ONLY)
 
 
 def test_what_is_too_many_is_named_and_kept(docs_moe, tmp_path, capsys):
