@@ -7,6 +7,7 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,6 +154,9 @@ def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
     """Run a command on arguments, by default the process's, and exit: 0 on success, 2 with one line on stderr on an
     error.
     """
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        # A letter in a path that the terminal's encoding lacks must not fail a command that has done its work.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command(sys.argv[1:] if arguments is None else arguments)
     except (ValueError, OSError) as error:

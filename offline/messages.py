@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def reason(error: Exception) -> str:
+    """The message of another program's error in one line, in which nothing passes for a field of ours.
+
+    >>> reason(ValueError("`num_heads`:\\n  not a number")), reason(TimeoutError())
+    ("'num_heads': not a number", 'TimeoutError')
+    """
+    return " ".join(str(error).split()).replace("`", "'") or type(error).__name__
+
+
 def printed(name: str) -> str:
     """The name of a file, with escapes if it has what no terminal and no document should get.
 

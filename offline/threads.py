@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,8 @@ Result = TypeVar("Result")
 # Starting processes takes two seconds, most of it the import of torch; measuring and quantizing this many weights takes
 # one core five.
 WORTH_PROCESSES = 2**26
+# Each takes memory of its own. More than this, and than there are cores, help nobody.
+MOST_PROCESSES = 64
 
 
 @cache
@@ -35,10 +38,11 @@ def choose_workers(requested: int | None, numel: int) -> int:
 
     requested: by the user, None for one per available core if ``numel`` weights make up for starting them. A GPU is
     driven by one process in any case.
-    Raises ValueError for a number under 1.
+    Raises ValueError for a number under 1, and for one that would exhaust the machine.
     """
-    if requested is not None and requested < 1:
-        raise ValueError(f"`workers`: expected a number of processes from 1 up, got {requested}")
+    most = max(MOST_PROCESSES, os.cpu_count() or 1)
+    if requested is not None and not 1 <= requested <= most:
+        raise ValueError(f"`workers`: expected a number of processes from 1 to {most}, got {requested}")
     if compute_device().type != "cpu":
         return 1
     return requested or (available_cores() if numel >= WORTH_PROCESSES else 1)

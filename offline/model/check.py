@@ -21,6 +21,7 @@ from offline.progress import Progress
 from offline.source.architectures import experts_per_token, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import SOURCE_DTYPES, Experts, load_matrix
+from offline.source.quantized.joining import PARTS
 from offline.source.quantized.tensor import QuantizedTensor
 from offline.source.recognition import draft_tensors, family_of, taken_for
 from offline.threads import one_thread
@@ -62,8 +63,8 @@ def check_source(source: Checkpoint, experts: Experts) -> Found:
     """Check the names, shapes and dtypes of a source, and that its config lets it run. Reads no tensor.
 
     experts: all that were found in it.
-    Raises ValueError for a config that transformers cannot use, and for tensors that are missing or of another shape
-    than config.json implies.
+    Raises ValueError for a config that transformers cannot use, for tensors that are missing or of another shape than
+    config.json implies, and for scales of weights that it does not declare to be quantized.
     """
     first: dict[str, tuple[int, int]] = {}
     for matrix in experts.matrices:
@@ -73,6 +74,12 @@ def check_source(source: Checkpoint, experts: Experts) -> Found:
     found = check_tensors(source, specs, first, {matrix.tensor for matrix in experts.matrices})
     if found.known and can_run(source):
         Decoder(source, experts).rehearse(source)
+    # Where a quantization is declared, they were refused when the weights were joined with them.
+    if parts := [name for name in (found.extra if found.known else found.needed) if name.endswith(PARTS)]:
+        raise ValueError(
+            f"{source.path}: expected weights alone, as config.json declares no quantization, got parts of quantized "
+            f"ones: {some(parts)}: take config.json from where the weights are from, or remove these tensors"
+        )
     return replace(found, family=taken_for(source))
 
 

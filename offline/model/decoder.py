@@ -29,6 +29,9 @@ from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
 from offline.source.recognition import family_of
 
+# How norms call what they add to a variance before they divide by its root.
+_EPSILONS = ("variance_epsilon", "eps")
+
 
 class Decoder:
     """The decoder of a checkpoint that has all tensors of its model, without weights.
@@ -95,6 +98,12 @@ class Decoder:
             raise ValueError(
                 f"{source.path}: config.json: max_position_embeddings: expected a number of tokens from 1 up, "
                 f"got {self.context}: correct it or download it again"
+            )
+        numbers = (vars(module).get(name) for module in self._decoder.modules() for name in _EPSILONS)
+        if wrong := [number for number in numbers if isinstance(number, float) and not 0 <= number < torch.inf]:
+            raise ValueError(
+                f"{source.path}: config.json: expected an epsilon of norms from 0 up, got {wrong[0]}: "
+                "correct it or download it again"
             )
         with by_transformers(source, "run"):
             hidden, handed_nbytes = torch.zeros(1, length, self.hidden_size), 0

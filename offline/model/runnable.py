@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +43,12 @@ def why_not(source: Checkpoint) -> str:
     needed = {f"{prefix}{key}": tensor for key, tensor in tensors_beside_experts(decoder).items()}
     if needed.keys() != stored_rows(model, family_of(source), needed).keys():
         return "its layers are stored otherwise than they are computed"
-    if any(bool(buffer.isnan().any()) for buffer in computed_buffers(decoder).values() if buffer.is_floating_point()):
+    if _has_nan(computed_buffers(decoder)):
+        if _has_nan(computed_buffers(decoder, unknown=0.0)):
+            raise ValueError(
+                f"{source.path}: config.json: expected numbers that transformers can compute positions with, "
+                "got some that give NaN: correct it or download it again"
+            )
         return "it has tensors that neither its files nor transformers fill"
     return ""
 
@@ -71,23 +77,27 @@ def last_norm(decoder: nn.Module) -> tuple[str, nn.Module]:
     return norms[-1] if norms else ("", decoder)
 
 
-def computed_buffers(decoder: Any) -> dict[str, Tensor]:
+def computed_buffers(decoder: Any, unknown: float = math.nan) -> dict[str, Tensor]:
     """What no checkpoint has of a decoder, as transformers computes it, by name; it is put in its place.
 
-    What transformers does not compute stays NaN.
+    What transformers does not compute stays ``unknown``.
     """
     buffers: dict[str, Tensor] = {}
     for name, module in decoder.named_modules():
         own = [key for key in module._non_persistent_buffers_set if module._buffers[key] is not None]
         for key in own:
             buffer = module._buffers[key]
-            unknown = float("nan") if buffer.is_floating_point() else 0
-            module._buffers[key] = torch.full(buffer.shape, unknown, dtype=buffer.dtype, device="cpu")
+            value = unknown if buffer.is_floating_point() else 0
+            module._buffers[key] = torch.full(buffer.shape, value, dtype=buffer.dtype, device="cpu")
         if own:
             with torch.no_grad():
                 decoder._init_weights(module)
         buffers |= {f"{name}.{key}".removeprefix("."): module._buffers[key] for key in own}
     return buffers
+
+
+def _has_nan(buffers: Mapping[str, Tensor]) -> bool:
+    return any(bool(buffer.isnan().any()) for buffer in buffers.values() if buffer.is_floating_point())
 
 
 def place_buffers(module: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:

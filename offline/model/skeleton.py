@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offline.messages import reason
 from offline.source.architectures import FAMILIES, Family, experts_size, num_layers
 from offline.source.checkpoint import Checkpoint
 from offline.source.fused import FusedPart
@@ -80,10 +81,9 @@ def by_transformers(source: Checkpoint, what: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"{source.path}: config.json: expected a config with which transformers can {what} the model, "
-            f"got {reason:.200}: correct it or download it again"
+            f"got {type(error).__name__}: {reason(error):.200}: correct it or download it again"
         ) from error
 
 

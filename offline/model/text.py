@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from offline.journal import Journal
+from offline.messages import reason
 from offline.model.decoder import Decoder
 from offline.model.forward import forward
 from offline.model.passes import Pass
@@ -91,9 +92,13 @@ def _tokenize(source: Checkpoint, texts: list[str]) -> list[int]:
         raise ValueError(f"{source.path}: expected a tokenizer for the calibration text, got none: {way_out}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Settings of other types fail anywhere in transformers, and the library below it raises nothing narrower.
         raise ValueError(
-            f"{source.path}: expected a tokenizer for the calibration text, got {error}: {way_out}"
+            f"{source.path}: expected a tokenizer for the calibration text, got {type(error).__name__}: "
+            f"{reason(error):.200}: {way_out}"
         ) from error
     return [token for text in texts for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 

@@ -39,7 +39,7 @@ from offline.source.linear import choose_formats, find_linear_layers
 from offline.source.selection import Selection
 from offline.source.splitting import check_group_size
 from offline.threads import WORTH_PROCESSES, choose_workers
-from offline.writing.output import check_output, conditions, open_output
+from offline.writing.output import check_output, conditions, open_output, resolved
 
 # Seconds of work that is announced.
 _LONG = 60.0
@@ -62,7 +62,7 @@ def convert(model: str | Path, out: str | Path, options: ConvertOptions) -> Summ
         OSError: For files that cannot be read or written. What is done so far is kept for ``resume``.
     """
     with course() as phases:
-        return _convert(str(model), Path(out).resolve(), options, phases)
+        return _convert(str(model), resolved(out), options, phases)
 
 
 def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> Summary:

@@ -19,7 +19,7 @@ from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import ExpertMatrix, tensor_shape
 from offline.source.linear import LinearLayer, stored_linear_layers
 from offline.threads import choose_workers
-from offline.writing.output import check_output, conditions, open_output
+from offline.writing.output import check_output, conditions, open_output, resolved
 from offline.writing.writer import DEFAULT_SHARD_BYTES, Piece, Writer, copied, plan_shards
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,7 +58,7 @@ def dequantize(
     dtype = _resolve(dtype, checkpoint)
     shards = plan_shards(_pieces(checkpoint, widths, _DTYPES[dtype]), parse_bytes(max_shard_size))
     size = sum(shard.nbytes for shard in shards)
-    out = Path(out).resolve()
+    out = resolved(out)
     check_path(out)
     check_output(out, checkpoint.path.resolve(), size, resume)
     dropped = ("quantization_config", WEIGHTS_FILE, "dtype", "torch_dtype")

@@ -7,7 +7,7 @@ from typing import Any
 
 from alphaq_vllm.checksums import EDITABLE, SUMS, compare_sums, format_sums, refuse
 from alphaq_vllm.format import AlphaQSpec
-from offline.messages import printed
+from offline.messages import printed, reason
 from offline.source.checkpoint import open_checkpoint
 from offline.source.hub import NAME
 
@@ -89,7 +89,7 @@ def _reason(error: Exception) -> str:
     """The message in one line, with the way out where it is known."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     way_out = ": log in with 'hf auth login', or set HF_TOKEN to a token that may write" if status in (401, 403) else ""
-    return f"{' '.join(str(error).split()) or type(error).__name__}{way_out}"
+    return f"{reason(error)}{way_out}"
 
 
 def _without_sum(directory: Path, names: set[str]) -> list[str]:

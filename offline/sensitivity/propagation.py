@@ -76,6 +76,12 @@ def error_gains(
 
     def observe(layer: Layer, matrices: Sequence[Sequence[ExpertMatrix]], routes: Routes, output: Tensor) -> None:
         energy = float(output.double().square().sum())
+        if not energy:
+            raise ValueError(
+                f"{source.path}: expected layers that compute something from the text that the model writes, got zeros "
+                f"from that of {matrices[0][0].module}: compare its files with the original, or use `noise=expert` and "
+                "`quantizer=mse`"
+            )
         tasks = _tasks(source, matrices, routes, group_size)
         errors = {task.number: squared for task, squared in run_all(_gains, tasks, workers, shared=source)}
         found = {

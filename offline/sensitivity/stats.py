@@ -121,6 +121,8 @@ class Statistics:
 
 def read_statistics(path: Path) -> Statistics:
     """Read what ``str(statistics)`` wrote. Raises ValueError, naming the line, for anything else."""
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file of statistics, got a directory: name a file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: make it with python -m offline.measure MODEL -o {path}")
     first, *lines = path.read_bytes().decode(errors="replace").splitlines() or [""]

@@ -20,6 +20,8 @@ _EXPERTS_PER_TOKEN_KEYS = (
     "moe_top_k",
     "moe_k",
 )
+# What transformers and vLLM compute in.
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MTP_LAYERS_KEYS = ("num_nextn_predict_layers", "num_mtp_modules")
 
 
@@ -231,7 +233,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def with_plain_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config for a copy of the model, with dtypes as transformers spells them, and without those that are none.
+    """A config for a copy of the model, with dtypes as transformers spells them, and without what no model computes in.
 
     It fails on others, and so does vLLM. Both take the dtype of the weights where there is none.
 
@@ -242,7 +244,7 @@ def with_plain_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and value is not None:
             name = str(value).lower().removeprefix("torch.")
-            if isinstance(getattr(torch, name, None), torch.dtype):
+            if getattr(torch, name, None) in _FLOATS:
                 plain[key] = name
         else:
             plain[key] = with_plain_dtypes(value) if isinstance(value, Mapping) else value

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from alphaq_vllm.format import QUANT_METHOD, TensorSpec
-from offline.messages import some
+from offline.messages import reason, some
 from offline.source.beside import REPLACED, Beside, Sidecar, hub_patterns, look_beside, still_wanted
 from offline.source.header import read_header, refuse_lfs_pointer
 from offline.source.hub import NAME
@@ -125,11 +125,9 @@ def _locate(model: str, revision: str | None) -> Path:
     try:
         return _download(model, revision)
     except (OSError, ValueError) as error:
-        # The client's messages have several lines.
-        reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{model}: no such directory, and the Hugging Face Hub did not deliver it"
-            f"{f' at {revision}' if revision else ''}: {reason}"
+            f"{f' at {revision}' if revision else ''}: {reason(error)}"
         ) from error
 
 
@@ -179,6 +177,10 @@ def _shard_names(path: Path) -> list[str]:
         return names
     if (path / SINGLE).is_file():
         return [SINGLE]
+    if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
+        raise FileNotFoundError(
+            f"{path / SINGLE}: expected a file, got a directory or a link that leads to none: download it again"
+        )
     found = sorted(file.name for file in path.glob("*.safetensors"))
     if any(name.startswith("consolidated") for name in found):
         raise FileNotFoundError(

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from offline.messages import reason
 from offline.source.checkpoint import CONFIG, INDEX, SINGLE
 from offline.source.header import MAX_HEADER_BYTES
 
@@ -71,11 +72,9 @@ def _fetch(name: str, revision: str | None, directory: Path) -> str:
             list(pool.map(partial(_fetch_header, name, commit, directory), shards, map(sizes.__getitem__, shards)))
         return commit
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
-        # The client's messages have several lines.
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"{name}: no such directory, and the Hugging Face Hub did not deliver it"
-            f"{f' at {revision}' if revision else ''}: {reason}"
+            f"{f' at {revision}' if revision else ''}: {reason(error)}"
         ) from error
 
 

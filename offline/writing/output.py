@@ -45,6 +45,12 @@ class Output:
     journal: Journal
 
 
+def resolved(out: str | Path) -> Path:
+    """The absolute path that a command is to make, without links; one that leads to itself is for ``check_output``."""
+    # Unlike ``Path.resolve`` it raises nothing for such a link, whatever the version of Python.
+    return Path(os.path.realpath(out))
+
+
 def check_output(out: Path, source: Path, needed_bytes: int, resume: bool = False) -> None:
     """Raise unless ``out`` can become a new directory apart from ``source`` with room for ``needed_bytes``.
 
@@ -55,20 +61,26 @@ def check_output(out: Path, source: Path, needed_bytes: int, resume: bool = Fals
         raise ValueError(f"{out}: expected an output directory outside the source {source}: choose another one")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: expected a new or empty output directory, got a file: choose another name")
+    if out.is_symlink():
+        raise ValueError(f"{out}: expected a new or empty output directory, got a link to itself: choose another name")
+    above = next(parent for parent in out.parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{above}: expected a directory to put {out.name} in, got a file: choose another one")
     partial = _partial(out)
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise ValueError(f"{partial}: expected a directory or nothing, got a file or a link: remove it")
     if _is_left_over(partial, out):
         shutil.rmtree(partial)
     if not (resume and partial.is_dir()):
         _check_empty(out, resume)
     if out.is_mount():
         raise ValueError(f"{out}: a mount point cannot be replaced: choose a new directory inside it")
-    existing = next(parent for parent in out.parents if parent.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(above).free
     if resume:
         free += sum(512 * path.stat().st_blocks for path in partial.rglob("*") if path.is_file())
     if free < needed_bytes:
         raise ValueError(
-            f"{existing}: expected {format_bytes(needed_bytes)} of free disk space, got {format_bytes(free)}: "
+            f"{above}: expected {format_bytes(needed_bytes)} of free disk space, got {format_bytes(free)}: "
             "free some, lower `bits` or choose another output directory"
         )
 

@@ -278,7 +278,8 @@ def _temporary(final: Path) -> Path:
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    # Halves of letters, which JSON can have and UTF-8 cannot, as the escapes that they were.
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _write_file(path: Path, content: bytes) -> None:

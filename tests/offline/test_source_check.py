@@ -102,12 +102,14 @@ LEFTOVERS = {
     "padding beyond the vocabulary": {"pad_token_id": 10**6},
     "attention of another program": {"_attn_implementation": "flash_attention_2", "attn_implementation": "xformers"},
     "dtype spelled": {"torch_dtype": "torch.bfloat16", "dtype": "torch.bfloat16"},
+    "dtypes of no model": {"torch_dtype": "int8", "dtype": "float8_e4m3fn"},
     "dtype null": {"torch_dtype": None, "dtype": None},
     "dtype unknown": {"torch_dtype": "auto", "dtype": "mixed"},
     "null fields": {"rope_scaling": None, "quantization_config": None, "head_dim": None, "layer_types": None,
                     "text_config": None, "architectures": None},
     "nested leftovers": {"extra_config": NESTED},
     "outputs as tuples": {"return_dict": False, "output_hidden_states": True, "output_attentions": True},
+    "half of a letter": {"trained_on": ["\ud800", {"\udc00": "\U00010000 \u00fc"}]},
     "code": {"auto_map": {"AutoConfig": "configuration_x.Config"}},
 }  # fmt: skip
 
@@ -175,6 +177,10 @@ def test_case_4_a_projection_of_half_the_width_is_refused(docs_moe):
         pytest.param({"max_position_embeddings": 0}, "max_position_embeddings: expected a number", id="no place"),
         pytest.param({"hidden_act": "gelux"}, "transformers can build the model, got KeyError: 'gelux'", id="unknown"),
         pytest.param({"norm_topk_prob": "x"}, "transformers can build the model, got Strict", id="another type"),
+        pytest.param({"rms_norm_eps": float("nan")}, "an epsilon of norms from 0 up, got nan", id="epsilon nan"),
+        pytest.param({"rms_norm_eps": float("inf")}, "an epsilon of norms from 0 up, got inf", id="infinite epsilon"),
+        pytest.param({"rms_norm_eps": -1.0}, "an epsilon of norms from 0 up, got -1.0", id="negative epsilon"),
+        pytest.param({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "give NaN", id="nan"),
         pytest.param({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "some that give NaN", id="angles"),
     ],
 )  # fmt: skip
@@ -197,11 +203,33 @@ def test_predictions_that_are_not_numbers_are_refused_and_leave_nothing(tiny_mod
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_model_whose_layers_give_zeros_is_refused_and_leaves_nothing(model, tmp_path):
+    """Nothing tells which of its widths matter."""
+    edit_tensors(model, lambda tensors: tensors["model.embed_tokens.weight"].zero_())
+    with pytest.raises(ValueError, match=r"got zeros from that of model\.layers\.0\.mlp\.experts: compare its files"):
+        convert(model, tmp_path / "out", calibration_length=16, calibration_tokens=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    convert(model, tmp_path / "out", **WEIGHTS_ONLY)
+
+
 def test_what_is_too_many_is_named_and_kept(docs_moe, tmp_path, capsys):
     edit_tensors(docs_moe, lambda tensors: tensors.update({"model.more.weight": torch.full((2,), torch.nan)}))
     summary = convert(docs_moe, tmp_path / "out", **WEIGHTS_ONLY)
     assert "1 tensor that the model does not need, kept as they are: model.more.weight" in str(summary)
     assert "model.more.weight" in open_checkpoint(str(tmp_path / "out")).tensors
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight_scale", f"{LAYER}.self_attn.o_proj.weight_scale_inv"])
+def test_scales_of_weights_that_the_config_does_not_declare_quantized_are_refused(docs_moe, name):
+    """Without them the weights would be other numbers, and what is served noise."""
+    edit_tensors(docs_moe, lambda tensors: tensors.update({name: torch.ones(1)}))
+    assert_refused(docs_moe, f"expected weights alone, .* got parts of quantized ones: {name}: take config.json from")
+
+
+def test_words_of_transformers_do_not_pass_for_options(docs_moe, alphaq):
+    edit_config(docs_moe, rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0})
+    status, _, error = alphaq("convert", docs_moe, docs_moe.with_name("out"), "--dry-run")
+    assert (status, "keys in 'rope_parameters' for 'rope_type'='yarn'" in error, "--rope" in error) == (2, True, False)
 
 
 def test_layers_that_only_draft_are_needed_ones(docs_moe, tmp_path):

@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,19 @@ def test_case_13_the_printed_command_names_the_directory(tiny_model, alphaq, tmp
     command = shlex.split(printed.partition("serve with:")[2])
     assert command == ["vllm", "serve", str(tmp_path / name), "--quantization", "alphaq"]
     assert Path(command[2], "config.json").is_file()
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("ascii", "ü"), ("utf-8", os.fsdecode(b"\xff"))])
+def test_case_13_a_name_that_the_terminal_cannot_show_fails_no_command(
+    tiny_model, alphaq, monkeypatch, tmp_path, encoding, name
+):
+    terminal = TextIOWrapper(BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    status, _, error = alphaq("convert", tiny_model("qwen2_moe"), tmp_path / name, *QUICK)
+    assert status == 0, error
+    terminal.flush()
+    shown = name.encode(encoding, errors="backslashreplace")
+    assert b"written:        " + os.fsencode(tmp_path) + b"/" + shown in terminal.buffer.getvalue()
 
 
 @pytest.mark.parametrize("name", ["out[1]", "[ab]/out", "[!a]"])

@@ -13,7 +13,7 @@ _ACTIVATIONS = (
     "k_scale", "v_scale", "q_scale", "prob_scale",
 )  # fmt: skip
 # What is a part of a quantized tensor and nothing else.
-_PARTS = (
+PARTS = (
     "_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_packed",
     "weight_shape", "weight_g_idx", "_blocks", "_scales", ".qweight", ".qzeros",
 )  # fmt: skip
@@ -64,7 +64,7 @@ def join_tensors(tensors: Mapping[str, StoredTensor], readers: Iterable[Reader])
         joined[name] = tensor
     kept = {name: tensor for name, tensor in joined.items() if name not in parts.used and not _is_of_activations(name)}
     for name in kept:
-        if name.endswith(_PARTS) and not isinstance(kept[name], QuantizedTensor):
+        if name.endswith(PARTS) and not isinstance(kept[name], QuantizedTensor):
             raise ValueError(
                 f"{name}: expected the codes of a quantized tensor that it belongs to, got none: "
                 "download the checkpoint again"

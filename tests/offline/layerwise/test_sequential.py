@@ -216,6 +216,18 @@ REFUSED = {
         lambda path, text: [file.unlink() for file in path.glob("tokenizer*")],
         "expected a tokenizer for the calibration text",
     ),
+    "settings of a tokenizer in a list": (
+        lambda path, text: (path / "tokenizer_config.json").write_text("[1]"),
+        "expected a tokenizer for the calibration text, got AttributeError: .*: download the tokenizer's files",
+    ),
+    "a tokenizer of a number's class": (
+        lambda path, text: (path / "tokenizer_config.json").write_text('{"tokenizer_class": 5}'),
+        "expected a tokenizer for the calibration text, got AttributeError",
+    ),
+    "a tokenizer that is none": (
+        lambda path, text: (path / "tokenizer.json").write_text("{}"),
+        "expected a tokenizer for the calibration text, got",
+    ),
     "too little text": (
         lambda path, text: text.write_text("few words"),
         "`calibration`: expected at least 64 tokens of text, got 9: give more text or lower `calibration_length`",

@@ -33,6 +33,11 @@ def test_read_statistics_returns_what_was_written(path):
     assert lines[2] == f"{MATRICES[0].name},3.1,0.3333333333333333,2.5,64,0.1,1e-300"
 
 
+def test_read_statistics_refuses_a_directory(tmp_path):
+    with pytest.raises(ValueError, match="expected a file of statistics, got a directory: name a file"):
+        read_statistics(tmp_path)
+
+
 def test_read_statistics_without_errors(tmp_path):
     bare = Statistics(Origin("m", "f", 64, 1, 0, 0), [MatrixStats("a", 2.5, 1.0, 3.0, 64, {})])
     (tmp_path / "s.csv").write_text(str(bare))

@@ -237,6 +237,11 @@ BAD_DIRECTORIES = {
         lambda p: (p / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n"),
         "tokenizer.json.*Git LFS pointer",
     ),
+    "weights a directory": (lambda p: ((p / SINGLE).unlink(), (p / SINGLE).mkdir()), f"{SINGLE}: expected a file"),
+    "weights a link to nothing": (
+        lambda p: ((p / SINGLE).unlink(), (p / SINGLE).symlink_to("nowhere")),
+        f"{SINGLE}: expected a file, got a directory or a link that leads to none",
+    ),
     "no weights": (lambda p: (p / SINGLE).unlink(), "no weights"),
     "pickle weights": (lambda p: (p / SINGLE).rename(p / "pytorch_model.bin"), "only pickled ones"),
 }

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from offline.journal import KEPT
 from offline.source.checkpoint import open_checkpoint
 from offline.writing import output as module
-from offline.writing.output import check_output, conditions, open_output
+from offline.writing.output import check_output, conditions, open_output, resolved
 
 
 def interrupted(out, depends_on=None, error=KeyboardInterrupt):
@@ -211,6 +212,26 @@ def test_check_output_refuses_what_exists(tmp_path):
             check_output(tmp_path / "out", tmp_path / "source", 0, resume)
     with pytest.raises(ValueError, match="got a file"):
         check_output(tmp_path / "out" / "file", tmp_path / "source", 0)
+
+
+def test_check_output_refuses_a_place_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file: expected a directory to put out in, got a file"):
+        check_output(tmp_path / "file" / "new" / "out", tmp_path / "source", 0)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("lay", [Path.touch, lambda path: path.symlink_to("nowhere")], ids=["file", "link"])
+def test_check_output_refuses_a_partial_that_is_no_directory(tmp_path, lay, resume):
+    lay(tmp_path / "out.partial")
+    with pytest.raises(ValueError, match=r"out\.partial: expected a directory or nothing, got a file or a link"):
+        check_output(tmp_path / "out", tmp_path / "source", 0, resume)
+
+
+def test_check_output_refuses_a_link_to_itself(tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(ValueError, match="got a link to itself: choose another name"):
+        check_output(resolved(tmp_path / "out"), tmp_path / "source", 0)
 
 
 def test_check_output_refuses_a_mount_point(tmp_path, monkeypatch):
