@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -85,6 +87,35 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], worker
         finally:
             for future in pending:
                 future.cancel()
+
+
+class SharedTensor:
+    """A float32 tensor, ``tensor``, that other processes can have without a copy if it is on a CPU, under Linux: what
+    is pickled is the place of its memory. So it has to live until they have unpickled it.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        self._path, self._shape = "", tuple(shape)
+        if device.type == "cpu" and hasattr(os, "memfd_create"):
+            descriptor = os.memfd_create("alphaq")
+            weakref.finalize(self, os.close, descriptor)
+            os.truncate(descriptor, math.prod(shape) * torch.float32.itemsize)
+            self._path = f"/proc/{os.getpid()}/fd/{descriptor}"
+            self._map()
+        else:
+            self.tensor = torch.empty(self._shape, dtype=torch.float32, device=device)
+
+    def _map(self) -> None:
+        size = math.prod(self._shape)
+        self.tensor = torch.from_file(self._path, shared=True, size=size, dtype=torch.float32).view(self._shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_path": self._path, "_shape": self._shape} if self._path else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._path:
+            self._map()
 
 
 def release_memory() -> None:

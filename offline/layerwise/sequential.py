@@ -7,8 +7,8 @@ quantized is handed on at once. An interrupted run begins again with the layer t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -33,21 +33,25 @@ from offline.threads import compute_device, one_thread
 Store = Callable[[Mapping[str, Tensor]], None]
 
 
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """What all tasks of a layer share."""
+
+    source: Checkpoint
+    routes: Routes
+    group_size: int
+
+
 @dataclass(frozen=True)
 class _Task:
-    """One expert to quantize: its number, its matrices (gate, up, down, or up, down) with their widths, its formula,
-    and the inputs that are routed to it, ``[tokens, hidden_size]`` float32, with their weights;
-    outputs: whether what comes out of it is wanted.
+    """One expert to quantize: its number, its matrices (gate, up, down, or up, down) with their widths; outputs:
+    whether what comes out of it is wanted.
     """
 
+    layer: _Layer
     number: int
-    source: Checkpoint
     bits: Mapping[ExpertMatrix, int]
-    group_size: int
-    formula: Formula
-    inputs: Tensor
-    topk_weights: Tensor
-    outputs: bool = False
+    outputs: bool
 
 
 class SequentialGptq:
@@ -131,8 +135,13 @@ class SequentialGptq:
                 last = layer is self.decoder.layers[-1]
                 outputs = None if last else Outputs(layer, hidden, routes)
                 if experts[0][0].name in widths:
-                    tasks = self._tasks(experts, widths, group_size, routes, not last)
-                    _run(tasks, store, outputs, workers, self._source)
+                    # What the layer has to run again with is of no use to an expert.
+                    shared = _Layer(self._source, replace(routes, before=None), group_size)
+                    tasks = (
+                        _Task(shared, number, {matrix: widths[matrix.name] for matrix in expert}, not last)
+                        for number, expert in enumerate(experts)
+                    )
+                    _run(tasks, store, outputs, workers, shared)
                     module = layer.source_experts
                     starved[module] = sum(not len(routes.of(expert)[0]) for expert in range(len(experts)))
                     if journal:
@@ -148,30 +157,15 @@ class SequentialGptq:
     def quantize_expert(self, num_bits: int, group_size: int, inputs: Tensor, topk_weights: Tensor) -> None:
         """Quantize the first expert for the time that it takes; inputs, topk_weights: of tokens as if routed to it."""
         bits = dict.fromkeys(self._experts.of(self._experts.modules[0])[0], num_bits)
-        formula = Formula(torch.nn.functional.silu)
-        _quantize(_Task(0, self._source, bits, group_size, formula, inputs, topk_weights, outputs=True))
-
-    def _tasks(
-        self,
-        experts: Sequence[Sequence[ExpertMatrix]],
-        widths: Mapping[str, int],
-        group_size: int,
-        routes: Routes,
-        outputs: bool,
-    ) -> Iterator[_Task]:
-        for number, expert in enumerate(experts):
-            bits = {matrix: widths[matrix.name] for matrix in expert}
-            tokens, topk_weights = routes.of(number)
-            inputs, formula = routes.inputs[tokens], routes.formula.of(number)
-            yield _Task(number, self._source, bits, group_size, formula, inputs, topk_weights, outputs)
+        _quantize_expert(self._source, bits, group_size, Formula(torch.nn.functional.silu), inputs, topk_weights, True)
 
 
-def _run(tasks: Iterable[_Task], store: Store, outputs: Outputs | None, workers: int, source: Checkpoint) -> None:
+def _run(tasks: Iterable[_Task], store: Store, outputs: Outputs | None, workers: int, layer: _Layer) -> None:
     """Quantize a layer's experts, and add what comes out of the quantized ones, if that is wanted."""
     # Results come in any order, and are added in one.
     waiting: dict[int, Tensor] = {}
     added = 0
-    for task, (tensors, output) in run_all(_quantize, tasks, workers, shared=source):
+    for task, (tensors, output) in run_all(_quantize, tasks, workers, shared=layer):
         store({name: tensor.cpu() for name, tensor in tensors.items()})
         if output is None or outputs is None:
             continue
@@ -181,32 +175,46 @@ def _run(tasks: Iterable[_Task], store: Store, outputs: Outputs | None, workers:
             added += 1
 
 
-@torch.no_grad()
 def _quantize(task: _Task) -> tuple[dict[str, Tensor], Tensor | None]:
+    layer, routes = task.layer, task.layer.routes
+    tokens, topk_weights = routes.of(task.number)
+    inputs, formula = routes.inputs[tokens], routes.formula.of(task.number)
+    return _quantize_expert(layer.source, task.bits, layer.group_size, formula, inputs, topk_weights, task.outputs)
+
+
+@torch.no_grad()
+def _quantize_expert(
+    source: Checkpoint,
+    bits: Mapping[ExpertMatrix, int],
+    group_size: int,
+    formula: Formula,
+    inputs: Tensor,
+    topk_weights: Tensor,
+    outputs: bool,
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """The stored tensors of an expert's matrices, down fitted to what comes out of the quantized ones before it; and
     what comes out of all, if it is wanted.
+
+    inputs: ``[tokens, features]`` float32, those that are routed to it, with their weights.
     """
-    *first, down = task.bits
-    if not len(task.inputs):
-        tensors = {name: tensor for matrix in task.bits for name, tensor in _data_free(task, matrix).items()}
-        return tensors, task.inputs if task.outputs else None
-    factor = inverse_factor(task.inputs)
-    tensors = {name: tensor for matrix in first for name, tensor in _gptq(task, matrix, factor).items()}
+    if not len(inputs):
+        tensors: dict[str, Tensor] = {}
+        for matrix, num_bits in bits.items():
+            tensors |= quantize(load_weight(source, matrix), num_bits, group_size).tensors(matrix.name)
+        return tensors, inputs if outputs else None
+
+    def calibrated(matrix: ExpertMatrix, factor: Tensor) -> dict[str, Tensor]:
+        return gptq(load_weight(source, matrix), factor, bits[matrix], group_size).tensors(matrix.name)
+
+    *first, down = bits
+    factor = inverse_factor(inputs)
+    tensors = {name: tensor for matrix in first for name, tensor in calibrated(matrix, factor).items()}
     del factor
-    weights = [_weight(tensors, matrix, task.bits[matrix]) for matrix in first]
-    inner = task.formula.inner(task.inputs, weights)
-    tensors |= _gptq(task, down, inverse_factor(inner))
-    if not task.outputs:
+    inner = formula.inner(inputs, [_weight(tensors, matrix, bits[matrix]) for matrix in first])
+    tensors |= calibrated(down, inverse_factor(inner))
+    if not outputs:
         return tensors, None
-    return tensors, task.formula.project(inner, _weight(tensors, down, task.bits[down]), task.topk_weights)
-
-
-def _data_free(task: _Task, matrix: ExpertMatrix) -> dict[str, Tensor]:
-    return quantize(load_weight(task.source, matrix), task.bits[matrix], task.group_size).tensors(matrix.name)
-
-
-def _gptq(task: _Task, matrix: ExpertMatrix, factor: Tensor) -> dict[str, Tensor]:
-    return gptq(load_weight(task.source, matrix), factor, task.bits[matrix], task.group_size).tensors(matrix.name)
+    return tensors, formula.project(inner, _weight(tensors, down, bits[down]), topk_weights)
 
 
 def _weight(tensors: Mapping[str, Tensor], matrix: ExpertMatrix, num_bits: int) -> Tensor:

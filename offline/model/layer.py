@@ -20,7 +20,7 @@ from offline.model.formula import Formula, formula_of
 from offline.model.handed import Arguments, Handed, Place, filled, places, same
 from offline.model.runnable import place_buffers
 from offline.source.checkpoint import Checkpoint
-from offline.threads import in_threads, release_memory
+from offline.threads import SharedTensor, in_threads, release_memory
 
 # How far the output of a layer may be from its experts' output times a number, added to the rest.
 _ROUNDING = 1e-3
@@ -28,19 +28,24 @@ _ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Routes:
-    """What reaches the experts of a layer: ``inputs`` ``[tokens, features]``, ``topk_ids`` and ``topk_weights``
-    ``[tokens, k]``.
+    """What reaches the experts of a layer: ``inputs``, ``[tokens, features]``, in memory that is ``shared`` with processes;
+    ``topk_ids`` and ``topk_weights``, ``[tokens, k]``.
 
     formula: how the experts compute; before: the input of the layer, if it has to run again; back: ``[hidden_size,
     features]``, what the sum of their outputs is multiplied with where they compute on latents.
     """
 
-    inputs: Tensor
+    shared: SharedTensor
     topk_ids: Tensor
     topk_weights: Tensor
     formula: Formula
     before: Tensor | None = None
     back: Tensor | None = None
+
+    @property
+    def inputs(self) -> Tensor:
+        """``[tokens, features]``, float32."""
+        return self.shared.tensor
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
         """The tokens of one expert, int64, and their weights, float32."""
@@ -101,7 +106,8 @@ def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
     """
     seen = threading.local()
     features = hidden.shape[2] if layer.back is None else layer.back.in_features
-    inputs = hidden.new_empty(*hidden.shape[:2], features)
+    shared = SharedTensor((hidden[..., 0].numel(), features), hidden.device)
+    inputs = shared.tensor.view(*hidden.shape[:2], features)
     if not layer.probed and not hidden.is_meta:
         layer.scale, layer.probed = _scale(layer, hidden), True
     before = hidden.clone() if layer.probed and layer.scale is None else None
@@ -119,7 +125,7 @@ def route(layer: Layer, hidden: Tensor, workers: int = 1) -> Routes:
     topk_ids, topk_weights = zip(*in_threads(run, range(len(hidden)), workers), strict=True)
     back = None if layer.back is None else layer.back.weight.detach()
     formula = formula_of(layer.experts)
-    return Routes(inputs.flatten(0, 1), torch.cat(topk_ids), torch.cat(topk_weights), formula, before, back)
+    return Routes(shared, torch.cat(topk_ids), torch.cat(topk_weights), formula, before, back)
 
 
 def _unsorted(inputs: Tensor, tokens: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -1,13 +1,17 @@
 """Where work runs: threads are lowered for it and restored after it, and processes are used when they pay."""
 
 import math
+import os
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 from alphaq_vllm import cores
 from offline import threads
-from offline.threads import WORTH_PROCESSES, choose_workers, one_thread
+from offline.parallel import run_all
+from offline.threads import WORTH_PROCESSES, SharedTensor, choose_workers, one_thread
 
 
 def test_one_thread_restores_the_number_also_after_a_failure():
@@ -46,3 +50,33 @@ def test_choose_workers_does_as_it_is_told(monkeypatch):
 def test_choose_workers_leaves_a_gpu_to_one_process(monkeypatch):
     monkeypatch.setattr(threads, "compute_device", lambda: torch.device("cuda"))
     assert choose_workers(8, WORTH_PROCESSES) == 1
+
+
+def add_one(shared):
+    shared.tensor += 1
+    return shared.tensor.sum().item()
+
+
+def test_a_shared_tensor_is_the_same_memory_in_every_process():
+    shared = SharedTensor((2, 3), torch.device("cpu"))
+    shared.tensor.zero_()
+    (result,) = run_all(add_one, [shared], workers=2, shared=shared)
+    assert result == (shared, 6.0)
+    assert torch.equal(shared.tensor, torch.ones(2, 3))
+    assert len(pickle.dumps(SharedTensor((1000, 1000), torch.device("cpu")))) < 1000
+
+
+def test_a_shared_tensor_that_cannot_be_shared_is_copied(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    shared = SharedTensor((2, 3), torch.device("cpu"))
+    shared.tensor.fill_(3)
+    assert torch.equal(pickle.loads(pickle.dumps(shared)).tensor, shared.tensor)
+
+
+def test_the_memory_of_a_shared_tensor_ends_with_it():
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir()))
+    shared = SharedTensor((2, 3), torch.device("cpu"))
+    assert len(list(descriptors.iterdir())) == before + 1
+    del shared
+    assert len(list(descriptors.iterdir())) == before
