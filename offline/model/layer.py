@@ -28,7 +28,7 @@ _ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Routes:
-    """What reaches the experts of a layer: ``inputs``, ``[tokens, features]``, in memory that is ``shared`` with processes;
+    """What reaches the experts of a layer: ``inputs``, ``[tokens, features]``, in memory that is ``shared``;
     ``topk_ids`` and ``topk_weights``, ``[tokens, k]``.
 
     formula: how the experts compute; before: the input of the layer, if it has to run again; back: ``[hidden_size,

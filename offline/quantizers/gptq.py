@@ -16,8 +16,8 @@ from offline.quantizers.quantize import Quantized, check_matrix, chunks
 
 # Share of the mean diagonal that is added to the diagonal of X^T X, and its growth until a factor exists.
 DAMPING, DAMPING_GROWTH = 0.03, 10.0
-# Of inputs, and of their products, that are looked at together.
-_ROWS = 1024
+# Of inputs, and of their products, that are looked at together; and of the blocks of a symmetric or triangular matrix.
+_ROWS, _BLOCK = 1024, 512
 
 
 def inverse_factor(inputs: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def inverse_factor(inputs: Tensor) -> Tensor:
     inputs: ``[tokens, in_features]`` float32; fewer tokens than features are enough.
     Returns ``[in_features, in_features]`` float32. Raises ValueError for NaN or Inf.
     """
-    hessian = inputs.T @ inputs
+    hessian = _products(inputs)
     diagonal = hessian.diagonal()
     squares = diagonal.clone()
     hessian.mul_(1 - sampling_share(inputs, hessian))
@@ -36,16 +36,43 @@ def inverse_factor(inputs: Tensor) -> Tensor:
     if not damping:
         return torch.eye(len(hessian), device=hessian.device)
     # L of the reversed matrix, reversed again, is an upper R with R @ R.T = hessian; the inverse of R is upper as well.
-    failed = True
+    # Each of them is let go as soon as the next is there.
+    hessian = hessian.flip(0, 1)
+    diagonal, failed = hessian.diagonal(), True
     while failed:
         if not bool(damping.isfinite()):
             raise ValueError("calibration: expected finite activations, got NaN or Inf: the source is damaged")
         diagonal.add_(damping)
-        lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(hessian)
         failed, damping = bool(info), damping * DAMPING_GROWTH
     del hessian, diagonal
     upper = lower.flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
+    del lower
+    _invert_upper_(upper)
+    return upper
+
+
+def _products(inputs: Tensor) -> Tensor:
+    """``inputs.T @ inputs``, of which only one half is computed, and copied to the other."""
+    products = inputs.new_empty(inputs.shape[1], inputs.shape[1])
+    for start in range(0, len(products), _BLOCK):
+        end = start + _BLOCK
+        products[start:end, start:] = inputs[:, start:end].T @ inputs[:, start:]
+        products[end:, start:end] = products[start:end, end:].T
+    return products
+
+
+def _invert_upper_(matrix: Tensor) -> None:
+    """Invert an upper triangular matrix in its place, by its quarters: the general solver computes the zeros too."""
+    if len(matrix) <= _BLOCK:
+        eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, eye, upper=True))
+        return
+    half = len(matrix) // 2
+    first, corner, second = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    _invert_upper_(first)
+    _invert_upper_(second)
+    corner.copy_((first @ corner @ second).neg_())
 
 
 def sampling_share(inputs: Tensor, products: Tensor) -> float:

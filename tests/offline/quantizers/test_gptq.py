@@ -164,3 +164,16 @@ def test_gptq_leaves_its_arguments_alone(rows):
 def test_gptq_refuses_what_the_format_lacks(weight, num_bits, message):
     with pytest.raises(ValueError, match=message):
         gptq(weight, torch.eye(weight.shape[1]), num_bits, 32)
+
+
+@pytest.mark.parametrize("in_features", [64, 512, 1408])
+def test_inverse_factor_is_that_of_the_damped_matrix_of_any_size(in_features):
+    """Blocks of 512: one, one that is full, and several of which the last is not."""
+    inputs = gaussian(2000, in_features)
+    factor = inverse_factor(inputs).double()
+    products = (inputs.T @ inputs).double()
+    products *= 1 - sampling_share(inputs, products.float())
+    products.diagonal().copy_(inputs.double().square().sum(0))
+    products.diagonal().add_(DAMPING * products.diagonal().mean())
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor.T @ factor @ products, torch.eye(in_features).double(), rtol=0, atol=1e-3)
