@@ -98,7 +98,7 @@ def _work(result: Mapping[str, Any]) -> list[str]:
     more = "; the default takes longer: convert --dry-run, which needs the weights, estimates it"
     return [
         f"download:   {format_bytes(result['size'])}" if result["commit"] else "download:   nothing, it is here",
-        f"disk:       {format_bytes(size * (2 if result['runs'] else 1))} for the result while it is written",
+        f"disk:       {format_bytes(size)} for the result",
         f"time:       quantizing by mse about {format_seconds(result['seconds'])} here, on {processes}"
         + (more if result["runs"] else ", after measuring"),
     ]
