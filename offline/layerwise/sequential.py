@@ -20,7 +20,7 @@ from offline.journal import Journal
 from offline.model.decoder import Decoder
 from offline.model.formula import Formula
 from offline.model.forward import run_experts
-from offline.model.layer import Outputs, Routes, advance, route
+from offline.model.layer import Layer, Outputs, Routes, advance, route
 from offline.model.passes import Pass
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
 from offline.parallel import run_all
@@ -117,7 +117,7 @@ class SequentialGptq:
         ``Pass``.
         Returns the number of experts that no token reached, which are quantized without data.
         """
-        device, pass_ = compute_device(), Pass(self.decoder, "gptq", journal)
+        pass_ = Pass(self.decoder, "gptq", journal)
         entries = journal.entries if journal else []
         starved = {entry["gptq"]: entry["starved"] for entry in entries if "gptq" in entry}
         if pass_.finished:
@@ -125,34 +125,48 @@ class SequentialGptq:
         hidden = pass_.begin(self._source, self.text(workers, journal))
         with pass_.progress("gptq", self._source, self._experts) as progress:
             for layer in pass_.layers(hidden):
-                with layer.loaded(self._source, device):
-                    if layer.source_experts is None:
-                        advance(layer, hidden, workers)
-                        continue
-                    routes = route(layer, hidden, workers)
-                experts = self._experts.of(layer.source_experts)
-                # Nothing comes after the last layer.
-                last = layer is self.decoder.layers[-1]
-                outputs = None if last else Outputs(layer, hidden, routes)
-                if experts[0][0].name in widths:
-                    # What the layer has to run again with is of no use to an expert.
-                    shared = _Layer(self._source, replace(routes, before=None), group_size)
-                    tasks = (
-                        _Task(shared, number, {matrix: widths[matrix.name] for matrix in expert}, not last)
-                        for number, expert in enumerate(experts)
-                    )
-                    _run(tasks, store, outputs, workers, shared)
-                    module = layer.source_experts
-                    starved[module] = sum(not len(routes.of(expert)[0]) for expert in range(len(experts)))
+                without_tokens = self._take(layer, hidden, widths, group_size, store, workers)
+                if (module := layer.source_experts) is None:
+                    continue
+                if without_tokens is not None:
+                    starved[module] = without_tokens
                     if journal:
-                        journal.record({"gptq": module, "starved": starved[module]})
-                elif outputs:
-                    run_experts(experts, partial(load_weight, self._source), routes, outputs, workers)
-                if outputs:
-                    outputs.finish(self._source, workers)
-                progress.advance(sum(matrix_nbytes(self._source, matrix) for expert in experts for matrix in expert))
+                        journal.record({"gptq": module, "starved": without_tokens})
+                matrices = (matrix for expert in self._experts.of(module) for matrix in expert)
+                progress.advance(sum(matrix_nbytes(self._source, matrix) for matrix in matrices))
         pass_.finish()
         return sum(starved.values())
+
+    def _take(
+        self, layer: Layer, hidden: Tensor, widths: Mapping[str, int], group_size: int, store: Store, workers: int
+    ) -> int | None:
+        """Take activations through a layer, and quantize its experts if they have widths.
+
+        Returns the number of those that no token reached, None for a layer without experts to quantize. Nothing that is
+        as large as the activations is left when the next layer begins.
+        """
+        with layer.loaded(self._source, compute_device()):
+            if layer.source_experts is None:
+                advance(layer, hidden, workers)
+                return None
+            routes = route(layer, hidden, workers)
+        experts = self._experts.of(layer.source_experts)
+        # Nothing comes after the last layer.
+        last = layer is self.decoder.layers[-1]
+        outputs = None if last else Outputs(layer, hidden, routes)
+        starved = None
+        if experts[0][0].name in widths:
+            # What the layer has to run again with is of no use to an expert.
+            shared = _Layer(self._source, replace(routes, before=None), group_size)
+            bits = [{matrix: widths[matrix.name] for matrix in expert} for expert in experts]
+            tasks = (_Task(shared, number, chosen, not last) for number, chosen in enumerate(bits))
+            _run(tasks, store, outputs, workers, shared)
+            starved = sum(not len(routes.of(expert)[0]) for expert in range(len(experts)))
+        elif outputs:
+            run_experts(experts, partial(load_weight, self._source), routes, outputs, workers)
+        if outputs:
+            outputs.finish(self._source, workers)
+        return starved
 
     def quantize_expert(self, num_bits: int, group_size: int, inputs: Tensor, topk_weights: Tensor) -> None:
         """Quantize the first expert for the time that it takes; inputs, topk_weights: of tokens as if routed to it."""
