@@ -42,7 +42,7 @@ def choose_workers(requested: int | None, numel: int) -> int:
     driven by one process in any case.
     Raises ValueError for a number under 1, and for one that would exhaust the machine.
     """
-    most = max(MOST_PROCESSES, os.cpu_count() or 1)
+    most = max(MOST_PROCESSES, available_cores())
     if requested is not None and not 1 <= requested <= most:
         raise ValueError(f"`workers`: expected a number of processes from 1 to {most}, got {requested}")
     if compute_device().type != "cpu":

@@ -67,7 +67,9 @@ def mixed_checkpoint(tmp_path_factory):
         for projection in PROJECTIONS
     ]
     bit_map = folder / "bit_map.json"
-    bit_map.write_text(json.dumps({name: 1 + i % 8 for i, name in enumerate(matrices)}))
+    # With these widths no token of the tests' text is so nearly tied between two experts that rounding decides: the
+    # least margin between probabilities is 1e-5. With others it is 3e-7, and ranks, which add in another order, differ.
+    bit_map.write_text(json.dumps({name: 1 + (i + 5) % 8 for i, name in enumerate(matrices)}))
     checkpoint = folder / "checkpoint"
     # Groups of 64 columns, so that two ranks can share the 128 columns of down_proj.
     run_alphaq("convert", MODEL, checkpoint, "--bit-map", bit_map, "--group-size", "64", "--quantizer", "mse")

@@ -38,12 +38,12 @@ def test_choose_workers_does_as_it_is_told(monkeypatch):
     monkeypatch.setattr(threads, "compute_device", lambda: torch.device("cpu"))
     assert choose_workers(7, 1) == 7
     assert choose_workers(1, WORTH_PROCESSES) == 1
-    monkeypatch.setattr(threads.os, "cpu_count", lambda: 200)
+    monkeypatch.setattr(threads, "available_cores", lambda: 200)
     assert choose_workers(200, 1) == 200
     for number in (0, 201):
         with pytest.raises(ValueError, match=f"`workers`: expected a number of processes from 1 to 200, got {number}"):
             choose_workers(number, 1)
-    monkeypatch.setattr(threads.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(threads, "available_cores", lambda: 2)
     assert choose_workers(threads.MOST_PROCESSES, 1) == threads.MOST_PROCESSES
 
 
