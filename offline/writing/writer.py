@@ -222,7 +222,7 @@ def _match_plan(output: Output, shards: Sequence[Shard], small: Mapping[str, byt
 
 
 def _unfinished(output: Output, shards: Sequence[Shard]) -> dict[int, set[int]]:
-    """The pieces that are not finished, by shard, where there are any. A file gets its final name when it is whole."""
+    """The pieces that are not finished, by shard; a whole one has none, until its file gets its final name."""
     written: dict[int, set[int]] = {}
     for entry in output.journal.entries:
         if "written" in entry:
@@ -237,9 +237,6 @@ def _unfinished(output: Output, shards: Sequence[Shard]) -> dict[int, set[int]]:
         if number in written and not temporary.exists():
             raise ValueError(f"{temporary}: expected the file that an interrupted run left, got none: start again")
         unfinished[number] = set(range(len(shard.pieces))) - written.get(number, set())
-        if not unfinished[number]:
-            temporary.rename(final)
-            del unfinished[number]
     return unfinished
 
 
