@@ -22,6 +22,8 @@ _EXPERTS_PER_TOKEN_KEYS = (
 )
 # What transformers and vLLM compute in.
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Layers for multi-token prediction: what their names begin with where they are not numbered after the decoder's.
+FOLLOWING, MTP = "following", "mtp."
 _MTP_LAYERS_KEYS = ("num_nextn_predict_layers", "num_mtp_modules")
 
 
@@ -34,10 +36,11 @@ class Family:
     fused tensors; individual: whether transformers also reads one tensor per matrix; kept: tensors of a block's experts
     that are not quantized; dense: what stands in place of a block in a layer without experts, where transformers would
     save another name than is published, which vLLM reads; prefixes: what else the names of layers may begin with, for
-    vLLM and transformers to load them; built_as: the type of model that transformers builds, if it does not know this
-    one by name; unbuilt: whether transformers cannot tell what a checkpoint must hold, because it has the config alone,
-    or saves other names than it loads, or has no causal language model of it; own_code: whether the config's code comes
-    with the model, because neither transformers nor vLLM has it.
+    vLLM and transformers to load them; drafts: where layers for multi-token prediction are, ``FOLLOWING`` the decoder's
+    or under ``MTP``, if vLLM's draft model takes their experts quantized; built_as: the type of model that transformers
+    builds, if it does not know this one by name; unbuilt: whether transformers cannot tell what a checkpoint must hold,
+    because it has the config alone, or saves other names than it loads, or has no causal language model of it;
+    own_code: whether the config's code comes with the model, because neither transformers nor vLLM has it.
     """
 
     block: str
@@ -47,6 +50,7 @@ class Family:
     kept: tuple[str, ...] = ()
     dense: str = ""
     prefixes: tuple[str, ...] = ()
+    drafts: str = ""
     built_as: str | None = None
     unbuilt: bool = False
     own_code: bool = False
@@ -112,6 +116,7 @@ def _below_block(module: str, name: str) -> str:
 
 
 _MLP = Family(r"model\.layers\.\d+\.mlp")
+_MLP_AND_DRAFTS = replace(_MLP, drafts=FOLLOWING)
 # Serving reads either, because models that also see are published with the longer names.
 _TEXT_OF_VISION = replace(_MLP, prefixes=("model.language_model.",))
 _VISION = replace(_MLP, block=r"model\.language_model\.layers\.\d+\.mlp")
@@ -130,21 +135,21 @@ FAMILIES = {
     "mixtral": _W1_W3_W2,
     "qwen2_moe": _MLP,
     "qwen3_moe": _MLP,
-    "qwen3_next": _MLP,
+    "qwen3_next": replace(_MLP, drafts=MTP),
     "qwen3_vl_moe": replace(_VISION, individual=False),
-    "qwen3_5_moe": _VISION,
-    "qwen3_5_moe_text": _TEXT_OF_VISION,
+    "qwen3_5_moe": replace(_VISION, drafts=MTP),
+    "qwen3_5_moe_text": replace(_TEXT_OF_VISION, drafts=MTP),
     "qwen3_omni_moe": Family(r"thinker\.model\.layers\.\d+\.mlp", unbuilt=True),
     "olmoe": _MLP,
     "flex_olmo": _MLP,
     "deepseek_v2": _MLP,
-    "deepseek_v3": _MLP,
+    "deepseek_v3": _MLP_AND_DRAFTS,
     "deepseek_v32": _MLP,
     "deepseek_v4": Family(r"layers\.\d+\.ffn", projections=("w1", "w3", "w2"), unbuilt=True),
     "kimi_k2": replace(_MLP, built_as="deepseek_v3"),
     "kimi_linear": replace(_W1_W3_W2, dense="mlp"),
-    "glm4_moe": _MLP,
-    "glm4_moe_lite": _MLP,
+    "glm4_moe": _MLP_AND_DRAFTS,
+    "glm4_moe_lite": _MLP_AND_DRAFTS,
     "glm_moe_dsa": _MLP,
     "gemma4": replace(_GEMMA4, block=r"model\.language_model\.layers\.\d+", prefixes=()),
     "gemma4_text": _GEMMA4,
@@ -159,7 +164,7 @@ FAMILIES = {
     "jamba": _FEED_FORWARD,
     "ernie4_5_moe": _MLP,
     "hunyuan_v1_moe": _MLP,
-    "hy_v3": _MLP,
+    "hy_v3": _MLP_AND_DRAFTS,
     "afmoe": _MLP,
     "exaone_moe": _MLP,
     "cohere2_moe": _MLP,
