@@ -11,7 +11,6 @@ REASONS = {
     "dbrx": "its experts lie in tensors of two dimensions that are not read here",
     "deepseek_v41": _DEEPSEEK_V41,
     "diffusion_gemma": "it denoises whole blocks of text, and only models that predict the next token are served here",
-    "dots3_note": "nobody has looked at the names of its experts yet",
     "ernie4_5_vl_moe": "it has two sets of experts of different sizes, and a bit map has one",
     "inkling_mm_model": _INKLING,
     "inkling_text": _INKLING,
@@ -19,8 +18,6 @@ REASONS = {
     "longcat_flash": "some of its experts are empty and only pass their input on",
     "minimax_m3": _MINIMAX_M3,
     "minimax_m3_text": _MINIMAX_M3,
-    "nemotron_h_omni": "its language model lies beside encoders, under names that are not read here",
     "step3_text": _STEP,
     "step3_vl": _STEP,
-    "step3p7": "vLLM reads `width` and more of its config, which transformers' class for it does not keep",
 }
