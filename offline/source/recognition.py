@@ -12,7 +12,7 @@ from offline.source.checkpoint import Checkpoint
 from offline.source.unsupported import REASONS
 
 # What the names of a decoder's layers begin with, in the models that vLLM and transformers load.
-_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "backbone.")
+_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "backbone.", "language_model.backbone.")
 # What tools put in front of all names, which neither of the two loads.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",

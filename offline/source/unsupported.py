@@ -2,7 +2,10 @@
 
 _STEP = "vLLM loads its experts only from tensors that hold them all"
 _MINIMAX_M3 = "vLLM knows the config of `minimax_m3_vl` alone, of which this is the language model"
-_DEEPSEEK_V41 = "vLLM does not tell a method of quantization how it renames the experts of this model"
+_DEEPSEEK_V41 = (
+    "vLLM loads its tables of n-grams in fp8 alone, which a conversion writes in bfloat16, and does not tell a method "
+    "of quantization how it renames its experts"
+)
 _INKLING = "vLLM loads its experts by code of its own, from tensors that hold them all"
 
 REASONS = {

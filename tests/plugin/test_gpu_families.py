@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
@@ -21,15 +22,17 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker import workspace
 
 from alphaq_vllm import convert
+from alphaq_vllm.plugin.linear import AlphaQLinearMethod
 from offline.source.architectures import FAMILIES
 from tests.offline.conftest import save_tiny_model
 from tests.offline.source.test_families import edit_config
-from tests.plugin.test_published_names import Event, check_experts
+from tests.plugin.test_published_names import Event, check_experts, save_deepseek_v4
 from tests.reliability.loading import engine_config, one_rank
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="attention on GPUs is not made for tiny sizes")
-# The class for NVIDIA's GPUs.
+# The classes for NVIDIA's GPUs.
 DSA = "vllm.models.deepseek_v32.nvidia.model", "DeepseekV32ForCausalLM"
+V4 = "vllm.models.deepseek_v4.nvidia.model", "DeepseekV4ForCausalLM"
 KDA = {"kda_layers": [1, 2], "full_attn_layers": [], "head_dim": 32, "num_heads": 4, "short_conv_kernel_size": 4}
 # By type of model, what vLLM reads of published configs where transformers writes something else.
 PUBLISHED = {
@@ -159,3 +162,26 @@ def test_vllm_loads_every_tensor_of_what_is_converted(model_type, place, tmp_pat
     assert numel == sum(tensor.numel() for name, tensor in stored.items() if name != DROPPED.get(model_type))
     assert torch.equal(bytes_of_codes(tensors), bytes_of_codes(stored))
     check_experts(model, stored, FAMILIES[model_type].projections)
+
+
+@pytest.mark.parametrize("linear_bits", [4, 8])
+def test_vllm_loads_linear_layers_of_deepseek_v4(linear_bits, tmp_path, stand_ins, monkeypatch):
+    # Which kernel multiplies by `wo_a` in fp8, by the GPU.
+    monkeypatch.setattr("vllm.models.deepseek_v4.nvidia.flashmla.compute_fp8_einsum_recipe", lambda: (None, False))
+    save_deepseek_v4(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", bits=3, linear_bits=linear_bits)
+    (weights,) = (tmp_path / "out").glob("*.safetensors")
+    stored = load_file(weights)
+    with one_rank(tmp_path):
+        model = empty_model(tmp_path / "out", V4)
+        model.load_weights(stored.items())
+    left = {name for name, tensor in loadable(model).items() if tensor.is_floating_point() and tensor.isnan().any()}
+    # Its heads are filled up to a number that the kernels have.
+    assert left == {f"model.layers.{layer}.attn.attn_sink" for layer in range(2)}
+    methods = {name: module.quant_method for name, module in model.named_modules() if isinstance(module, LinearBase)}
+    quantized = {name for name, method in methods.items() if isinstance(method, AlphaQLinearMethod)}
+    attention = {f"attn.{name}" for name in ("fused_wqa_wkv", "wq_b", "wo_b")}
+    shared = {f"ffn.shared_experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    assert quantized == {f"model.layers.{layer}.{name}" for layer in range(2) for name in attention | shared}
+    # vLLM multiplies by it with code of its own.
+    assert model.model.layers[0].attn.wo_a.weight.dtype == torch.bfloat16

@@ -111,6 +111,14 @@ def test_deepseek_v4(tmp_path, events):
     assert model.model.layers[0].attn.wo_a.weight.dtype == torch.bfloat16
 
 
+def test_linear_layers_of_deepseek_v4_are_refused_on_cpus(tmp_path, events):
+    save_deepseek_v4(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", bits=3, linear_bits=4)
+    message = r"layers\.0\.attn\.\w+: vLLM's model for this device renames weight_scale .*: serve on a GPU, or convert"
+    with one_rank(tmp_path), pytest.raises(ValueError, match=message):
+        empty_model(tmp_path / "out")
+
+
 # What vLLM reads of Step's published configs, where transformers writes something else.
 STEP = {
     "moe_num_experts": 4, "moe_top_k": 2, "num_attention_groups": 4, "moe_layers_enum": "1", "att_impl_type": "GQA",
