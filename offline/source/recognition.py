@@ -72,7 +72,8 @@ def draft_tensors(checkpoint: Checkpoint) -> set[str]:
     return {
         name
         for name in checkpoint.tensors
-        if name.startswith(("mtp.", f"{prefix}mtp."))
+        # ERNIE's are parts of `mtp_block`, `mtp_linear_proj` and others.
+        if name.startswith(("mtp.", f"{prefix}mtp.", f"{prefix}mtp_"))
         or ((match := layer.match(name)) and decoder <= int(match[1]) < decoder + following)
     }
 
