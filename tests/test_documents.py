@@ -8,6 +8,7 @@ import pytest
 
 from offline.cli import spelled
 from offline.source.architectures import FAMILIES
+from offline.source.quantized.method import READ, find_quantization
 from tests.offline.conftest import WEIGHTS_ONLY
 from tests.reliability.messages import failures
 
@@ -65,6 +66,16 @@ def test_troubleshooting_has_messages_that_are_raised():
     for heading in own:
         parts = [re.escape(spelled_alike(part)) for part in heading.split("…")]
         assert any(re.fullmatch(r".*?\s*".join(parts), message) for message in raised), heading
+
+
+def test_the_methods_of_quantization_that_are_read_are_listed():
+    table = (ROOT / "docs/converting.md").read_text().partition("| `quant_method` |")[2].partition("\n\n")[0]
+    listed = {
+        name for cell in re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE) for name in re.findall("`([^`]+)`", cell)
+    }
+    assert listed == set(re.findall(r"[\w-]+", READ)) - {"or"}
+    for name in listed:
+        assert find_quantization({"quantization_config": {"quant_method": name}}), name
 
 
 def test_readme_lists_the_families():

@@ -40,7 +40,8 @@ class Family:
     or under ``MTP``, if vLLM's draft model takes their experts quantized; built_as: the type of model that transformers
     builds, if it does not know this one by name; unbuilt: whether transformers cannot tell what a checkpoint must hold,
     because it has the config alone, or saves other names than it loads, or has no causal language model of it;
-    own_code: whether the config's code comes with the model, because neither transformers nor vLLM has it.
+    own_code: whether the config's code comes with the model, because neither transformers nor vLLM has it, or vLLM
+    reads more than transformers' class keeps.
     """
 
     block: str
@@ -129,6 +130,18 @@ _GRANITE = Family(
 )
 _FEED_FORWARD = Family(r"model\.layers\.\d+\.feed_forward")
 _LLAMA4 = replace(_FEED_FORWARD, fused=FusedLayout(transposed=True), individual=False)
+_STEP = Family(
+    r"model\.layers\.\d+\.moe",
+    fused=FusedLayout(gate_up="gate_proj.weight", up="up_proj.weight", down="down_proj.weight"),
+    individual=False,
+    unbuilt=True,
+)
+_NEMOTRON = Family(
+    r"backbone\.layers\.\d+\.mixer",
+    projections=("up_proj", "down_proj"),
+    fused=FusedLayout(gate_up="experts.up_proj"),
+)
+_NEMOTRON_OMNI = replace(_NEMOTRON, block=rf"language_model\.{_NEMOTRON.block}", unbuilt=True, own_code=True)
 _GEMMA4 = Family(r"model\.layers\.\d+", individual=False, prefixes=("model.language_model.",))
 
 FAMILIES = {
@@ -174,12 +187,9 @@ FAMILIES = {
     "mimo_v2_flash": _MLP,
     "laguna": replace(_MLP, kept=("experts.e_score_correction_bias",)),
     "axk1": _MLP,
-    "step3p5": Family(
-        r"model\.layers\.\d+\.moe",
-        fused=FusedLayout(gate_up="gate_proj.weight", up="up_proj.weight", down="down_proj.weight"),
-        individual=False,
-        unbuilt=True,
-    ),
+    "dots3_note": replace(_MLP, unbuilt=True),
+    "step3p5": _STEP,
+    "step3p7": replace(_STEP, own_code=True),
     "deepseek": _OWN_CODE,
     "bailing_moe": _OWN_CODE,
     "bailing_moe_v2": _OWN_CODE,
@@ -195,11 +205,9 @@ FAMILIES = {
         individual=False,
         kept=("experts.gate_up_proj_bias", "experts.down_proj_bias"),
     ),
-    "nemotron_h": Family(
-        r"backbone\.layers\.\d+\.mixer",
-        projections=("up_proj", "down_proj"),
-        fused=FusedLayout(gate_up="experts.up_proj"),
-    ),
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_omni": _NEMOTRON_OMNI,
+    "NemotronH_Nano_Omni_Reasoning_V3": _NEMOTRON_OMNI,
 }
 
 
@@ -231,7 +239,7 @@ def _without_code(config: Mapping[str, Any], kept: tuple[str, ...]) -> dict[str,
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model: nested in a model that also sees, or also speaks."""
-    for key in ("thinker_config", "text_config"):
+    for key in ("thinker_config", "text_config", "llm_config"):
         nested = config.get(key)
         config = nested if isinstance(nested, Mapping) else config
     return config
