@@ -318,10 +318,13 @@ def config_class(model_type):
     return getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
 
 
-def save_tiny_model(model_type, folder):
-    """Write a tiny bfloat16 model of a family, in one file, under its published names."""
+def save_tiny_model(model_type, folder, **others):
+    """Write a tiny bfloat16 model of a family, in one file, under its published names.
+
+    others: options of its config, in place of those here; of a model that does not see or speak.
+    """
     torch.manual_seed(0)
-    options, auto = {**COMMON, **CONFIGS[model_type]}, transformers.AutoModelForCausalLM
+    options, auto = {**COMMON, **CONFIGS[model_type], **others}, transformers.AutoModelForCausalLM
     if "vision_config" in options:
         options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
     elif "thinker_config" in options:
