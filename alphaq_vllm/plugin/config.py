@@ -17,6 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from alphaq_vllm._offline import check_offline
 from alphaq_vllm.format import QUANT_METHOD, SCALE, AlphaQSpec, shard_ids
+from alphaq_vllm.plugin.drafts import draft_module
 
 if TYPE_CHECKING:
     from alphaq_vllm.plugin._compat import RoutedExperts, WeightsMapper
@@ -197,6 +198,8 @@ class AlphaQConfig(QuantizationConfig):
         layer = re.match(r".*\blayers\.\d+\.", prefix)
         if prefix in self.num_bits or not layer:
             return prefix if prefix in self.num_bits else None
+        if (draft := draft_module(prefix, self.num_bits)) is not None:
+            return draft
         others = [module for module in self.num_bits if module.startswith(layer.group())]
         if not others:
             return None

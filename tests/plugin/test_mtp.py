@@ -1,8 +1,15 @@
 """Layers for multi-token prediction: vLLM's draft model loads their experts, quantized or as they were."""
 
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from vllm.model_executor.layers.fused_moe import config as layers_config
+from vllm.model_executor.models import registry
 
 from alphaq_vllm import convert, inspect, validate
 from alphaq_vllm import dequantize as dequantize_checkpoint
@@ -10,36 +17,80 @@ from alphaq_vllm.format import PACKED, SCALE, ZERO
 from alphaq_vllm.packing import dequantize
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 from offline.source.architectures import FAMILIES
-from tests.plugin.drafting import DRAFTING, check_scales, experts, load_both, methods
+from tests.plugin.drafting import DRAFTING, check_scales, left, load_both, load_without_device, methods
+from tests.plugin.test_gpu_families import DSA, V4, stand_ins  # noqa: F401
 
-# vLLM's code for models that see imports torchvision.
-TORCHVISION = ("qwen3_5_moe",)
+# vLLM's classes that draft on NVIDIA's GPUs.
+DSA_DRAFT = "vllm.models.deepseek_v32.nvidia.mtp", "DeepseekV32MTP"
+V4_DRAFT = "vllm.models.deepseek_v4.nvidia.mtp", "DeepSeekV4MTP"
+# Those that vLLM serves with kernels of GPUs alone, and its classes there where others are for CPUs.
+ON_GPUS = [
+    ("deepseek_v32", (None, None)), ("deepseek_v32", (DSA, DSA_DRAFT)), ("glm_moe_dsa", (None, None)),
+    ("glm_moe_dsa", (DSA, DSA_DRAFT)), ("deepseek_v4", (V4, V4_DRAFT)), ("nemotron_h", (None, None)),
+    ("minimax_m3_vl", (None, None)),
+]  # fmt: skip
+HERE = sorted(set(DRAFTING) - {model_type for model_type, _ in ON_GPUS})
+# What it makes and does not load: V4's heads are filled up to a number that the kernels have.
+UNUSED = {"deepseek_v4": {"model.layers.2.mtp_block.attn.attn_sink"}}
+# Those that are published with the experts of a layer in two tensors too.
+FUSED = ("qwen3_5_moe", "qwen3_5_moe_text")
+# Modules that vLLM's code for models that see imports, and does not need to load weights.
+TORCHVISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2")
+
+
+@pytest.fixture
+def sight(monkeypatch):
+    """Stand-ins for what vLLM's models that see import, where it is not."""
+    if find_spec(TORCHVISION[0]) is None:
+        for name in TORCHVISION:
+            monkeypatch.setitem(sys.modules, name, MagicMock(__path__=[], __spec__=None))
+        # vLLM looks at a class in another process before it builds one.
+        monkeypatch.setattr(registry, "_run_in_subprocess", lambda look: look())
+
+
+def converted(model_type, folder, **options):
+    """A checkpoint of a tiny model that drafts, in default widths, and its tensors."""
+    source, checkpoint = folder / "source", folder / "checkpoint"
+    DRAFTING[model_type].write(model_type, source, **options)
+    summary = convert(source, checkpoint, bits=3, quantizer="mse")
+    matrices = 4 * len(FAMILIES[model_type].projections)
+    assert (summary.drafts, summary.draft_bits, summary.bits) == (matrices, 4, 3)
+    (weights,) = checkpoint.glob("*.safetensors")
+    return checkpoint, load_file(weights)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fused"), [*((name, False) for name in HERE), *((name, True) for name in FUSED)]
+)
+def test_layers_that_draft_load_quantized(model_type, fused, tmp_path, sight):
+    checkpoint, stored = converted(model_type, tmp_path, fused=fused)
+    model, draft = load_both(checkpoint, tmp_path)
+    assert methods(model) == methods(draft) == {AlphaQMoEMethod}
+    check_scales(draft, stored, DRAFTING[model_type].module, FAMILIES[model_type].projections)
+
+
+@pytest.mark.parametrize(("model_type", "places"), ON_GPUS)
+def test_vllm_on_gpus_loads_layers_that_draft(model_type, places, tmp_path, monkeypatch, sight, stand_ins):  # noqa: F811
+    if model_type == "nemotron_h":
+        # vLLM refuses layers without a gate on CPUs.
+        monkeypatch.setattr(layers_config, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
+    if model_type == "deepseek_v4":
+        # Which kernel multiplies by `wo_a` in fp8, by the GPU.
+        monkeypatch.setattr("vllm.models.deepseek_v4.nvidia.flashmla.compute_fp8_einsum_recipe", lambda: (None, False))
+    checkpoint, stored = converted(model_type, tmp_path)
+    model, draft = load_without_device(checkpoint, tmp_path, places)
+    assert methods(model) == methods(draft) == {AlphaQMoEMethod}
+    assert left(draft) == UNUSED.get(model_type, set())
+    check_scales(draft, stored, DRAFTING[model_type].module, FAMILIES[model_type].projections)
 
 
 def test_every_family_with_drafts_is_tried():
     assert set(DRAFTING) == {model_type for model_type, family in FAMILIES.items() if family.drafts}
 
 
-@pytest.mark.parametrize("model_type", DRAFTING)
-def test_layers_that_draft_load_quantized(model_type, tmp_path):
-    if model_type in TORCHVISION:
-        pytest.importorskip("torchvision")
-    source, checkpoint = tmp_path / "source", tmp_path / "checkpoint"
-    DRAFTING[model_type].save(model_type, source)
-    summary = convert(source, checkpoint, bits=3, noise="measured", quantizer="mse")
-    assert (summary.drafts, summary.draft_bits, summary.bits) == (12, 4, 3)
-    model, draft = load_both(checkpoint, tmp_path)
-    assert methods(model) == methods(draft) == {AlphaQMoEMethod}
-    (layer,) = experts(draft)
-    (weights,) = checkpoint.glob("*.safetensors")
-    family = FAMILIES[model_type]
-    module = f"{DRAFTING[model_type].layer}{family.below_layer.replace(chr(92), '')[1:]}.experts"
-    check_scales(layer, load_file(weights), module, family.projections)
-
-
 def test_the_other_commands_know_layers_that_draft(tmp_path):
     source, checkpoint, plain = tmp_path / "source", tmp_path / "checkpoint", tmp_path / "plain"
-    tensors = DRAFTING["deepseek_v3"].save("deepseek_v3", source)
+    tensors = DRAFTING["deepseek_v3"].write("deepseek_v3", source)
     # By GPTQ where the model runs: what drafts is quantized by itself.
     convert(source, checkpoint, bits=3, calibration_tokens=512, mtp_bits=5)
     errors = validate(checkpoint, source=source)["errors"]
@@ -59,7 +110,7 @@ def test_the_other_commands_know_layers_that_draft(tmp_path):
 
 def test_layers_that_draft_load_unquantized_beside_a_quantized_model(tmp_path):
     source, checkpoint = tmp_path / "source", tmp_path / "checkpoint"
-    tensors = DRAFTING["deepseek_v3"].save("deepseek_v3", source)
+    tensors = DRAFTING["deepseek_v3"].write("deepseek_v3", source)
     assert convert(source, checkpoint, bits=3, noise="measured", quantizer="mse", mtp_bits=16).drafts == 0
     model, draft = load_both(checkpoint, tmp_path)
     assert methods(model) == {AlphaQMoEMethod}
