@@ -74,5 +74,5 @@ def test_drafts_are_what_the_model_generates(checkpoints, tmp_path):
     assert worse <= 2 * BOUND
     drafts = metrics["vllm:spec_decode_num_draft_tokens_total"]
     assert drafts >= len(PROMPTS) * TOKENS / 2 - len(PROMPTS)
-    # With the experts of another model, as good as none are.
+    # With the experts of the second layer in another order, 52 of 135 were; as they are, all.
     assert metrics["vllm:spec_decode_num_accepted_tokens_total"] >= 0.9 * drafts
