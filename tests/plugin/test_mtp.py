@@ -1,7 +1,9 @@
 """Layers for multi-token prediction: vLLM's draft model loads their experts, quantized or as they were."""
 
+import re
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -122,3 +124,9 @@ def test_layers_that_draft_load_unquantized_beside_a_quantized_model(tmp_path):
     # vLLM brings the weights into an order of its own.
     stored = tensors["model.layers.2.mlp.experts.3.down_proj.weight"]
     assert torch.equal(state[name][3].flatten().sort().values, stored.flatten().sort().values)
+
+
+def test_documents_list_the_families():
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    (listed,) = re.findall(r"Their experts are\s+quantized of (.+?): vLLM's class", text, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", listed)) == set(DRAFTING)
