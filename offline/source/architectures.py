@@ -205,7 +205,7 @@ FAMILIES = {
     "deepseek": _OWN_CODE,
     "bailing_moe": _OWN_CODE,
     "bailing_moe_v2": _OWN_CODE,
-    "bailing_hybrid": _OWN_CODE,
+    "bailing_hybrid": replace(_OWN_CODE, drafts=FOLLOWING),
     "mimo_v2": _OWN_CODE,
     "sarvam_moe": _OWN_CODE,
     "sarvam_mla": _OWN_CODE,

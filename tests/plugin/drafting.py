@@ -16,6 +16,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from alphaq_vllm.format import SCALE, ZERO
 from tests.offline.conftest import COMMON, save_tiny_model
+from tests.offline.source.test_families import edit_config
 from tests.plugin.test_published_names import DEEPSEEK_V4, save_deepseek_v4, save_minimax_m3
 from tests.reliability.loading import engine_config, one_rank
 
@@ -90,6 +91,34 @@ def _tiny(model_type, **options):
     return partial(save_tiny_model, model_type, **options)
 
 
+# What vLLM reads of a published Ling-2.5, and its latent attention, with sizes that are defaults.
+_BAILING = {"num_experts": 4, "num_shared_experts": 0, "layer_group_size": 1, "architectures": ["BailingMoeV2_5ForCausalLM"],
+            "auto_map": {"AutoConfig": "configuration_own.Own"}}  # fmt: skip
+_LATENT = {"q_proj": (768, HIDDEN), "kv_a_proj_with_mqa": (576, HIDDEN), "kv_a_layernorm": (512,),
+           "kv_b_proj": (1024, 512), "dense": (HIDDEN, 512)}  # fmt: skip
+CODE = """
+from transformers import PretrainedConfig
+
+
+class Own(PretrainedConfig):
+    pass
+"""
+
+
+def save_bailing_hybrid(folder):
+    """A Ling-2.5 with code for its config, which keeps whatever that says, as theirs does."""
+    save_tiny_model("bailing_hybrid", folder)
+    path = folder / "model.safetensors"
+    tensors = {name.replace("embed_tokens", "word_embeddings"): t for name, t in load_file(path).items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if ".self_attn." not in name}
+    for layer in range(2):
+        shapes = _named(f"model.layers.{layer}.attention", **_LATENT)
+        tensors |= {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(tensors, path, {"format": "pt"})
+    edit_config(folder, **_BAILING, **MLA, q_lora_rank=None)
+    (folder / "configuration_own.py").write_text(CODE)
+
+
 def _qwen(like="model.layers.1.", settings=ONE_OF_QWEN):
     return Drafting({"mtp.layers.0.": like}, _named("mtp", **_QWEN), settings, module="mtp.layers.0.mlp.experts")
 
@@ -98,6 +127,9 @@ _DEEPSEEK = {**ONE, "topk_method": "noaux_tc"}
 _M3 = "language_model.model.mtp.layers.0"
 _V4 = {**ONE, "compress_ratios": [*DEEPSEEK_V4["compress_ratios"], 0]}
 DRAFTING = {
+    "bailing_hybrid": Drafting(
+        own=_named("model.layers.2", **_INPUTS, final_layernorm=(HIDDEN,)), save=save_bailing_hybrid
+    ),
     "deepseek_v3": Drafting(settings=_DEEPSEEK, save=_tiny("deepseek_v3", **MLA)),
     "deepseek_v32": Drafting(settings=_DEEPSEEK),
     "glm_moe_dsa": Drafting(
@@ -138,6 +170,7 @@ DRAFTING = {
 def engine(checkpoint):
     """The config of an engine that drafts."""
     options = {"max_model_len": 64, "skip_tokenizer_init": True, "speculative_config": SPECULATIVE}
+    options["trust_remote_code"] = "auto_map" in json.loads((checkpoint / "config.json").read_bytes())
     return engine_config(checkpoint, verify=False, **options)
 
 

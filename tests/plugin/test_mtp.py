@@ -40,6 +40,12 @@ FUSED = ("qwen3_5_moe", "qwen3_5_moe_text")
 TORCHVISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2")
 
 
+@pytest.fixture(autouse=True)
+def modules_apart(tmp_path, monkeypatch):
+    """transformers copies code before it runs it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
 @pytest.fixture
 def sight(monkeypatch):
     """Stand-ins for what vLLM's models that see import, where it is not."""
