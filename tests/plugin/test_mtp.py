@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from vllm.model_executor.layers.fused_moe import config as layers_config
 from vllm.model_executor.models import registry
 
-from alphaq_vllm import convert, inspect, validate
+from alphaq_vllm import convert, inspect, plan, validate
 from alphaq_vllm import dequantize as dequantize_checkpoint
 from alphaq_vllm.format import PACKED, SCALE, ZERO
 from alphaq_vllm.packing import dequantize
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 from offline.source.architectures import FAMILIES
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import find_experts
 from tests.plugin.drafting import DRAFTING, check_scales, left, load_both, load_without_device, methods
 from tests.plugin.test_gpu_families import DSA, V4, stand_ins  # noqa: F401
 
@@ -114,6 +116,18 @@ def test_the_other_commands_know_layers_that_draft(tmp_path):
         weight = dequantize(*(stored[f"{name}.{suffix}"] for suffix in (PACKED, SCALE, ZERO)), 5)
         error = (weight - tensors[f"{name}.weight"]).square().mean() / tensors[f"{name}.weight"].square().mean()
         assert error < 0.003
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "minimax_m3_vl", "nemotron_h"])
+def test_the_other_commands_know_names_below_mtp(model_type, tmp_path):
+    checkpoint, stored = converted(model_type, tmp_path)
+    matrices = 4 * len(FAMILIES[model_type].projections)
+    assert inspect(checkpoint)["drafts"] == {4: matrices}
+    errors = validate(checkpoint, source=tmp_path / "source")["errors"]
+    layers = len(find_experts(open_checkpoint(str(tmp_path / "source"))).modules)
+    assert sum(error["matrices"] for error in errors.values()) == (layers + 1) * matrices
+    sizes = {row["bits"]: row["size"] for row in plan(tmp_path / "source")["budgets"]}
+    assert sizes[3] == sum(tensor.nbytes for tensor in stored.values())
 
 
 def test_layers_that_draft_load_unquantized_beside_a_quantized_model(tmp_path):
