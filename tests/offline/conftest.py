@@ -26,14 +26,14 @@ COMMON = {
 }
 EXPERTS = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
 MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
-DEEPSEEK = {
+SHARED = {
     "moe_intermediate_size": 128,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
-    **MLA,
 }
+DEEPSEEK = {**SHARED, **MLA}
 HYBRID = {
     **EXPERTS,
     "shared_expert_intermediate_size": 128,
@@ -150,7 +150,7 @@ CONFIGS = {
     "qwen3_next": HYBRID,
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_moe": {"text_config": {**COMMON, **HYBRID}, "vision_config": QWEN_VISION},
-    "glm4_moe": {**DEEPSEEK, "n_group": 1, "topk_group": 1, "head_dim": 32},
+    "glm4_moe": {**SHARED, **ONE_GROUP, "head_dim": 32},
     "phimoe": {"num_local_experts": 4},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
     "granitemoe": LOCAL,
@@ -180,8 +180,8 @@ CONFIGS = {
         "enable_audio_output": False,
     },
     "step3p5": {"text_config": {**COMMON, **STEP}, "vision_config": VISION},
-    "dots1": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
-    "solar_open": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
+    "dots1": {**SHARED, **ONE_GROUP, "head_dim": 32},
+    "solar_open": {**SHARED, **ONE_GROUP, "head_dim": 32},
     "gemma4_text": GEMMA4,
     "gemma4": {
         "text_config": {**COMMON, **GEMMA4},
