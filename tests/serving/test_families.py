@@ -1,8 +1,6 @@
 """Every family: a checkpoint that transformers wrote, converted and loaded by vLLM, against the dequantized weights."""
 
 import json
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -59,15 +57,6 @@ FAMILIES = (
     "solar_open", "gemma4_text", "lfm2_moe", "granitemoehybrid", "granitemoe_swa", "ernie4_5_moe",
     "hunyuan_v1_moe", "afmoe", "exaone_moe", "cohere2_moe", "mellum", "flex_olmo",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def vllm():
-    """Processes that begin with vLLM imported, one for each call."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
-    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        yield pool
 
 
 @torch.inference_mode()
