@@ -1,4 +1,4 @@
-"""README and docs/ point at what exists: files, modules, messages, families."""
+"""README and docs/ point at what exists: files, modules, messages."""
 
 import importlib.util
 import re
@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from offline.cli import spelled
-from offline.source.architectures import FAMILIES
-from tests.offline.conftest import WEIGHTS_ONLY
 from tests.reliability.messages import failures
 
 ROOT = Path(__file__).parents[1]
@@ -65,10 +63,3 @@ def test_troubleshooting_has_messages_that_are_raised():
     for heading in own:
         parts = [re.escape(spelled_alike(part)) for part in heading.split("…")]
         assert any(re.fullmatch(r".*?\s*".join(parts), message) for message in raised), heading
-
-
-def test_readme_lists_the_families():
-    table = (ROOT / "README.md").read_text().partition("| family |")[2].partition("\n\n")[0]
-    rows = re.findall(r"^\| [^|]+ \| (`[^|]+`) \| ([^|]+) \| [^|]+ \|$", table, re.MULTILINE)
-    listed = {name: path for names, path in rows for name in re.findall(r"`(\w+)`", names)}
-    assert listed == {name: "expert + mse" if name in WEIGHTS_ONLY else "propagated + gptq" for name in FAMILIES}

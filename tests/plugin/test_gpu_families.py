@@ -11,16 +11,13 @@ import torch
 from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.worker import workspace
 
 from alphaq_vllm import convert
 from offline.source.architectures import FAMILIES
 from tests.offline.conftest import save_tiny_model
 from tests.offline.source.test_families import edit_config
-from tests.plugin.test_published_names import Event, check_experts
+from tests.plugin.test_published_names import check_experts
 from tests.reliability.loading import engine_config, one_rank
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="attention on GPUs is not made for tiny sizes")
@@ -56,26 +53,6 @@ UNUSED = {
 }
 # What it leaves out of checkpoints, quantized or not: Laguna is routed without its correction.
 DROPPED = {"laguna": "model.layers.1.mlp.experts.e_score_correction_bias"}
-
-
-@pytest.fixture
-def stand_ins(monkeypatch):
-    """For what vLLM makes for a GPU."""
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "Stream", Event)
-    platform = type(current_platform)
-    choose = platform.get_attn_backend_cls
-
-    def chosen(selected_backend, attn_selector_config, num_heads=None):
-        # vLLM has no sparse attention for CPUs.
-        if attn_selector_config.use_sparse:
-            return AttentionBackendEnum.FLASHMLA_SPARSE.get_path()
-        return choose(selected_backend, attn_selector_config, num_heads)
-
-    monkeypatch.setattr(platform, "get_attn_backend_cls", staticmethod(chosen))
-    monkeypatch.setattr(workspace, "_manager", workspace.WorkspaceManager(torch.device("cpu")))
-    # Its kernels are imported where they are asked for, and they are by default.
-    monkeypatch.setenv("VLLM_KIMI_K3_GEMM_AR", "0")
 
 
 def publish(source, settings):
