@@ -72,13 +72,14 @@ NAMES = {
     "gpt_oss": "gpt-oss",
     "nemotron_h": "Nemotron-3",
 }
-# Those that tests/serving/test_families.py serves, also where that needs torchvision or an interface that is mended.
+# Those that tests/serving/test_families.py serves; of models that see, the text.
 SERVED = (
     "mixtral", "qwen2_moe", "deepseek_v2", "olmoe", "gpt_oss", "deepseek_v3", "glm4_moe", "granitemoe",
     "granitemoeshared", "llama4", "llama4_text", "minimax_m2", "nemotron_h", "phimoe", "qwen3_5_moe",
     "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "kimi_k2", "glm4_moe_lite", "solar_open", "gemma4_text", "lfm2_moe",
     "granitemoehybrid", "granitemoe_swa", "ernie4_5_moe", "hunyuan_v1_moe", "afmoe", "exaone_moe", "cohere2_moe",
-    "mellum", "flex_olmo", "hy_v3", "dots1", "axk1",
+    "mellum", "flex_olmo", "hy_v3", "dots1", "axk1", "gemma4",
+    "qwen3_vl_moe",
 )  # fmt: skip
 # Those that tests/plugin/test_online_families.py quantizes at load.
 AT_LOAD = (

@@ -304,6 +304,13 @@ def save_tiny_model(model_type, folder):
     settings.write_text(json.dumps({**config, "model_type": model_type}))
 
 
+def publish(folder, settings):
+    """Write settings into the config of a model, also into parts of it."""
+    config = json.loads((folder / "config.json").read_bytes())
+    parts = {key: {**config[key], **own} for key, own in settings.items() if isinstance(config.get(key), dict)}
+    (folder / "config.json").write_text(json.dumps({**config, **settings, **parts}))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """``tiny_model(model_type)``: the directory of a model by ``save_tiny_model``, not to be changed."""

@@ -3,7 +3,6 @@
 What it builds on GPUs is built here too, with stand-ins for what that needs beside weights: nothing is computed.
 """
 
-import json
 from importlib import import_module
 
 import pytest
@@ -15,8 +14,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from alphaq_vllm import convert
 from offline.source.architectures import FAMILIES
-from tests.offline.conftest import save_tiny_model
-from tests.offline.source.test_families import edit_config
+from tests.offline.conftest import publish, save_tiny_model
 from tests.plugin.test_published_names import check_experts
 from tests.reliability.loading import engine_config, one_rank
 
@@ -53,13 +51,6 @@ UNUSED = {
 }
 # What it leaves out of checkpoints, quantized or not: Laguna is routed without its correction.
 DROPPED = {"laguna": "model.layers.1.mlp.experts.e_score_correction_bias"}
-
-
-def publish(source, settings):
-    """Write settings into a config, also into parts of it."""
-    config = json.loads((source / "config.json").read_bytes())
-    parts = {key: {**config[key], **own} for key, own in settings.items() if isinstance(config.get(key), dict)}
-    edit_config(source, **{**settings, **parts})
 
 
 def empty_model(checkpoint, place):

@@ -21,8 +21,8 @@ from alphaq_vllm import convert
 from benchmarks.models import AT_LOAD
 from tests.conftest import MODEL
 from tests.offline.conftest import PUBLISHED as RENAMED
-from tests.offline.conftest import save_tiny_model
-from tests.plugin.test_gpu_families import PUBLISHED, publish
+from tests.offline.conftest import publish, save_tiny_model
+from tests.plugin.test_gpu_families import PUBLISHED
 from tests.plugin.test_published_names import STEP
 from tests.reliability.loading import reload
 from tests.serving.test_families import save_model
