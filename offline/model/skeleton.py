@@ -208,7 +208,7 @@ def _first_shape(family: Family, model: Any, fused: tuple[int, ...]) -> tuple[in
     orientation.
     """
     size = experts_size(model.config.get_text_config().to_dict())
-    transposed = fused[1] == size if fused[2] != size else family.fused.transposed
+    transposed = fused[1] == size if fused[1] != fused[2] else family.fused.transposed
     half = 0 if family.gated else None
     return FusedPart("", replace(family.fused, transposed=transposed), half).matrix_shape(fused)
 

@@ -131,7 +131,7 @@ FAMILIES = {
     "qwen2_moe": _MLP,
     "qwen3_moe": _MLP,
     "qwen3_next": _MLP,
-    "qwen3_vl_moe": replace(_VISION, individual=False),
+    "qwen3_vl_moe": replace(_VISION, fused=FusedLayout(transposed=True), individual=False),
     "qwen3_5_moe": _VISION,
     "qwen3_5_moe_text": _TEXT_OF_VISION,
     "qwen3_omni_moe": Family(r"thinker\.model\.layers\.\d+\.mlp", unbuilt=True),

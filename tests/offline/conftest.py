@@ -232,7 +232,8 @@ CONFIGS = {
     },
     "laguna": {**EXPERTS, "head_dim": 32, "shared_expert_intermediate_size": 128},
     "qwen3_vl_moe": {
-        "text_config": {**COMMON, **EXPERTS, "head_dim": 32},
+        # With 128 the shapes would not tell how the experts lie.
+        "text_config": {**COMMON, **EXPERTS, "head_dim": 32, "moe_intermediate_size": 256},
         "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]},
     },
     **{model_type: {**EXPERTS, "head_dim": 32} for model_type in OWN_CODE},
@@ -269,9 +270,16 @@ def _qwen3_omni(tensors, config):
     return {**tensors, **spoken}, config
 
 
+def transposed(tensors, config):
+    """Fused experts with their sides exchanged."""
+    fused = {name: tensor.mT.contiguous() for name, tensor in tensors.items()
+             if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}  # fmt: skip
+    return {**tensors, **fused}, config
+
+
 # What is published, of the tensors and the config that transformers saves.
 PUBLISHED = {"deepseek_v4": _deepseek_v4, "kimi_linear": _dense, "minimax_m3_vl": _dense,
-             "qwen3_omni_moe": _qwen3_omni, "step3p5": _step3p5}  # fmt: skip
+             "qwen3_omni_moe": _qwen3_omni, "qwen3_vl_moe": transposed, "step3p5": _step3p5}  # fmt: skip
 
 
 def config_class(model_type):
@@ -307,7 +315,7 @@ def save_tiny_model(model_type, folder):
 def publish(folder, settings):
     """Write settings into the config of a model, also into parts of it."""
     config = json.loads((folder / "config.json").read_bytes())
-    parts = {key: {**config[key], **own} for key, own in settings.items() if isinstance(config.get(key), dict)}
+    parts = {key: {**config[key], **own} for key, own in settings.items() if isinstance(own, dict) and key in config}
     (folder / "config.json").write_text(json.dumps({**config, **settings, **parts}))
 
 

@@ -10,7 +10,7 @@ from benchmarks.models import SERVED
 from offline.source import architectures
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts
-from tests.offline.conftest import COMMON, CONFIGS, WRITTEN_AS, publish
+from tests.offline.conftest import COMMON, CONFIGS, WRITTEN_AS, publish, transposed
 from tests.serving.scoring import PROMPT, score, score_without_gate
 
 ON_GPU = torch.cuda.is_available()
@@ -57,8 +57,6 @@ VLLM_ALONE = (
 BFLOAT16 = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 # vLLM's code for models that see imports torchvision. These are asked in text alone.
 TORCHVISION = ("llama4", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "gemma4")
-# Published with the sides of fused tensors exchanged.
-TRANSPOSED = ("qwen3_vl_moe",)
 ALWAYS = ("mixtral", "qwen2_moe", "deepseek_v2", "olmoe", "gpt_oss")
 
 
@@ -86,11 +84,8 @@ def save_model(model_type, folder):
         if name.endswith("bias") and name != "lm_head.bias":
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    if model_type in TRANSPOSED:
-        tensors = load_file(folder / SINGLE)
-        for name, tensor in tensors.items():
-            if tensor.ndim == 3 and ".experts." in name:
-                tensors[name] = tensor.mT.contiguous()
+    if model_type == "qwen3_vl_moe":
+        tensors, _ = transposed(load_file(folder / SINGLE), {})
         save_file(tensors, folder / SINGLE, {"format": "pt"})
     if model_type in UNUSED:
         tensors = {**load_file(folder / SINGLE), **UNUSED[model_type]}
