@@ -88,9 +88,9 @@ class AlphaQHfQuantizer(HfQuantizer):
         together = ".experts.gate_up_proj" if family.gated else ".experts.up_proj"
         self.expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
         # transformers may compute with another orientation than is published.
-        shapes = [next(shape for name, (shape, _) in self.expected.items() if name.endswith(end))
-                  for end in (together, ".experts.down_proj")]  # fmt: skip
-        fused = family.fused.oriented(*map(tuple, shapes), experts_size(checkpoint.config), family.gated)
+        gate_up, down_proj = (next(tuple(shape) for name, (shape, _) in self.expected.items() if name.endswith(end))
+                              for end in (together, ".experts.down_proj"))  # fmt: skip
+        fused = family.fused.oriented(gate_up, down_proj, experts_size(checkpoint.config), family.gated)
         family = replace(family, fused=fused)
         parts = [family.part("experts", projection) for projection in family.projections]
         self.conversions = [

@@ -16,7 +16,7 @@ import torch
 from alphaq_vllm.format import SUPPORTED_GROUP_SIZES
 from offline.allocation.modes import GRANULARITIES
 from offline.allocation.widths import MODES, NOISE_KINDS
-from offline.model.text import MAX_TOKENS, TOKENS_PER_FEATURE, Calibration
+from offline.model.text import FEW_PER_FEATURE, MANY_TOKENS, MAX_TOKENS, TOKENS_PER_FEATURE, Calibration
 from offline.operations.options import MANUAL
 from offline.operations.width_options import PRESETS
 from offline.quantizers.quantize import QUANTIZERS
@@ -100,8 +100,8 @@ def add_quantizer_options(parser: argparse.ArgumentParser) -> None:
         "--calibration-tokens",
         type=int,
         metavar="N",
-        help=f"to use at most (default {MAX_TOKENS}, or {TOKENS_PER_FEATURE} for each input feature of an expert, if "
-        "that is less); each takes 12 bytes of memory times the hidden size",
+        help=f"to use at most (default {TOKENS_PER_FEATURE} for each input feature of an expert up to {MANY_TOKENS}, "
+        f"and {FEW_PER_FEATURE} up to {MAX_TOKENS}); each takes 12 bytes of memory times the hidden size",
     )
     group.add_argument(
         "--calibration-length",

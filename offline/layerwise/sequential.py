@@ -24,7 +24,7 @@ from offline.model.layer import Layer, Outputs, Routes, advance, route
 from offline.model.passes import Pass
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
 from offline.parallel import run_all
-from offline.quantizers.gptq import gptq, inverse_factor
+from offline.quantizers.gptq import Feedback, feedback, gptq
 from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
@@ -168,11 +168,6 @@ class SequentialGptq:
             outputs.finish(self._source, workers)
         return starved
 
-    def quantize_expert(self, num_bits: int, group_size: int, inputs: Tensor, topk_weights: Tensor) -> None:
-        """Quantize the first expert for the time that it takes; inputs, topk_weights: of tokens as if routed to it."""
-        bits = dict.fromkeys(self._experts.of(self._experts.modules[0])[0], num_bits)
-        _quantize_expert(self._source, bits, group_size, Formula(torch.nn.functional.silu), inputs, topk_weights, True)
-
 
 def _run(tasks: Iterable[_Task], store: Store, outputs: Outputs | None, workers: int, layer: _Layer) -> None:
     """Quantize a layer's experts, and add what comes out of the quantized ones, if that is wanted."""
@@ -217,15 +212,15 @@ def _quantize_expert(
             tensors |= quantize(load_weight(source, matrix), num_bits, group_size).tensors(matrix.name)
         return tensors, inputs if outputs else None
 
-    def calibrated(matrix: ExpertMatrix, factor: Tensor) -> dict[str, Tensor]:
-        return gptq(load_weight(source, matrix), factor, bits[matrix], group_size).tensors(matrix.name)
+    def calibrated(matrix: ExpertMatrix, back: Feedback) -> dict[str, Tensor]:
+        return gptq(load_weight(source, matrix), back, bits[matrix], group_size).tensors(matrix.name)
 
     *first, down = bits
-    factor = inverse_factor(inputs)
-    tensors = {name: tensor for matrix in first for name, tensor in calibrated(matrix, factor).items()}
-    del factor
+    back = feedback(inputs, group_size)
+    tensors = {name: tensor for matrix in first for name, tensor in calibrated(matrix, back).items()}
+    del back
     inner = formula.inner(inputs, [_weight(tensors, matrix, bits[matrix]) for matrix in first])
-    tensors |= calibrated(down, inverse_factor(inner))
+    tensors |= calibrated(down, feedback(inner, group_size))
     if not outputs:
         return tensors, None
     return tensors, formula.project(inner, _weight(tensors, down, bits[down]), topk_weights)

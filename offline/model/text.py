@@ -17,8 +17,10 @@ from offline.source.architectures import experts_per_token
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import Experts
 
-# More of them than this for each input feature of the average expert hardly help (benchmarks/results, preset tokens).
-TOKENS_PER_FEATURE, MAX_TOKENS = 32, 65536
+# For each input feature of the average expert: more than ``TOKENS_PER_FEATURE`` hardly help (benchmarks/results, preset
+# tokens). What each takes grows with the size of experts, so that above ``MANY_TOKENS`` there are few a feature.
+TOKENS_PER_FEATURE, FEW_PER_FEATURE = 32, 2
+MANY_TOKENS, MAX_TOKENS = 32768, 65536
 # Of ``write_text``: the tokens after which it asks the model for predictions, and its seed.
 CONTEXT_TOKENS, SEED = 4096, 0
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
@@ -47,9 +49,11 @@ class Calibration:
 
 
 def default_tokens(source: Checkpoint, experts: Experts) -> int:
-    """As many tokens as help to calibrate this model."""
+    """As many tokens as help to calibrate this model, in a time that is worth it."""
     routed = experts_per_token(source.config) / experts.num_experts
-    return min(MAX_TOKENS, math.ceil(TOKENS_PER_FEATURE * experts.matrices[0].shape[1] / routed))
+    for_each = experts.matrices[0].shape[1] / routed
+    most = min(MAX_TOKENS, max(MANY_TOKENS, FEW_PER_FEATURE * for_each))
+    return math.ceil(min(most, TOKENS_PER_FEATURE * for_each))
 
 
 def read_windows(source: Checkpoint, calibration: Calibration, max_tokens: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from offline.model.passes import passed
 from offline.model.sampling import predictions_held
 from offline.model.text import CONTEXT_TOKENS
 from offline.operations.plan import Job, pieces
+from offline.quantizers.gptq import Feedback, gptq
 from offline.quantizers.quantize import quantize
 from offline.sensitivity.matrices import describe
 from offline.sensitivity.propagation import LENGTH, TOKENS, expert_gains
@@ -27,8 +27,10 @@ from offline.source.architectures import experts_per_token
 from offline.source.families import ExpertMatrix, Experts, by_expert, load_weight
 from offline.threads import compute_device, one_thread
 
-# A group's search takes the same time whatever is in it, so few rows tell; so do few tokens and predictions.
-_ROWS, _RUNS, _TOKENS, _PLACES = 64, 3, 256, 64
+# A group's search takes the same time whatever is in it, so few rows tell; so do few tokens.
+_ROWS, _RUNS, _TOKENS = 64, 3, 256
+# Rows and columns of matrices whose product tells how fast products are.
+_SIDE = 2048
 
 
 @one_thread()
@@ -69,9 +71,8 @@ def expect(
     if propagated:
         expected["propagate"] = (1 - done["propagate"]) * (pace.run(TOKENS) + pace.experts(pace.gains))
     if gptq:
-        inputs, topk_weights = pace.routed(gptq.tokens)
-        seconds = _seconds(lambda: gptq.quantize_expert(num_bits, job.group_size, inputs, topk_weights))
-        expected["gptq"] = (1 - done["gptq"]) * (pace.enter(gptq.tokens) + pace.experts(seconds))
+        seconds = pace.experts(_gptq_seconds(job, num_bits, pace.routed(gptq.tokens))) + pace.outputs(gptq.tokens)
+        expected["gptq"] = (1 - done["gptq"]) * (pace.enter(gptq.tokens) + seconds)
         # Copying.
         expected["write"] = 0.0
     else:
@@ -98,6 +99,22 @@ def seconds_without_weights(columns: int, numel: int, bits: float, group_size: i
     return _seconds_per_weight(rows, max(1, round(bits)), group_size, "mse") * numel / workers
 
 
+def _gptq_seconds(job: Job, num_bits: int, tokens: int) -> float:
+    """Of quantizing an expert that so many tokens reach, but for running it."""
+    first = by_expert(job.experts.matrices)[0]
+    rows = load_weight(job.source, first[0])[:_ROWS].to(compute_device())
+    columns = rows.shape[1]
+    back = Feedback(torch.arange(columns, device=rows.device), torch.eye(columns, device=rows.device))
+    # The first run also sets things up.
+    grids = min(_seconds(lambda: gptq(rows, back, num_bits, job.group_size)) for _ in range(_RUNS)) / rows.numel()
+    square = torch.ones(_SIDE, _SIDE, device=rows.device)
+    rate = 2 * _SIDE**3 / min(_seconds(lambda: square @ square) for _ in range(_RUNS))
+    # Half of X^T X, a Cholesky factor of it, and what errors of columns do to the others.
+    operations = sum(tokens * size**2 + size**3 / 3 for size in (columns, first[-1].shape[1]))
+    operations += sum(matrix.shape[0] * matrix.shape[1] ** 2 for matrix in first)
+    return operations / rate + grids * sum(matrix.numel for matrix in first)
+
+
 def _seconds_per_weight(rows: torch.Tensor, num_bits: int, group_size: int, quantizer: str) -> float:
     # The first run also sets things up.
     return min(_seconds(lambda: quantize(rows, num_bits, group_size, quantizer)) for _ in range(_RUNS)) / rows.numel()
@@ -108,8 +125,8 @@ class _Pace:
     """How fast the model runs: seconds on one thread.
 
     layer: to load a layer without its experts; window: to take a window of ``LENGTH`` through it; expert: to load an
-    expert; token: to take a token through one; gains: see ``expert_gains``; head: to read it, once for as many
-    predictions as are ``held`` together; place: to predict a token.
+    expert; token: to take a token through one; gains: see ``expert_gains``; head: to draw as many tokens as are
+    ``held`` together, on all threads.
     """
 
     job: Job
@@ -123,11 +140,10 @@ class _Pace:
     gains: float
     head: float
     held: int
-    place: float
 
-    def routed(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Made-up inputs of an expert that has its share of the tokens, and their weights."""
-        return _routed(self.job, max(1, tokens * self.top_k // self.num_experts))
+    def routed(self, tokens: int) -> int:
+        """The share of the tokens that an expert gets."""
+        return max(1, tokens * self.top_k // self.num_experts)
 
     def enter(self, tokens: int) -> float:
         """A pass without the experts."""
@@ -139,11 +155,15 @@ class _Pace:
 
     def predict(self, tokens: int) -> float:
         """Drawing a token after each of so many."""
-        return (math.ceil(tokens / self.held) * self.head + tokens * self.place) / self.job.workers
+        return tokens / self.held * self.head
 
     def run(self, tokens: int) -> float:
         """A whole pass."""
-        return self.enter(tokens) + self.experts(self.expert + tokens * self.top_k / self.num_experts * self.token)
+        return self.enter(tokens) + self.experts(self.expert + self.routed(tokens) * self.token)
+
+    def outputs(self, tokens: int) -> float:
+        """Running all experts, but for down's part in the last layer, after which nothing comes."""
+        return (1 - 1 / (3 * self.layers)) * self.experts(self.routed(tokens) * self.token)
 
 
 @torch.no_grad()
@@ -174,12 +194,14 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
     def compute() -> None:
         formula.project(formula.inner(inputs, into), down, topk_weights)
 
-    def predict(places: int) -> None:
-        decoder.sample(source, hidden[:, :places], torch.full((1, places, 1), 0.5, dtype=torch.float64))
+    def gains(tokens: int) -> float:
+        some = inputs[:tokens], topk_weights[:tokens], formula, job.group_size
+        return _seconds(lambda: expert_gains(source, first, *some))
 
     top_k = experts_per_token(source.config)
-    reached = _routed(job, max(1, TOKENS * top_k // experts.num_experts))
-    one, many = _seconds(lambda: predict(1)), _seconds(lambda: predict(_PLACES + 1))
+    held = min(length, predictions_held(decoder.vocab_size))
+    shares = torch.full((1, held, 1), 0.5, dtype=torch.float64)
+    few, many, reached = gains(1), gains(_TOKENS), TOKENS * top_k / experts.num_experts
     return _Pace(
         job,
         layers=len(experts.modules),
@@ -189,10 +211,9 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
         window=window,
         expert=load_expert,
         token=_seconds(compute) / _TOKENS,
-        gains=_seconds(lambda: expert_gains(source, first, *reached, formula, job.group_size)),
-        head=one,
-        held=predictions_held(decoder.vocab_size),
-        place=max(0.0, many - one) / _PLACES,
+        gains=few + max(0.0, many - few) * reached / _TOKENS,
+        head=_seconds(lambda: decoder.sample(source, hidden[:, :held], shares, job.workers)),
+        held=held,
     )
 
 

@@ -1,9 +1,13 @@
 """GPTQ: rounding that makes up for itself, column by column, on the inputs that a matrix really sees.
 
-Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers*, arXiv 2210.17323.
+Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers*, arXiv 2210.17323,
+in the form of Chee et al., *QuIP: 2-Bit Quantization of Large Language Models With Guarantees*, arXiv 2307.13304, which
+needs no inverse: the errors of the columns that are done move what the next one is rounded from.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,40 +20,58 @@ from offline.quantizers.quantize import Quantized, check_matrix, chunks
 
 # Share of the mean diagonal that is added to the diagonal of X^T X, and its growth until a factor exists.
 DAMPING, DAMPING_GROWTH = 0.03, 10.0
-# Of inputs, and of their products, that are looked at together; and of the blocks of a symmetric or triangular matrix.
+# Of inputs, and of their products, that are looked at together; and of the blocks of a symmetric matrix.
 _ROWS, _BLOCK = 1024, 512
 
 
-def inverse_factor(inputs: Tensor) -> Tensor:
-    """The upper triangular U with ``U.T @ U = inverse(H)``, where H is ``inputs.T @ inputs`` with less of what only a
-    sample has off the diagonal, and damping on it.
+@dataclass(frozen=True)
+class Feedback:
+    """How errors of some columns of a matrix are made up for in others.
 
-    inputs: ``[tokens, in_features]`` float32; fewer tokens than features are enough.
-    Returns ``[in_features, in_features]`` float32. Raises ValueError for NaN or Inf.
+    order: ``[in_features]`` int64, the columns, whole groups one after another; factor: ``[in_features, in_features]``
+    float32, upper triangular with ones on its diagonal: after an error of the column in place j, from the last to the
+    first, the one in place i is moved by ``factor[i, j]`` times that error.
     """
-    hessian = _products(inputs)
-    diagonal = hessian.diagonal()
-    squares = diagonal.clone()
-    hessian.mul_(1 - sampling_share(inputs, hessian))
-    diagonal.copy_(squares)
-    damping = DAMPING * diagonal.mean()
-    if not damping:
-        return torch.eye(len(hessian), device=hessian.device)
-    # L of the reversed matrix, reversed again, is an upper R with R @ R.T = hessian; the inverse of R is upper as well.
-    # Each of them is let go as soon as the next is there.
-    hessian = hessian.flip(0, 1)
-    diagonal, failed = hessian.diagonal(), True
-    while failed:
-        if not bool(damping.isfinite()):
+
+    order: Tensor
+    factor: Tensor
+
+
+def feedback(inputs: Tensor, group_size: int) -> Feedback:
+    """That of the inputs of a matrix: ``factor.T @ D @ factor = H`` for some diagonal D, where H is, in that order,
+    ``inputs.T @ inputs`` with less of what only a sample has off the diagonal, and damping on it.
+
+    What the largest inputs meet needs most others to make up for it. So the groups with most energy, and the columns
+    with most in each, come last in the order, and are quantized first.
+    inputs: ``[tokens, in_features]`` float32; fewer tokens than features are enough.
+    Raises ValueError for NaN or Inf.
+    """
+    order = _order(inputs, group_size)
+    inputs, damping = inputs[:, order], DAMPING
+    while True:
+        hessian = _products(inputs)
+        diagonal = hessian.diagonal()
+        squares = diagonal.clone()
+        hessian.mul_(1 - sampling_share(inputs, hessian))
+        added = damping * squares.mean()
+        if not added:
+            return Feedback(order, torch.eye(len(hessian), device=hessian.device))
+        if not bool(added.isfinite()):
             raise ValueError("calibration: expected finite activations, got NaN or Inf: the source is damaged")
-        diagonal.add_(damping)
-        lower, info = torch.linalg.cholesky_ex(hessian)
-        failed, damping = bool(info), damping * DAMPING_GROWTH
-    del hessian, diagonal
-    upper = lower.flip(0, 1)
-    del lower
-    _invert_upper_(upper)
-    return upper
+        diagonal.copy_(squares + added)
+        # Columns lie as LAPACK wants them, so that the factor takes the place of the matrix.
+        lower, info = hessian.mT, torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        if not bool(info):
+            return Feedback(order, hessian.div_(diagonal.clone()[:, None]))
+        damping *= DAMPING_GROWTH
+
+
+def _order(inputs: Tensor, group_size: int) -> Tensor:
+    """Of ``Feedback``, by the energy of columns and of groups."""
+    energy = sum(part.square().sum(0) for part in inputs.split(_ROWS)).view(-1, group_size)  # type: ignore[union-attr]
+    columns = energy.argsort(1) + group_size * torch.arange(len(energy), device=inputs.device)[:, None]
+    return columns[energy.sum(1).argsort()].flatten()
 
 
 def _products(inputs: Tensor) -> Tensor:
@@ -60,19 +82,6 @@ def _products(inputs: Tensor) -> Tensor:
         products[start:end, start:] = inputs[:, start:end].T @ inputs[:, start:]
         products[end:, start:end] = products[start:end, end:].T
     return products
-
-
-def _invert_upper_(matrix: Tensor) -> None:
-    """Invert an upper triangular matrix in its place, by its quarters: the general solver computes the zeros too."""
-    if len(matrix) <= _BLOCK:
-        eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        matrix.copy_(torch.linalg.solve_triangular(matrix, eye, upper=True))
-        return
-    half = len(matrix) // 2
-    first, corner, second = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
-    _invert_upper_(first)
-    _invert_upper_(second)
-    corner.copy_((first @ corner @ second).neg_())
 
 
 def sampling_share(inputs: Tensor, products: Tensor) -> float:
@@ -100,46 +109,56 @@ def sampling_share(inputs: Tensor, products: Tensor) -> float:
     return min(1.0, max(0.0, variance / squared))
 
 
-def gptq(weight: Tensor, factor: Tensor, num_bits: int, group_size: int) -> Quantized:
+def gptq(weight: Tensor, back: Feedback, num_bits: int, group_size: int) -> Quantized:
     """Quantize a matrix so that its outputs change little: the error of each column is made up for by those after it.
 
-    weight: ``[out_features, in_features]``, any floating dtype; factor: ``inverse_factor`` of its inputs. The grid of
-    a group is searched when its turn comes, for the least squared error of its weights as corrected until then.
+    weight: ``[out_features, in_features]``, any floating dtype; back: ``feedback`` of its inputs. The grid of a group
+    is searched when its turn comes, for the least squared error of its weights as corrected until then.
     Raises ValueError for NaN or Inf and for a width or group size that the format does not have.
     """
     check_matrix(weight, [num_bits], group_size)
-    top, in_features = 2**num_bits - 1, weight.shape[1]
+    top, (out_features, in_features) = 2**num_bits - 1, weight.shape
     # Transposed, a column is contiguous.
-    left = weight.float().T.clone(memory_format=torch.contiguous_format)
-    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
-    grids, sse = [], 0.0
-    for start in range(0, in_features, group_size):
-        end = start + group_size
-        block, own = left[start:end], factor[start:end, start:end]
-        scale, zero = _grid(block.T.contiguous(), top)
-        grids.append((scale, zero))
-        step, offset = scale.float(), zero.float()
-        errors = _round_columns(block, own, step, offset, top, codes[start:end])
-        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-        restored = (codes[start:end] - offset) * step
-        sse += (restored - weight[:, start:end].T).double().square().sum().item()
-    scale, zero = (torch.stack(tensors, 1) for tensors in zip(*grids, strict=True))
+    codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
+    errors = torch.empty(in_features, out_features, device=weight.device)
+    grids: dict[int, tuple[Tensor, Tensor]] = {}
+    for start in reversed(range(0, in_features, group_size)):
+        group = slice(start, start + group_size)
+        columns, found = back.order[group], torch.empty_like(codes[group])
+        block = weight[:, columns].float().T.contiguous()
+        corrected = torch.addmm(block, back.factor[group, group.stop :], errors[group.stop :])
+        scale, zero = grids[int(columns[0]) // group_size] = _grid(corrected.T.contiguous(), top)
+        own = back.factor[group, group]
+        _round_columns(block, corrected, own, scale.float(), zero.float(), top, found, errors[group])
+        codes[columns] = found
+    scale, zero = (torch.stack([grids[number][part] for number in sorted(grids)], 1) for part in range(2))
+    sse = sum(part.double().square().sum().item() for part in errors.split(_ROWS))
     return Quantized(pack(codes.T.contiguous(), num_bits), scale, zero, sse / weight.numel())
 
 
-def _round_columns(block: Tensor, factor: Tensor, step: Tensor, offset: Tensor, top: int, codes: Tensor) -> Tensor:
-    """Write the codes of a group's columns, ``block [group_size, out_features]``, which may be overwritten, and
-    return the errors that are to be made up for in the columns after it.
+def _round_columns(
+    block: Tensor,
+    corrected: Tensor,
+    factor: Tensor,
+    step: Tensor,
+    offset: Tensor,
+    top: int,
+    codes: Tensor,
+    errors: Tensor,
+) -> None:
+    """Round a group's columns from the last to the first, and write their codes and errors.
+
+    block: ``[group_size, out_features]``, the columns, and ``corrected`` by the errors of those after the group; the
+    latter may be overwritten; factor: of ``Feedback``, for these columns.
     """
     if block.device.type == "cpu" and (code := native.library()):
-        return native.round_columns(code, block, factor, step, offset, top, codes)
-    errors = torch.empty_like(block)
-    for j, row in enumerate(factor):
-        rounded = (block[j] / step).add_(offset).clamp_(0, top).round_()
+        native.round_columns(code, block, corrected, factor, step, offset, top, codes, errors)
+        return
+    for j in reversed(range(len(block))):
+        rounded = (corrected[j] / step).add_(offset).clamp_(0, top).round_()
         codes[j] = rounded
-        errors[j] = (block[j] - (rounded - offset) * step) / row[j]
-        block[j + 1 :].addr_(row[j + 1 :], errors[j], alpha=-1)
-    return errors
+        errors[j] = block[j] - (rounded - offset) * step
+        corrected[:j].addr_(factor[:j, j], errors[j])
 
 
 def _grid(weight: Tensor, top: int) -> tuple[Tensor, Tensor]:

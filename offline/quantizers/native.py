@@ -48,25 +48,32 @@ def mse_grid(
 
 
 def round_columns(
-    code: ctypes.CDLL, block: Tensor, factor: Tensor, step: Tensor, offset: Tensor, top: int, codes: Tensor
-) -> Tensor:
+    code: ctypes.CDLL,
+    block: Tensor,
+    corrected: Tensor,
+    factor: Tensor,
+    step: Tensor,
+    offset: Tensor,
+    top: int,
+    codes: Tensor,
+    errors: Tensor,
+) -> None:
     """The loop of ``gptq`` over the columns of one group.
 
-    code: ``library()``; block: ``[size, rows]``, the columns; factor: ``[size, size]``, of any strides;
-    step, offset: ``[rows]``; codes: ``[size, rows]`` uint8, which are written. All on the CPU, the others float32.
-    Returns the errors that are to be made up for, ``[size, rows]``.
+    code: ``library()``; block, corrected: ``[size, rows]``, the columns; factor: ``[size, size]``, of contiguous rows;
+    step, offset: ``[rows]``; codes, errors: ``[size, rows]``, which are written, uint8 and float32. All on the CPU, the
+    others float32.
     """
-    errors = torch.empty_like(block)
+    assert factor.stride(1) == 1
     code.alphaq_gptq_columns(
-        _at(block),
+        *map(_at, (block, corrected)),
         _pointer(factor.data_ptr()),
-        *map(_int64, factor.stride()),
+        _int64(factor.stride(0)),
         *map(_at, (step, offset)),
         *map(_int64, block.shape),
         _float(top),
         *map(_at, (codes, errors)),
     )
-    return errors
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

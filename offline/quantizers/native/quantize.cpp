@@ -125,15 +125,13 @@ extern "C" __attribute__((visibility("default"))) void alphaq_mse_grid(
   }
 }
 
-// See gptq of gptq.py: rounds a group of columns one by one, and makes up for the error of each in those after it.
-// block [size, rows]: the columns; factor: the rows and columns of U for them, so far apart; step, offset [rows]: their
-// grid; codes, errors [size, rows]: what comes of it.
+// See gptq of gptq.py: rounds a group of columns from the last to the first, each moved by the errors of those after it.
+// block, corrected [size, rows]: the columns, and moved by the errors of later groups; factor: the rows and columns of U
+// for them, whose rows are row_stride apart; step, offset [rows]: their grid; codes, errors [size, rows]: what comes of
+// it.
 extern "C" __attribute__((visibility("default"))) void alphaq_gptq_columns(
-    const float* block, const float* factor, int64_t row_stride, int64_t column_stride, const float* step,
+    const float* block, const float* corrected, const float* factor, int64_t row_stride, const float* step,
     const float* offset, int64_t size, int64_t rows, float top, uint8_t* codes, float* errors) {
-  std::vector<float> transposed(size * size);
-  for (int64_t i = 0; i < size; ++i)
-    for (int64_t j = i; j < size; ++j) transposed[j * size + i] = factor[i * row_stride + j * column_stride];
   struct Wide {
     Floats parts[WIDE];
   };
@@ -143,24 +141,25 @@ extern "C" __attribute__((visibility("default"))) void alphaq_gptq_columns(
   for (int64_t first = 0; first < rows; first += WIDTH) {
     const int64_t width = std::min(WIDTH, rows - first);
     // Rows that do not exist are 0 on a grid of 1.
-    float steps[WIDTH], offsets[WIDTH]{}, values[WIDTH]{};
+    float steps[WIDTH], offsets[WIDTH]{}, weights[WIDTH]{}, values[WIDTH]{};
     std::fill_n(steps, WIDTH, 1.0f);
     std::copy_n(step + first, width, steps);
     std::copy_n(offset + first, width, offsets);
-    for (int64_t j = 0; j < size; ++j) {
-      std::copy_n(block + j * rows + first, width, values);
-      Wide left;
-      for (int part = 0; part < WIDE; ++part) left.parts[part] = load(values + part * LANES);
-      const float* column = transposed.data() + j * size;
-      for (int64_t i = 0; i < j; ++i)
-        for (int part = 0; part < WIDE; ++part) left.parts[part] -= done[i].parts[part] * column[i];
+    for (int64_t j = size - 1; j >= 0; --j) {
+      std::copy_n(block + j * rows + first, width, weights);
+      std::copy_n(corrected + j * rows + first, width, values);
+      Wide moved;
+      for (int part = 0; part < WIDE; ++part) moved.parts[part] = load(values + part * LANES);
+      const float* row = factor + j * row_stride;
+      for (int64_t i = j + 1; i < size; ++i)
+        for (int part = 0; part < WIDE; ++part) moved.parts[part] += done[i].parts[part] * row[i];
       for (int part = 0; part < WIDE; ++part) {
         const Floats scale = load(steps + part * LANES), zero = load(offsets + part * LANES);
-        const Floats code = nearest(clamped(left.parts[part] / scale + zero, tops));
-        done[j].parts[part] = (left.parts[part] - (code - zero) * scale) / column[j];
+        const Floats code = nearest(clamped(moved.parts[part] / scale + zero, tops));
+        done[j].parts[part] = load(weights + part * LANES) - (code - zero) * scale;
         store(values + part * LANES, code);
       }
-      for (int64_t row = 0; row < width; ++row) codes[j * rows + first + row] = static_cast<uint8_t>(values[row]);
+      for (int64_t lane = 0; lane < width; ++lane) codes[j * rows + first + lane] = static_cast<uint8_t>(values[lane]);
       for (int part = 0; part < WIDE; ++part) store(values + part * LANES, done[j].parts[part]);
       std::copy_n(values, width, errors + j * rows + first);
     }

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from alphaq_vllm.format import matrix_tensors
-from alphaq_vllm.packing import dequantize
-from offline.quantizers.gptq import DAMPING, gptq, inverse_factor, sampling_share
+from alphaq_vllm.packing import dequantize, unpack
+from offline.quantizers.gptq import DAMPING, Feedback, feedback, gptq, sampling_share
 from offline.quantizers.quantize import quantize
 
 
@@ -25,40 +25,72 @@ def restore(quantized, num_bits):
     return dequantize(quantized.packed, quantized.scale, quantized.zero_point, num_bits)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 500])
-def test_inverse_factor_is_that_of_the_damped_hessian(tokens):
-    inputs = correlated(tokens, 96)
-    products = inputs.T @ inputs
-    hessian = (products * (1 - sampling_share(inputs, products))).double()
-    hessian.diagonal().copy_(products.diagonal())
-    hessian += torch.eye(96) * DAMPING * hessian.diagonal().mean()
-    factor = inverse_factor(inputs).double()
+def damped_hessian(inputs):
+    """What ``feedback`` factors, in float64."""
+    hessian = (inputs.T @ inputs).double()
+    hessian *= 1 - sampling_share(inputs, hessian.float())
+    hessian.diagonal().copy_(inputs.double().square().sum(0))
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    return hessian
+
+
+# Blocks of 512: one, one that is full, and several of which the last is not.
+@pytest.mark.parametrize(("tokens", "features"), [(1, 96), (7, 96), (500, 96), (900, 512), (2000, 1408)])
+def test_feedback_is_the_factor_of_the_damped_hessian(tokens, features):
+    inputs = correlated(tokens, features)
+    back = feedback(inputs, 32)
+    factor, hessian = back.factor.double(), damped_hessian(inputs[:, back.order])
     assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor @ hessian, torch.eye(96).double(), rtol=0, atol=0.01)
+    assert torch.equal(factor.diagonal(), torch.ones(features).double())
+    scales = torch.linalg.cholesky(hessian).diagonal()
+    error = (factor.T * scales**2) @ factor - hessian
+    assert float(error.norm() / hessian.norm()) < 1e-5
 
 
-def test_inverse_factor_damps_until_a_factor_exists():
+def test_feedback_ends_with_what_has_most_energy():
+    """Whole groups, the columns of each in order of their own."""
+    inputs = gaussian(50, 96)
+    scales = torch.cat((torch.linspace(3, 2, 32), torch.linspace(0.1, 1, 32), torch.linspace(9, 7, 32)))
+    inputs *= scales / inputs.square().mean(0).sqrt()
+    order = [*range(32, 64), *reversed(range(32)), *reversed(range(64, 96))]
+    assert feedback(inputs, 32).order.tolist() == order
+
+
+def test_gptq_leaves_each_column_no_more_than_its_grid_does():
+    """Errors of a column and, through the factor, of those before it add up to what rounding it has left."""
+    inputs, weight = correlated(400, 128), gaussian(9, 128)
+    back = feedback(inputs, 32)
+    quantized = gptq(weight, back, 4, 32)
+    codes = unpack(quantized.packed, 4)[:, back.order]
+    steps = quantized.scale.double().repeat_interleave(32, 1)[:, back.order]
+    left = (weight - restore(quantized, 4)).double()[:, back.order] @ back.factor.double().T
+    inside = (codes > 0) & (codes < 15)
+    assert inside.float().mean() > 0.7
+    assert (left.abs() <= steps / 2 * 1.001)[inside].all()
+
+
+def test_feedback_damps_until_a_factor_exists():
     inputs = torch.full((3, 64), 1e18)
-    assert inverse_factor(inputs).isfinite().all()
+    assert feedback(inputs, 64).factor.isfinite().all()
 
 
-def test_inverse_factor_of_zeros_is_the_identity():
-    assert torch.equal(inverse_factor(torch.zeros(5, 32)), torch.eye(32))
+def test_feedback_of_zeros_is_the_identity():
+    assert torch.equal(feedback(torch.zeros(5, 32), 32).factor, torch.eye(32))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_inverse_factor_refuses_what_is_not_finite(bad):
+def test_feedback_refuses_what_is_not_finite(bad):
     inputs = gaussian(8, 32)
     inputs[3, 4] = bad
     with pytest.raises(ValueError, match="calibration: expected finite activations"):
-        inverse_factor(inputs)
+        feedback(inputs, 32)
 
 
 @pytest.mark.parametrize("num_bits", range(1, 9))
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_gptq_of_independent_inputs_is_the_data_free_result(num_bits, group_size):
     weight = gaussian(37, 256).bfloat16()
-    calibrated = gptq(weight, torch.eye(256), num_bits, group_size)
+    calibrated = gptq(weight, Feedback(torch.arange(256), torch.eye(256)), num_bits, group_size)
     plain = quantize(weight, num_bits, group_size)
     assert torch.equal(calibrated.packed, plain.packed)
     assert torch.equal(calibrated.scale, plain.scale)
@@ -68,7 +100,7 @@ def test_gptq_of_independent_inputs_is_the_data_free_result(num_bits, group_size
 
 def share_of_rounding(weight, inputs, others, num_bits, group_size):
     """The error of outputs for other inputs, by that of rounding."""
-    calibrated = gptq(weight, inverse_factor(inputs), num_bits, group_size)
+    calibrated = gptq(weight, feedback(inputs, group_size), num_bits, group_size)
     error, rounded = (
         ((restore(quantized, num_bits) - weight) @ others.T).square().mean()
         for quantized in (calibrated, quantize(weight, num_bits, group_size))
@@ -93,7 +125,7 @@ def test_gptq_changes_outputs_for_other_inputs_less_than_rounding(num_bits):
 
 def test_gptq_with_a_single_token_is_the_data_free_result():
     weight = gaussian(70, 256)
-    calibrated = gptq(weight, inverse_factor(gaussian(1, 256)), 2, 128)
+    calibrated = gptq(weight, feedback(gaussian(1, 256), 128), 2, 128)
     assert torch.equal(calibrated.packed, quantize(weight, 2, 128).packed)
 
 
@@ -128,16 +160,16 @@ def test_gptq_of_few_tokens_holds_for_others(strength, monkeypatch):
     def error(quantized):
         return float(((restore(quantized, 2) - weight) @ others.T).square().mean())
 
-    shrunk = error(gptq(weight, inverse_factor(inputs), 2, 128))
+    shrunk = error(gptq(weight, feedback(inputs, 128), 2, 128))
     monkeypatch.setattr("offline.quantizers.gptq.sampling_share", lambda *_: 0.0)
-    assert shrunk < 0.9 * error(gptq(weight, inverse_factor(inputs), 2, 128))
+    assert shrunk < 0.9 * error(gptq(weight, feedback(inputs, 128), 2, 128))
     assert shrunk < 1.03 * error(quantize(weight, 2, 128))
 
 
 @pytest.mark.parametrize("num_bits", [2, 5])
 def test_gptq_reports_the_error_of_the_format_s_tensors(num_bits):
     weight, inputs = gaussian(33, 192), correlated(300, 192)
-    quantized = gptq(weight, inverse_factor(inputs), num_bits, 64)
+    quantized = gptq(weight, feedback(inputs, 64), num_bits, 64)
     tensors = (quantized.packed, quantized.scale, quantized.zero_point)
     specs = matrix_tensors(33, 192, num_bits, 64).values()
     assert [(t.shape, t.dtype) for t in tensors] == [(torch.Size(s.shape), s.dtype) for s in specs]
@@ -147,10 +179,10 @@ def test_gptq_reports_the_error_of_the_format_s_tensors(num_bits):
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_gptq_leaves_its_arguments_alone(rows):
-    weight, factor = gaussian(rows, 64), inverse_factor(correlated(99, 64))
-    before = weight.clone(), factor.clone()
-    gptq(weight, factor, 3, 32)
-    assert torch.equal(weight, before[0]) and torch.equal(factor, before[1])
+    weight, back = gaussian(rows, 64), feedback(correlated(99, 64), 32)
+    before = weight.clone(), back.order.clone(), back.factor.clone()
+    gptq(weight, back, 3, 32)
+    assert all(map(torch.equal, (weight, back.order, back.factor), before))
 
 
 @pytest.mark.parametrize(
@@ -163,17 +195,4 @@ def test_gptq_leaves_its_arguments_alone(rows):
 )
 def test_gptq_refuses_what_the_format_lacks(weight, num_bits, message):
     with pytest.raises(ValueError, match=message):
-        gptq(weight, torch.eye(weight.shape[1]), num_bits, 32)
-
-
-@pytest.mark.parametrize("in_features", [64, 512, 1408])
-def test_inverse_factor_is_that_of_the_damped_matrix_of_any_size(in_features):
-    """Blocks of 512: one, one that is full, and several of which the last is not."""
-    inputs = gaussian(2000, in_features)
-    factor = inverse_factor(inputs).double()
-    products = (inputs.T @ inputs).double()
-    products *= 1 - sampling_share(inputs, products.float())
-    products.diagonal().copy_(inputs.double().square().sum(0))
-    products.diagonal().add_(DAMPING * products.diagonal().mean())
-    assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor @ products, torch.eye(in_features).double(), rtol=0, atol=1e-3)
+        gptq(weight, Feedback(torch.arange(64), torch.eye(64)), num_bits, 32)

@@ -9,7 +9,7 @@ import torch
 
 from alphaq_vllm.native_build import QUANTIZERS, load, supported
 from offline.quantizers import native
-from offline.quantizers.gptq import gptq, inverse_factor
+from offline.quantizers.gptq import feedback, gptq
 from offline.quantizers.quantize import quantize
 from tests.offline.quantizers.samples import gaussian, restore, student_t5
 
@@ -44,16 +44,16 @@ def test_grids_have_the_error_of_those_of_torch(num_bits, group_size, use):
 @pytest.mark.parametrize("num_bits", WIDTHS)
 def test_gptq_has_the_error_of_that_of_torch(num_bits, use):
     inputs = gaussian(400, 256) @ (gaussian(256, 256, seed=1) / 16 + torch.eye(256))
-    weight, factor = student_t5(150, 256), inverse_factor(inputs)
+    weight, back = student_t5(150, 256), feedback(inputs, 64)
 
     def error(quantized):
         return float(((restore(quantized, num_bits) - weight) @ inputs.T).square().mean())
 
     use(None)
-    expected = gptq(weight, factor, num_bits, 64)
+    expected = gptq(weight, back, num_bits, 64)
     for name in supported():
         use(name)
-        found = gptq(weight, factor, num_bits, 64)
+        found = gptq(weight, back, num_bits, 64)
         assert error(found) == pytest.approx(error(expected), rel=0.02)
         assert found.mse == pytest.approx(expected.mse, rel=0.01)
 
@@ -62,13 +62,14 @@ def test_columns_are_rounded_as_by_torch(use, monkeypatch):
     """Grids apart, there is one right answer, but for codes that rounding decides."""
     from offline.quantizers.gptq import _round_columns
 
-    block, factor = student_t5(64, 77), inverse_factor(gaussian(300, 64))
+    block, factor = student_t5(64, 77), feedback(gaussian(300, 64), 64).factor
+    moved = gaussian(64, 77, seed=3) / 8
     step, offset = gaussian(77).abs() + 0.1, gaussian(77, seed=2) + 3
     results = []
     for name in (None, *supported()):
         use(name)
-        codes = torch.empty(64, 77, dtype=torch.uint8)
-        errors = _round_columns(block.clone(), factor, step, offset, 7, codes)
+        codes, errors = torch.empty(64, 77, dtype=torch.uint8), torch.empty(64, 77)
+        _round_columns(block, block + moved, factor, step, offset, 7, codes, errors)
         results.append((codes, errors))
     for codes, errors in results[1:]:
         same = (codes == results[0][0]).all(0)
@@ -78,11 +79,11 @@ def test_columns_are_rounded_as_by_torch(use, monkeypatch):
 
 @pytest.mark.parametrize("num_bits", WIDTHS)
 def test_all_instruction_sets_compute_the_same_bits(num_bits, use):
-    weight, factor = student_t5(150, 256), inverse_factor(gaussian(400, 256))
+    weight, back = student_t5(150, 256), feedback(gaussian(400, 256), 64)
     results = []
     for name in supported():
         use(name)
-        both = quantize(weight, num_bits, 64), gptq(weight, factor, num_bits, 64)
+        both = quantize(weight, num_bits, 64), gptq(weight, back, num_bits, 64)
         results.append([tensor for quantized in both for tensor in quantized.tensors("").values()])
     for result in results[1:]:
         assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
