@@ -10,9 +10,9 @@ The second makes checkpoints of MODEL in DIR with AlphaQ (by default and from th
 by llm-compressor (``benchmarks.peer_checkpoint``), each by a user's command, start of Python included.
 One JSON line per checkpoint is printed and appended to ``benchmarks/results/convert.jsonl``.
 
-Memory is the greatest resident size of the process and its children together, sampled ten times a second: once with
-pages that they share counted once (``peak_bytes``), once counted in each (``peak_bytes_unshared``). Work that others do
-on the machine lengthens ``seconds`` but not ``cpu_seconds``.
+Memory is the greatest resident size of the process and its children together, sampled up to ten times a second: once
+with pages that they share counted once (``peak_bytes``), once counted in each (``peak_bytes_unshared``). Work that others
+do on the machine lengthens ``seconds`` but not ``cpu_seconds``.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ RESULTS = Path(__file__).parent / "results" / "convert.jsonl"
 # Of the matrices that alpha is timed on.
 HIDDEN, INTERMEDIATE, BLOCK_SIZE = 2048, 1408, 128
 SECONDS_BETWEEN_SAMPLES = 0.1
+# Of its time, what sampling takes at most: the system looks at every page.
+SAMPLING_SHARE = 0.02
 # Of the column scales of the matrices that alpha is timed on: alphas of about 6.4 (Gaussian), 3.4, 2.8 and 2.2.
 SPREADS = (0.0, 0.4, 0.6, 0.8)
 
@@ -101,9 +103,10 @@ def watch(command: list[str]) -> tuple[bytes, dict[str, float]]:
     with ThreadPoolExecutor(2) as readers:
         output, errors = readers.submit(process.stdout.read), readers.submit(process.stderr.read)
         while process.poll() is None:
+            began = time.process_time()
             shared, unshared = _sample(process.pid, ticks)
             peak, peak_unshared = max(peak, shared), max(peak_unshared, unshared)
-            time.sleep(SECONDS_BETWEEN_SAMPLES)
+            time.sleep(max(SECONDS_BETWEEN_SAMPLES, (time.process_time() - began) / SAMPLING_SHARE))
     if process.returncode:
         message = errors.result().decode(errors="replace")[-2000:]
         raise SystemExit(f"error: {' '.join(command)} ended with exit status {process.returncode}:\n{message}")

@@ -60,6 +60,8 @@ NAMES = {
     "laguna": "Laguna",
     "axk1": "A.X",
     "step3p5": "Step-3.5",
+    "step3p7": "Step-3.7",
+    "dots3_note": "dots3",
     "deepseek": "DeepSeekMoE",
     "bailing_moe": "Ling and Ring",
     "bailing_moe_v2": "Ling and Ring",
@@ -71,6 +73,8 @@ NAMES = {
     "llama4_text": "Llama-4",
     "gpt_oss": "gpt-oss",
     "nemotron_h": "Nemotron-3",
+    "nemotron_h_omni": "Nemotron-3 Omni",
+    "NemotronH_Nano_Omni_Reasoning_V3": "Nemotron-3 Omni",
 }
 # Those that tests/serving/test_families.py serves; of models that see, the text.
 SERVED = (

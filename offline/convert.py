@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from alphaq_vllm.format import LINEAR_BITS
+from alphaq_vllm.format import LINEAR_BITS, SUPPORTED_BITS
 from offline.cli import (
     Parser,
     add_choice_options,
@@ -26,7 +26,8 @@ _DESCRIPTION = """Convert a Mixture-of-Experts checkpoint so that every expert m
 The widths are chosen without calibration data, from the spectra of the weights and the errors that quantization causes
 on text that the model writes itself, so that their average keeps to a budget. With --noise expert --quantizer mse
 nothing runs the model: faster, and worse. That is the default for models that the converter cannot run. Everything but
-the routed experts is copied unchanged, unless --linear-bits quantizes attention, shared experts and dense layers."""
+the routed experts is copied unchanged, unless --linear-bits quantizes attention, shared experts and dense layers. The
+experts of layers for multi-token prediction get --mtp-bits, where vLLM's draft models take these."""
 
 _EXAMPLES = """\
   python -m offline.convert Qwen/Qwen1.5-MoE-A2.7B qwen-alphaq --bits 3.5
@@ -72,6 +73,13 @@ def build_parser() -> Parser:
     add_group_size(parser)
     add_revision(parser)
     add_family(parser)
+    parser.add_argument(
+        "--mtp-bits",
+        type=int,
+        choices=(16, *reversed(SUPPORTED_BITS)),
+        help="of the experts of layers for multi-token prediction, where vLLM serves these quantized (default 4; 16: "
+        "left alone)",
+    )
     parser.add_argument(
         "--linear-bits",
         type=int,

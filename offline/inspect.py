@@ -40,6 +40,7 @@ def _text(result: Mapping[str, Any]) -> str:
         f"groups of {result['group_size']}, {format_bytes(result['size'])}",
         f"{result['matrices']} matrices, {result['bits']:.4f} bits on average by codes, "
         f"{result['stored_bits']:.4f} as stored",
+        *(f"{number} more that only draft, of {width} bits" for width, number in result["drafts"].items()),
         *histogram(result["widths"]),
         "",
         f"{'module':44} {'projection':10}" + "".join(f"{f'{width}b':>6}" for width in widths) + "   average   alpha",

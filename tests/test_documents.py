@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from offline.cli import spelled
+from offline.source.quantized.method import READ, find_quantization
 from tests.reliability.messages import failures
 
 ROOT = Path(__file__).parents[1]
@@ -63,3 +64,13 @@ def test_troubleshooting_has_messages_that_are_raised():
     for heading in own:
         parts = [re.escape(spelled_alike(part)) for part in heading.split("…")]
         assert any(re.fullmatch(r".*?\s*".join(parts), message) for message in raised), heading
+
+
+def test_the_methods_of_quantization_that_are_read_are_listed():
+    table = (ROOT / "docs/converting.md").read_text().partition("| `quant_method` |")[2].partition("\n\n")[0]
+    listed = {
+        name for cell in re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE) for name in re.findall("`([^`]+)`", cell)
+    }
+    assert listed == set(re.findall(r"[\w-]+", READ)) - {"or"}
+    for name in listed:
+        assert find_quantization({"quantization_config": {"quant_method": name}}), name

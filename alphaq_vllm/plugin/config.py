@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from alphaq_vllm._offline import check_offline
-from alphaq_vllm.format import QUANT_METHOD, AlphaQSpec, shard_ids
+from alphaq_vllm.format import QUANT_METHOD, SCALE, AlphaQSpec, shard_ids
 
 if TYPE_CHECKING:
     from alphaq_vllm.plugin._compat import RoutedExperts, WeightsMapper
@@ -136,8 +136,17 @@ class AlphaQConfig(QuantizationConfig):
         return []
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Rename the quantized modules as vLLM renames the checkpoint's tensors."""
+        """Rename the quantized modules as vLLM renames the checkpoint's tensors.
+
+        Raises ValueError for a linear layer whose scales the model would load under a name of another method.
+        """
         self.num_bits = hf_to_vllm_mapper.apply_dict(self.num_bits)
+        for name in self.linear:
+            if not all(renamed.endswith(f".{SCALE}") for renamed in hf_to_vllm_mapper.apply_list([f"{name}.{SCALE}"])):
+                raise ValueError(
+                    f"{name}: vLLM's model for this device renames {SCALE} as for weights in fp8, and would not load "
+                    "this quantized linear layer: serve on a GPU, or convert with --linear-bits 16"
+                )
         self.linear = hf_to_vllm_mapper.apply_dict(self.linear)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

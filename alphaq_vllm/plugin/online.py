@@ -105,7 +105,7 @@ def choose_online(model: str, revision: str | None, settings: Mapping[str, Any])
         time.monotonic() - start,
         _converted_instead(model, can_run(source)),
     )
-    return Online(to_spec(plan.bits, experts, group_size), quantizer)
+    return Online(to_spec(plan.bits, experts.matrices, group_size), quantizer)
 
 
 def _converted_instead(model: str, runs: bool) -> str:

@@ -8,7 +8,9 @@ from alphaq_vllm.plugin._compat import logger
 
 
 class LoadReport:
-    """Collects what the layers of one model load, and logs it when the last of them is done; later loads are silent."""
+    """Collects what the layers of one model load, and logs it when the last of them is done; later loads of the same
+    layers are silent. The model that drafts, whose layers come after that, is another.
+    """
 
     def __init__(self) -> None:
         self.pending: set[str] = set()
@@ -20,6 +22,8 @@ class LoadReport:
 
     def expect(self, prefix: str) -> None:
         """Wait for this layer."""
+        if self.logged:
+            vars(self).update(vars(LoadReport()))
         self.pending.add(prefix)
 
     def experts_loaded(

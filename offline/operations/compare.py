@@ -16,7 +16,7 @@ from offline.operations.plan import Job, plan
 from offline.progress import Progress
 from offline.quantizers.symmetric import largest_mse
 from offline.source.checkpoint import Checkpoint
-from offline.source.families import ExpertMatrix, find_experts, load_weight
+from offline.source.families import ExpertMatrix, find_drafts, find_experts, load_weight
 from offline.source.linear import LinearLayer, stored_linear_layers
 from offline.source.selection import of_modules
 from offline.source.stored import LazyTensor
@@ -43,10 +43,13 @@ def compare(checkpoint: Checkpoint, widths: Mapping[ExpertMatrix, int], source: 
     tensor that is not the source's bit for bit, and for a config or tensors that a conversion would not give.
     """
     spec = AlphaQSpec.from_dict(checkpoint.config["quantization_config"])
-    experts = of_modules(find_experts(source), spec.num_bits)
-    bits = {matrix.name: num_bits for matrix, num_bits in widths.items()}
+    every = {matrix.name: num_bits for matrix, num_bits in widths.items()}
+    drafts = {matrix: every[matrix.name] for matrix in find_drafts(source).matrices if matrix.name in every}
+    experts = of_modules(find_experts(source), spec.num_bits.keys() - {matrix.module for matrix in drafts})
+    bits = {matrix.name: every[matrix.name] for matrix in experts.matrices}
     linear = stored_linear_layers(checkpoint, spec.linear)
-    planned = plan(Job(str(source.path), source, experts, spec.group_size, linear=linear), Choice(bits), {})
+    job = Job(str(source.path), source, experts, spec.group_size, linear=linear, drafts=drafts)
+    planned = plan(job, Choice(bits), {})
     if planned.config != checkpoint.config:
         different = [k for k in planned.config if planned.config[k] != checkpoint.config.get(k)]
         raise ValueError(
@@ -58,10 +61,13 @@ def compare(checkpoint: Checkpoint, widths: Mapping[ExpertMatrix, int], source: 
         raise ValueError(
             f"{checkpoint.path}: expected the tensors that the source gives, got a difference in {some(different)}"
         )
-    errors = _compare_matrices(checkpoint, {matrix: bits[matrix.name] for matrix in experts.matrices}, source, spec)
+    # In the source's layout, which may be another than that of the checkpoint.
+    stored_bits = {matrix: bits[matrix.name] for matrix in experts.matrices} | drafts
+    errors = _compare_matrices(checkpoint, stored_bits, source, spec)
     for layer, stored in linear.items():
         _compare_linear(checkpoint, layer, stored, source)
-    quantized = {f"{name}.{suffix}" for name in (*bits, *spec.linear) for suffix in (PACKED, SCALE, ZERO)}
+    names = (*(matrix.name for matrix in stored_bits), *spec.linear)
+    quantized = {f"{name}.{suffix}" for name in names for suffix in (PACKED, SCALE, ZERO)}
     for piece in (piece for shard in planned.shards for piece in shard.pieces):
         if piece.compute and quantized.isdisjoint(piece.specs):
             for name, tensor in piece.compute().items():

@@ -25,7 +25,7 @@ from offline.model.passes import kept_nbytes
 from offline.model.runnable import can_run
 from offline.model.text import Calibration
 from offline.operations.choosing import choose_widths
-from offline.operations.options import ConvertOptions, with_options
+from offline.operations.options import UNQUANTIZED, ConvertOptions, with_options
 from offline.operations.plan import Job
 from offline.operations.summary import Summary
 from offline.operations.timing import expect
@@ -34,7 +34,7 @@ from offline.quantizers.quantize import prepare
 from offline.sensitivity.propagation import LENGTH, TOKENS
 from offline.sensitivity.stats import read_statistics
 from offline.source.checkpoint import Checkpoint, open_checkpoint
-from offline.source.families import Experts, find_experts
+from offline.source.families import Experts, find_drafts, find_experts
 from offline.source.linear import choose_formats, find_linear_layers
 from offline.source.selection import Selection
 from offline.source.splitting import check_group_size
@@ -80,9 +80,12 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     check_group_size(group_size, experts.matrices, options.tp_size)
     fixed = _check_widths(widths, experts, selection, room)
     workers = choose_workers(options.workers, experts.numel)
-    layers = find_linear_layers(source, experts) if options.linear_bits < 16 else []
+    layers = find_linear_layers(source, experts) if options.linear_bits < UNQUANTIZED else []
     linear = choose_formats(layers, options.linear_bits, group_size, options.tp_size)
-    job = Job(model, source, experts, group_size, options.shard_bytes(), workers, linear, quantizer)
+    every_draft = find_drafts(source)
+    drafts = dict.fromkeys(every_draft.matrices if options.mtp_bits < UNQUANTIZED else (), options.mtp_bits)
+    check_group_size(group_size, tuple(drafts), options.tp_size)
+    job = Job(model, source, experts, group_size, options.shard_bytes(), workers, linear, drafts, quantizer)
     gptq = SequentialGptq(source, every_expert, calibration or Calibration()) if quantizer == "gptq" else None
     if gptq:
         job = replace(job, calibration_tokens=gptq.tokens, own_text=gptq.own_text)
@@ -97,6 +100,7 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
         "group_size": group_size,
         "quantizer": quantizer,
         "calibration": gptq.digest if gptq else None,
+        "drafts": options.mtp_bits if drafts else None,
         "linear": {layer.name: asdict(stored) for layer, stored in linear.items()},
         "max_shard_bytes": job.max_shard_bytes,
         "selection": asdict(selection),

@@ -14,7 +14,7 @@ from alphaq_vllm.format import PACKED, SCALE, WEIGHTS_FILE, ZERO, AlphaQSpec, Li
 from alphaq_vllm.paths import check_path
 from offline.progress import parse_bytes
 from offline.source.alphaq import check_alphaq
-from offline.source.architectures import without_code
+from offline.source.architectures import text_config, without_code
 from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import ExpertMatrix, tensor_shape
 from offline.source.linear import LinearLayer, stored_linear_layers
@@ -87,7 +87,8 @@ def _resolve(dtype: str, checkpoint: Checkpoint) -> str:
     if dtype != "auto":
         raise ValueError(f"`dtype`: expected auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
     # transformers 4 called it torch_dtype.
-    named = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    parts, keys = (checkpoint.config, text_config(checkpoint.config)), ("dtype", "torch_dtype")
+    named = next((part[key] for part in parts for key in keys if key in part), None)
     if named not in _DTYPES:
         raise ValueError(f"config.json: dtype: expected one of {', '.join(_DTYPES)}, got {named!r:.80}: pass `dtype`")
     return named

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from alphaq_vllm.format import FORMAT_VERSION, AlphaQSpec, stored_bits_per_weight
+from alphaq_vllm.format import FORMAT_VERSION, PACKED, AlphaQSpec, stored_bits_per_weight
 from offline.allocation.bit_map import average_bits
 from offline.operations.heatmaps import check_plot, draw
 from offline.operations.summary import count_widths
@@ -16,6 +16,7 @@ from offline.sensitivity.stats import STATS, read_statistics
 from offline.source.alphaq import check_alphaq
 from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import ExpertMatrix
+from offline.source.recognition import draft_tensors
 
 
 def inspect(model: str | Path, plot: str | Path | None = None) -> dict[str, Any]:
@@ -35,11 +36,21 @@ def inspect(model: str | Path, plot: str | Path | None = None) -> dict[str, Any]
     if plot:
         check_plot(Path(plot))
     checkpoint = open_checkpoint(str(model))
-    widths = check_alphaq(checkpoint)
+    widths, drafts = _apart(checkpoint, check_alphaq(checkpoint))
     alphas = _alphas(checkpoint, widths)
     if plot:
         draw(Path(plot), widths, alphas)
-    return _describe(checkpoint, widths, alphas)
+    return {**_describe(checkpoint, widths, alphas), "drafts": count_widths(drafts)}
+
+
+def _apart(
+    checkpoint: Checkpoint, widths: Mapping[ExpertMatrix, int]
+) -> tuple[dict[ExpertMatrix, int], dict[str, int]]:
+    """The widths of the decoder's matrices, and by name those of layers that only draft."""
+    tensors = draft_tensors(checkpoint)
+    drafts = {matrix for matrix in widths if f"{matrix.name}.{PACKED}" in tensors}
+    others = {matrix: num_bits for matrix, num_bits in widths.items() if matrix not in drafts}
+    return others, {matrix.name: widths[matrix] for matrix in drafts}
 
 
 def _describe(

@@ -31,6 +31,8 @@ Second = TypeVar("Second")
 Result = TypeVar("Result")
 
 MANUAL = "manual"
+# Bits of what is left alone.
+UNQUANTIZED = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class ConvertOptions(WidthOptions):
         calibration_tokens: To use at most; each takes 12 bytes of memory times the hidden size.
         calibration_length: Tokens that the model sees together; by default 512.
         group_size: Input columns that share a scale and a zero point: 32, 64 or 128.
+        mtp_bits: Of the experts of layers for multi-token prediction, where vLLM serves these quantized; 16 leaves them
+            alone.
         linear_bits: Of linear layers outside the experts: 16 leaves them alone, 8 or 4.
         revision: Of a model on the Hub: a branch, a tag or a commit; by default its main branch.
         family: A type of model in the table of families whose experts have the same names; by default found by the
@@ -72,6 +76,7 @@ class ConvertOptions(WidthOptions):
     calibration_tokens: int | None = None
     calibration_length: int | None = None
     group_size: int = 128
+    mtp_bits: int = 4
     linear_bits: int = 16
     revision: str | None = None
     family: str | None = None
@@ -89,7 +94,9 @@ class ConvertOptions(WidthOptions):
         self.shard_bytes()
         if self.quantizer not in (None, *QUANTIZERS):
             raise ValueError(f"`quantizer`: expected one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
-        if self.linear_bits not in (16, *LINEAR_BITS):
+        if self.mtp_bits not in (*SUPPORTED_BITS, UNQUANTIZED):
+            raise ValueError(f"`mtp_bits`: expected one of 1 to 8 or 16, got {self.mtp_bits!r}")
+        if self.linear_bits not in (UNQUANTIZED, *LINEAR_BITS):
             raise ValueError(f"`linear_bits`: expected one of 16, 8, 4, got {self.linear_bits!r}")
 
     def widths(self, propagates: bool = False) -> Budget | dict[str, int]:

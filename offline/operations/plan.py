@@ -48,7 +48,8 @@ class Job:
 
     model: the source as the user named it; experts: those to quantize; max_shard_bytes: of data in one file; workers:
     processes to use, on which the result does not depend; linear: the linear layers to quantize; quantizer: one of
-    ``QUANTIZERS``; calibration_tokens, own_text: of gptq, how many it uses, and whether the model writes them itself.
+    ``QUANTIZERS``; drafts: the experts' matrices of layers that draft, with their widths; calibration_tokens, own_text:
+    of gptq, how many it uses, and whether the model writes them itself.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Job:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     workers: int = 1
     linear: Mapping[LinearLayer, LinearFormat] = field(default_factory=dict)
+    drafts: Mapping[ExpertMatrix, int] = field(default_factory=dict)
     quantizer: str = "mse"
     calibration_tokens: int = 0
     own_text: bool = False
@@ -78,9 +80,11 @@ class Job:
 
     def bytes_at(self, bits: float) -> int:
         """Bytes that the weights of the result take at an average width, but for headers."""
-        replaced = {matrix.tensor for matrix in self.experts.matrices} | {layer.tensor for layer in self.linear}
+        matrices = (*self.experts.matrices, *self.drafts)
+        replaced = {matrix.tensor for matrix in matrices} | {layer.tensor for layer in self.linear}
         kept = sum(self.source.spec(name).nbytes for name in self.source.tensors if name not in replaced)
         stored = self.experts.numel * stored_bits_per_weight(bits, self.group_size) / 8
+        stored += sum(m.numel * stored_bits_per_weight(b, self.group_size) / 8 for m, b in self.drafts.items())
         linear = [spec for layer, linear_format in self.linear.items() for spec in layer.specs(linear_format).values()]
         return kept + round(stored) + sum(spec.nbytes for spec in linear)
 
@@ -129,7 +133,8 @@ class Plan:
 def plan(job: Job, choice: Choice, extra: Mapping[str, str]) -> Plan:
     """Plan the checkpoint that has the chosen widths; extra: texts of files to add, by name."""
     shards = plan_shards(pieces(job, choice.bits), job.max_shard_bytes)
-    spec = to_spec(choice.bits, job.experts, job.group_size)
+    drafts = {matrix.name: num_bits for matrix, num_bits in job.drafts.items()}
+    spec = to_spec({**choice.bits, **drafts}, (*job.experts.matrices, *job.drafts), job.group_size)
     linear = {layer.name: linear_format for layer, linear_format in job.linear.items()}
     spec = replace(spec, linear=linear, family=job.source.family)
     plain = without_quantization(without_code(with_plain_dtypes(job.source.config)))
@@ -145,8 +150,9 @@ def plan(job: Job, choice: Choice, extra: Mapping[str, str]) -> Plan:
 def pieces(job: Job, bits: Mapping[str, int]) -> list[Piece]:
     """The tensors of the checkpoint, in the order of the source's."""
     matrices: dict[str, list[ExpertMatrix]] = {}
-    for matrix in job.experts.matrices:
+    for matrix in (*job.experts.matrices, *job.drafts):
         matrices.setdefault(matrix.tensor, []).append(matrix)
+    widths = {matrix: job.drafts.get(matrix) or bits[matrix.name] for many in matrices.values() for matrix in many}
     linear = {layer.tensor: layer for layer in job.linear}
     planned = []
     for name in job.source.tensors:
@@ -155,8 +161,9 @@ def pieces(job: Job, bits: Mapping[str, int]) -> list[Piece]:
         elif name not in matrices:
             planned.append(copied(job.source, name))
         for matrix in matrices.get(name, ()):
-            specs = quantized_specs([matrix], bits, job.group_size)
-            compute = None if job.quantizer == "gptq" else partial(_quantized, job, matrix, bits[matrix.name])
+            specs = quantized_specs([matrix], {matrix.name: widths[matrix]}, job.group_size)
+            stored = job.quantizer == "gptq" and matrix not in job.drafts
+            compute = None if stored else partial(_quantized, job, matrix, widths[matrix])
             planned.append(Piece(specs, compute))
     return planned
 
@@ -173,7 +180,8 @@ def quantized_specs(
 
 
 def _quantized(job: Job, matrix: ExpertMatrix, num_bits: int) -> dict[str, torch.Tensor]:
-    return quantize(load_weight(job.source, matrix), num_bits, job.group_size, job.quantizer).tensors(matrix.name)
+    weight = load_weight(job.source, matrix)
+    return quantize(weight, num_bits, job.group_size, job.data_free_quantizer).tensors(matrix.name)
 
 
 def _quantized_linear(job: Job, layer: LinearLayer) -> dict[str, torch.Tensor]:
@@ -213,6 +221,8 @@ def _summary(job: Job, choice: Choice, shards: Sequence[Shard]) -> Summary:
         alpha=choice.alpha,
         gamma=choice.gamma,
         gap=choice.gap,
+        drafts=len(job.drafts),
+        draft_bits=next(iter(job.drafts.values()), 16),
         linear_layers=len(job.linear),
         linear_bits=next((stored.num_bits for stored in job.linear.values()), 16),
         code=job.source.beside.code,
@@ -223,10 +233,10 @@ def _summary(job: Job, choice: Choice, shards: Sequence[Shard]) -> Summary:
     )
 
 
-def to_spec(bits: Mapping[str, int], experts: Experts, group_size: int) -> AlphaQSpec:
-    """The checkpoint's ``quantization_config`` for these widths."""
-    num_bits: dict[str, dict[str, tuple[int, ...]]] = {module: {} for module in experts.modules}
-    for matrix in experts.matrices:
-        projections = num_bits[matrix.module]
+def to_spec(bits: Mapping[str, int], matrices: Iterable[ExpertMatrix], group_size: int) -> AlphaQSpec:
+    """The checkpoint's ``quantization_config`` for these widths of experts' matrices, in their order."""
+    num_bits: dict[str, dict[str, tuple[int, ...]]] = {}
+    for matrix in matrices:
+        projections = num_bits.setdefault(matrix.module, {})
         projections[matrix.projection] = (*projections.get(matrix.projection, ()), bits[matrix.name])
     return AlphaQSpec(group_size, num_bits)

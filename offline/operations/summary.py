@@ -23,13 +23,13 @@ class Summary:
     of a weight on disk, scale and zero point included; calibration_tokens: for gptq, own_text, whether the model wrote
     them itself, and starved, the experts that none of them reached, None before they are counted; size_before and
     size_after: of the weights' files; total_size: of all files; loaded_size: of all tensors; widths: number of matrices
-    by width; mode, noise, alpha, gamma and gap: see ``Choice``; linear_layers: how many outside the experts are
-    quantized, to linear_bits; code: the source's files of Python that are taken along; left: what lies beside its
-    weights and stays behind; room: the limit that the sizes keep to; seconds: that it took, or will take about if it
-    is a dry run; phases: how many of them by phase, and expected, what they were thought to be before the work began;
-    found: what a user should know of the source's tensors, or nothing; source_method, source_bits: how the source is
-    quantized itself, and the bits of its experts' codes, None if they are not; source_rounded: whether there is a model
-    with more.
+    by width; mode, noise, alpha, gamma and gap: see ``Choice``; drafts: how many matrices of experts that only draft
+    are quantized, to draft_bits; linear_layers: how many outside the experts are quantized, to linear_bits; code: the
+    source's files of Python that are taken along; left: what lies beside its weights and stays behind; room: the limit
+    that the sizes keep to; seconds: that it took, or will take about if it is a dry run; phases: how many of them by
+    phase, and expected, what they were thought to be before the work began; found: what a user should know of the
+    source's tensors, or nothing; source_method, source_bits: how the source is quantized itself, and the bits of its
+    experts' codes, None if they are not; source_rounded: whether there is a model with more.
     """
 
     source: str
@@ -49,6 +49,8 @@ class Summary:
     alpha: tuple[float, float, float] | None
     gamma: float | None
     gap: float | None
+    drafts: int = 0
+    draft_bits: int = 16
     linear_layers: int = 0
     linear_bits: int = 16
     code: Sequence[str] = ()
@@ -94,6 +96,8 @@ class Summary:
                              f"(with scales and zero points of groups of {self.group_size})"),
             ("size", f"{_change(self.size_before, self.size_after)}"),
             ("experts only", f"{_change(self.experts_before, self.experts_after)}"),
+            *([("to draft", f"{self.drafts} expert matrices at {self.draft_bits} bits, by {self.data_free}")]
+              if self.drafts else []),
             *([("linear layers", f"{self.linear_layers} at {self.linear_bits} bits")] if self.linear_layers else []),
         ]  # fmt: skip
         sizes = f"{self.total_size} bytes, {format_bytes(self.loaded_size)} when loaded"
@@ -112,6 +116,11 @@ class Summary:
         else:
             rest += [("seconds", f"{self.seconds:.1f}"), ("written", self.output), ("serve with", self.serve)]
         return "\n".join([*_lines(rows), *histogram(self.widths), *_lines(rest)])
+
+    @property
+    def data_free(self) -> str:
+        """The quantizer of what is not calibrated."""
+        return "mse" if self.quantizer == "gptq" else self.quantizer
 
     @property
     def quantizer_and_text(self) -> str:

@@ -73,13 +73,12 @@ def expect(
     if gptq:
         seconds = pace.experts(_gptq_seconds(job, num_bits, pace.routed(gptq.tokens))) + pace.outputs(gptq.tokens)
         expected["gptq"] = (1 - done["gptq"]) * (pace.enter(gptq.tokens) + seconds)
-        # Copying.
-        expected["write"] = 0.0
-    else:
-        rows = load_weight(job.source, matrices[0])[:_ROWS]
-        seconds = _seconds_per_weight(rows, num_bits, job.group_size, job.data_free_quantizer)
-        number = len(pieces(job, {matrix.name: num_bits for matrix in matrices}))
-        expected["write"] = seconds * job.experts.numel / job.workers * (1 - _entries(journal, "written") / number)
+    # The rest is copied.
+    numel = sum(matrix.numel for matrix in job.drafts) + (0 if gptq else job.experts.numel)
+    rows = load_weight(job.source, matrices[0])[:_ROWS]
+    seconds = _seconds_per_weight(rows, num_bits, job.group_size, job.data_free_quantizer) if numel else 0.0
+    number = len(pieces(job, {matrix.name: num_bits for matrix in matrices}))
+    expected["write"] = seconds * numel / job.workers * (1 - _entries(journal, "written") / number)
     return expected
 
 

@@ -21,7 +21,7 @@ from offline.quantizers.quantize import Quantized, check_matrix, chunks
 # Share of the mean diagonal that is added to the diagonal of X^T X, and its growth until a factor exists.
 DAMPING, DAMPING_GROWTH = 0.03, 10.0
 # Of inputs, and of their products, that are looked at together; and of the blocks of a symmetric matrix.
-_ROWS, _BLOCK = 1024, 512
+_ROWS, _BLOCK = 2048, 512
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,12 @@ def feedback(inputs: Tensor, group_size: int) -> Feedback:
     inputs: ``[tokens, in_features]`` float32; fewer tokens than features are enough.
     Raises ValueError for NaN or Inf.
     """
-    order = _order(inputs, group_size)
-    inputs, damping = inputs[:, order], DAMPING
+    order, damping = _order(inputs, group_size), DAMPING
     while True:
-        hessian = _products(inputs)
+        hessian = _products(inputs, order)
         diagonal = hessian.diagonal()
         squares = diagonal.clone()
-        hessian.mul_(1 - sampling_share(inputs, hessian))
+        hessian.mul_(1 - sampling_share(inputs, hessian, order))
         added = damping * squares.mean()
         if not added:
             return Feedback(order, torch.eye(len(hessian), device=hessian.device))
@@ -74,32 +73,37 @@ def _order(inputs: Tensor, group_size: int) -> Tensor:
     return columns[energy.sum(1).argsort()].flatten()
 
 
-def _products(inputs: Tensor) -> Tensor:
-    """``inputs.T @ inputs``, of which only one half is computed, and copied to the other."""
-    products = inputs.new_empty(inputs.shape[1], inputs.shape[1])
-    for start in range(0, len(products), _BLOCK):
-        end = start + _BLOCK
-        products[start:end, start:] = inputs[:, start:end].T @ inputs[:, start:]
-        products[end:, start:end] = products[start:end, end:].T
+def _products(inputs: Tensor, order: Tensor) -> Tensor:
+    """``inputs.T @ inputs`` of columns in an order, of which only one half is computed, and copied to the other."""
+    products = inputs.new_zeros(len(order), len(order))
+    blocks = [slice(start, start + _BLOCK) for start in range(0, len(order), _BLOCK)]
+    for part in inputs.split(_ROWS):
+        ordered = part[:, order]
+        for block in blocks:
+            products[block, block.start :].addmm_(ordered[:, block].T, ordered[:, block.start :])
+    for block in blocks:
+        products[block.stop :, block] = products[block, block.stop :].T
     return products
 
 
-def sampling_share(inputs: Tensor, products: Tensor) -> float:
+def sampling_share(inputs: Tensor, products: Tensor, order: Tensor | None = None) -> float:
     """The share of the squared correlations between features that comes from having only these tokens: from 0, for very
     many, to 1. Without so much of each correlation their expected error is least.
 
     Schäfer and Strimmer, *A Shrinkage Approach to Large-Scale Covariance Matrix Estimation and Implications for
     Functional Genomics*, 2005, shrinking to the diagonal; moments are not centred here.
-    inputs: ``[tokens, in_features]`` float32; products: ``inputs.T @ inputs``.
+    inputs: ``[tokens, in_features]`` float32; products: ``inputs.T @ inputs``, whose columns may be in an ``order``.
     """
     tokens = len(inputs)
     # A feature that is always 0 correlates with nothing.
     inverse = torch.where(products.diagonal() > 0, products.diagonal().rsqrt(), 0.0)
     squared, spread = -float((inverse > 0).sum()), 0.0
     # Few rows at a time, because the whole takes as much memory as all else.
-    for part, own in zip(products.split(_ROWS), inverse.split(_ROWS), strict=True):
+    for part, own in zip(products.split(_BLOCK), inverse.split(_BLOCK), strict=True):
         correlations = part * own[:, None] * inverse
         squared += float(correlations.square_().sum(dtype=torch.float64))
+    if order is not None:
+        inverse = torch.empty_like(inverse).index_copy_(0, order, inverse)
     for part in inputs.split(_ROWS):
         shares = (part * inverse).square_()
         spread += float((shares.sum(1).square_() - shares.square_().sum(1)).sum(dtype=torch.float64))

@@ -22,6 +22,8 @@ _EXPERTS_PER_TOKEN_KEYS = (
 )
 # What transformers and vLLM compute in.
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Layers for multi-token prediction: what their names begin with where they are not numbered after the decoder's.
+FOLLOWING, MTP = "following", "mtp."
 _MTP_LAYERS_KEYS = ("num_nextn_predict_layers", "num_mtp_modules")
 
 
@@ -34,10 +36,12 @@ class Family:
     fused tensors; individual: whether transformers also reads one tensor per matrix; kept: tensors of a block's experts
     that are not quantized; dense: what stands in place of a block in a layer without experts, where transformers would
     save another name than is published, which vLLM reads; prefixes: what else the names of layers may begin with, for
-    vLLM and transformers to load them; built_as: the type of model that transformers builds, if it does not know this
-    one by name; unbuilt: whether transformers cannot tell what a checkpoint must hold, because it has the config alone,
-    or saves other names than it loads, or has no causal language model of it; own_code: whether the config's code comes
-    with the model, because neither transformers nor vLLM has it.
+    vLLM and transformers to load them; drafts: where layers for multi-token prediction are, ``FOLLOWING`` the decoder's
+    or under ``MTP``, if vLLM's draft model takes their experts quantized; built_as: the type of model that transformers
+    builds, if it does not know this one by name; unbuilt: whether transformers cannot tell what a checkpoint must hold,
+    because it has the config alone, or saves other names than it loads, or has no causal language model of it;
+    own_code: whether the config's code comes with the model, because neither transformers nor vLLM has it, or vLLM
+    reads more than transformers' class keeps.
     """
 
     block: str
@@ -47,6 +51,7 @@ class Family:
     kept: tuple[str, ...] = ()
     dense: str = ""
     prefixes: tuple[str, ...] = ()
+    drafts: str = ""
     built_as: str | None = None
     unbuilt: bool = False
     own_code: bool = False
@@ -112,6 +117,7 @@ def _below_block(module: str, name: str) -> str:
 
 
 _MLP = Family(r"model\.layers\.\d+\.mlp")
+_MLP_AND_DRAFTS = replace(_MLP, drafts=FOLLOWING)
 # Serving reads either, because models that also see are published with the longer names.
 _TEXT_OF_VISION = replace(_MLP, prefixes=("model.language_model.",))
 _VISION = replace(_MLP, block=r"model\.language_model\.layers\.\d+\.mlp")
@@ -124,27 +130,39 @@ _GRANITE = Family(
 )
 _FEED_FORWARD = Family(r"model\.layers\.\d+\.feed_forward")
 _LLAMA4 = replace(_FEED_FORWARD, fused=FusedLayout(transposed=True), individual=False)
+_STEP = Family(
+    r"model\.layers\.\d+\.moe",
+    fused=FusedLayout(gate_up="gate_proj.weight", up="up_proj.weight", down="down_proj.weight"),
+    individual=False,
+    unbuilt=True,
+)
+_NEMOTRON = Family(
+    r"backbone\.layers\.\d+\.mixer",
+    projections=("up_proj", "down_proj"),
+    fused=FusedLayout(gate_up="experts.up_proj"),
+)
+_NEMOTRON_OMNI = replace(_NEMOTRON, block=rf"language_model\.{_NEMOTRON.block}", unbuilt=True, own_code=True)
 _GEMMA4 = Family(r"model\.layers\.\d+", individual=False, prefixes=("model.language_model.",))
 
 FAMILIES = {
     "mixtral": _W1_W3_W2,
     "qwen2_moe": _MLP,
     "qwen3_moe": _MLP,
-    "qwen3_next": _MLP,
+    "qwen3_next": replace(_MLP, drafts=MTP),
     "qwen3_vl_moe": replace(_VISION, fused=FusedLayout(transposed=True), individual=False),
-    "qwen3_5_moe": _VISION,
-    "qwen3_5_moe_text": _TEXT_OF_VISION,
+    "qwen3_5_moe": replace(_VISION, drafts=MTP),
+    "qwen3_5_moe_text": replace(_TEXT_OF_VISION, drafts=MTP),
     "qwen3_omni_moe": Family(r"thinker\.model\.layers\.\d+\.mlp", unbuilt=True),
     "olmoe": _MLP,
     "flex_olmo": _MLP,
     "deepseek_v2": _MLP,
-    "deepseek_v3": _MLP,
+    "deepseek_v3": _MLP_AND_DRAFTS,
     "deepseek_v32": _MLP,
     "deepseek_v4": Family(r"layers\.\d+\.ffn", projections=("w1", "w3", "w2"), unbuilt=True),
     "kimi_k2": replace(_MLP, built_as="deepseek_v3"),
     "kimi_linear": replace(_W1_W3_W2, dense="mlp"),
-    "glm4_moe": _MLP,
-    "glm4_moe_lite": _MLP,
+    "glm4_moe": _MLP_AND_DRAFTS,
+    "glm4_moe_lite": _MLP_AND_DRAFTS,
     "glm_moe_dsa": _MLP,
     "gemma4": replace(_GEMMA4, block=r"model\.language_model\.layers\.\d+", prefixes=()),
     "gemma4_text": _GEMMA4,
@@ -159,7 +177,7 @@ FAMILIES = {
     "jamba": _FEED_FORWARD,
     "ernie4_5_moe": _MLP,
     "hunyuan_v1_moe": _MLP,
-    "hy_v3": _MLP,
+    "hy_v3": _MLP_AND_DRAFTS,
     "afmoe": _MLP,
     "exaone_moe": _MLP,
     "cohere2_moe": _MLP,
@@ -169,12 +187,9 @@ FAMILIES = {
     "mimo_v2_flash": _MLP,
     "laguna": replace(_MLP, kept=("experts.e_score_correction_bias",)),
     "axk1": _MLP,
-    "step3p5": Family(
-        r"model\.layers\.\d+\.moe",
-        fused=FusedLayout(gate_up="gate_proj.weight", up="up_proj.weight", down="down_proj.weight"),
-        individual=False,
-        unbuilt=True,
-    ),
+    "dots3_note": replace(_MLP, unbuilt=True),
+    "step3p5": _STEP,
+    "step3p7": replace(_STEP, own_code=True),
     "deepseek": _OWN_CODE,
     "bailing_moe": _OWN_CODE,
     "bailing_moe_v2": _OWN_CODE,
@@ -190,11 +205,9 @@ FAMILIES = {
         individual=False,
         kept=("experts.gate_up_proj_bias", "experts.down_proj_bias"),
     ),
-    "nemotron_h": Family(
-        r"backbone\.layers\.\d+\.mixer",
-        projections=("up_proj", "down_proj"),
-        fused=FusedLayout(gate_up="experts.up_proj"),
-    ),
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_omni": _NEMOTRON_OMNI,
+    "NemotronH_Nano_Omni_Reasoning_V3": _NEMOTRON_OMNI,
 }
 
 
@@ -226,7 +239,7 @@ def _without_code(config: Mapping[str, Any], kept: tuple[str, ...]) -> dict[str,
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model: nested in a model that also sees, or also speaks."""
-    for key in ("thinker_config", "text_config"):
+    for key in ("thinker_config", "text_config", "llm_config"):
         nested = config.get(key)
         config = nested if isinstance(nested, Mapping) else config
     return config

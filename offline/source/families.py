@@ -1,8 +1,8 @@
 """The routed experts of a model: which tensors hold them, and whether they are complete.
 
-Layers for multi-token prediction, numbered after the decoder's or named ``mtp.``, are kept as they are: they only
-draft, and vLLM serves them as a model of its own, under other names. They may be absent although the config declares
-them, because transformers leaves them out when it saves a model.
+Layers for multi-token prediction, numbered after the decoder's or named ``mtp.``, only draft, and vLLM serves them as a
+model of its own. Their experts are found apart. They may be absent although the config declares them, because
+transformers leaves them out when it saves a model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from offline.messages import some
-from offline.source.architectures import Family, experts_size, num_experts, num_layers, text_config
+from offline.source.architectures import MTP, Family, experts_size, num_experts, num_layers, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.fused import FusedPart
 from offline.source.quantized.method import READ
@@ -94,6 +94,10 @@ def find_experts(source: Checkpoint) -> Experts:
     family = family_of(source)
     _check_quantization(source)
     blocks = _blocks(source, family)
+    if not blocks:
+        raise ValueError(
+            f"{source.path}: expected tensors such as {family.example}, got none: the model has no experts"
+        )
     expected = num_experts(source.config)
     matrices = [
         matrix
@@ -101,6 +105,24 @@ def find_experts(source: Checkpoint) -> Experts:
         for matrix in _block_matrices(source, family, block, names, expected)
     ]
     check_shapes(matrices, family, source.config)
+    return Experts(str(source.config["model_type"]), expected, tuple(matrices))
+
+
+def find_drafts(source: Checkpoint) -> Experts:
+    """The routed experts of the layers for multi-token prediction, of families whose draft model vLLM serves quantized;
+    none of others, and none where there are no such layers.
+
+    Raises ValueError as ``find_experts`` does, which has to pass before.
+    """
+    family, expected = family_of(source), num_experts(source.config)
+    decoder, _ = num_layers(source.config)
+    matrices: list[ExpertMatrix] = []
+    if family.drafts:
+        own = family.under(family.drafts) if family.drafts == MTP else family
+        for block, names in _blocks(source, own).items():
+            if family.drafts == MTP or _layer(block) >= decoder:
+                matrices += _block_matrices(source, own, block, names, expected)
+        check_shapes(matrices, family, source.config)
     return Experts(str(source.config["model_type"]), expected, tuple(matrices))
 
 
@@ -193,16 +215,17 @@ def _blocks(source: Checkpoint, family: Family) -> dict[str, set[str]]:
     for name in source.tensors:
         if match := pattern.fullmatch(name):
             blocks.setdefault(match[1], set()).add(match[2])
-    if not blocks:
-        raise ValueError(
-            f"{source.path}: expected tensors such as {family.example}, got none: the model has no experts"
-        )
     return blocks
+
+
+def _layer(block: str) -> int:
+    """The number of the layer that a block is in."""
+    return int(re.findall(r"\d+", block)[-1])
 
 
 def _in_decoder(source: Checkpoint, blocks: Mapping[str, set[str]]) -> dict[str, set[str]]:
     """The blocks of the decoder, by layer."""
-    layers = {block: int(re.findall(r"\d+", block)[-1]) for block in blocks}
+    layers = {block: _layer(block) for block in blocks}
     decoder, following = num_layers(source.config)
     for block, layer in layers.items():
         if layer >= decoder + following:

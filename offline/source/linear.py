@@ -17,17 +17,20 @@ from offline.source.architectures import num_layers
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import SOURCE_DTYPES, Experts
 
-# Attention, also with latent vectors; shared experts and dense layers; Granite's shared experts; all of Nemotron's.
+# Attention, also with latent vectors; shared experts and dense layers; Granite's shared experts; all of Nemotron's;
+# DeepSeek-V4's, without `wo_a`, which vLLM multiplies by its own code.
 _NAMES = (
     r"self_attn\.(?:[qkvo]_proj|q_[ab]_proj|kv_a_proj_with_mqa|kv_b_proj)"
     r"|(?:mlp|feed_forward)(?:\.shared_experts?)?\.(?:gate|up|down)_proj"
     r"|shared_mlp\.(?:input|output)_linear"
     r"|mixer\.(?:[qkvo]_proj|(?:shared_experts\.)?(?:up|down)_proj|fc[12]_latent_proj)"
+    r"|attn\.(?:wq_[ab]|wkv|wo_b)|ffn\.shared_experts\.w[123]"
 )
 # What vLLM makes one layer of.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
+          ("wq_a", "wkv"), ("w1", "w3"))  # fmt: skip
 # Of which tensor parallelism divides the columns.
-_ROW_PARALLEL = ("o_proj", "down_proj", "output_linear")
+_ROW_PARALLEL = ("o_proj", "down_proj", "output_linear", "wo_b", "w2")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def find_linear_layers(source: Checkpoint, experts: Experts) -> list[LinearLayer
 
     Raises ValueError if there are none, and for impossible shapes and dtypes.
     """
-    layers = experts.modules[0].partition(".layers.")[0] + ".layers."
+    layers = experts.modules[0].partition("layers.")[0] + "layers."
     pattern = re.compile(rf"({re.escape(layers)}(\d+)\.(?:{_NAMES}))\.weight")
     decoder, _ = num_layers(source.config)
     matches = [match for name in source.tensors if (match := pattern.fullmatch(name)) and int(match[2]) < decoder]

@@ -12,7 +12,7 @@ from offline.source.checkpoint import Checkpoint
 from offline.source.unsupported import REASONS
 
 # What the names of a decoder's layers begin with, in the models that vLLM and transformers load.
-_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "backbone.")
+_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "backbone.", "language_model.backbone.")
 # What tools put in front of all names, which neither of the two loads.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -72,7 +72,8 @@ def draft_tensors(checkpoint: Checkpoint) -> set[str]:
     return {
         name
         for name in checkpoint.tensors
-        if name.startswith(("mtp.", f"{prefix}mtp."))
+        # ERNIE's are parts of `mtp_block`, `mtp_linear_proj` and others.
+        if name.startswith(("mtp.", f"{prefix}mtp.", f"{prefix}mtp_"))
         or ((match := layer.match(name)) and decoder <= int(match[1]) < decoder + following)
     }
 

@@ -2,7 +2,10 @@
 
 _STEP = "vLLM loads its experts only from tensors that hold them all"
 _MINIMAX_M3 = "vLLM knows the config of `minimax_m3_vl` alone, of which this is the language model"
-_DEEPSEEK_V41 = "vLLM does not tell a method of quantization how it renames the experts of this model"
+_DEEPSEEK_V41 = (
+    "vLLM loads its tables of n-grams in fp8 alone, which a conversion writes in bfloat16, and does not tell a method "
+    "of quantization how it renames its experts"
+)
 _INKLING = "vLLM loads its experts by code of its own, from tensors that hold them all"
 
 REASONS = {
@@ -11,7 +14,6 @@ REASONS = {
     "dbrx": "its experts lie in tensors of two dimensions that are not read here",
     "deepseek_v41": _DEEPSEEK_V41,
     "diffusion_gemma": "it denoises whole blocks of text, and only models that predict the next token are served here",
-    "dots3_note": "nobody has looked at the names of its experts yet",
     "ernie4_5_vl_moe": "it has two sets of experts of different sizes, and a bit map has one",
     "inkling_mm_model": _INKLING,
     "inkling_text": _INKLING,
@@ -19,8 +21,6 @@ REASONS = {
     "longcat_flash": "some of its experts are empty and only pass their input on",
     "minimax_m3": _MINIMAX_M3,
     "minimax_m3_text": _MINIMAX_M3,
-    "nemotron_h_omni": "its language model lies beside encoders, under names that are not read here",
     "step3_text": _STEP,
     "step3_vl": _STEP,
-    "step3p7": "vLLM reads `width` and more of its config, which transformers' class for it does not keep",
 }

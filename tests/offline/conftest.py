@@ -1,6 +1,7 @@
 """Tiny models of every family, written by transformers itself."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -78,6 +79,7 @@ NEMOTRON = {
     "n_groups": 2,
     "chunk_size": 16,
 }
+NEMOTRON_OMNI = ("nemotron_h_omni", "NemotronH_Nano_Omni_Reasoning_V3")
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 # Attention to the tokens that an indexer chooses.
 SPARSE = {**DEEPSEEK, **ONE_GROUP, "q_lora_rank": 32, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 8}
@@ -139,6 +141,20 @@ AUDIO = {
     "output_dim": 128,
     "num_mel_bins": 16,
 }
+NOTE = {
+    "layer_types": ["full_attention", "sliding_attention"],
+    "attention_gate_type": "headwise",
+    "apply_mla_qkv_lora_rescale": True,
+    "sliding_window_size": 128,
+    "swa_attention_gate_type": "headwise",
+    "swa_num_attention_heads": 4,
+    "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 32,
+    "swa_qk_nope_head_dim": 16,
+    "swa_qk_rope_head_dim": 16,
+    "swa_v_head_dim": 32,
+    "swa_rope_theta": 10000.0,
+}
 OWN_CODE = ("deepseek", "bailing_moe", "bailing_moe_v2", "bailing_hybrid", "mimo_v2", "sarvam_moe", "sarvam_mla")
 CONFIGS = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 128},
@@ -158,7 +174,7 @@ CONFIGS = {
     "gpt_oss": {**LOCAL, "head_dim": 32, "layer_types": ["full_attention", "full_attention"]},
     "llama4_text": LLAMA4,
     "llama4": {"text_config": {**COMMON, **LLAMA4}, "vision_config": LLAMA_VISION},
-    "nemotron_h": NEMOTRON,
+    **dict.fromkeys(("nemotron_h", *NEMOTRON_OMNI), NEMOTRON),
     "kimi_k2": {**DEEPSEEK, "q_lora_rank": 32, "n_group": 1, "topk_group": 1},
     "deepseek_v32": SPARSE,
     # The second layer attends to what the first one's indexer chooses.
@@ -180,6 +196,8 @@ CONFIGS = {
         "enable_audio_output": False,
     },
     "step3p5": {"text_config": {**COMMON, **STEP}, "vision_config": VISION},
+    "step3p7": {"text_config": {**COMMON, **STEP}, "vision_config": VISION},
+    "dots3_note": SPARSE,
     "dots1": {**SHARED, **ONE_GROUP, "head_dim": 32},
     "solar_open": {**SHARED, **ONE_GROUP, "head_dim": 32},
     "gemma4_text": GEMMA4,
@@ -240,9 +258,11 @@ CONFIGS = {
     "llama": {},
 }
 # Families that the converter cannot run: see ``why_not``.
-WEIGHTS_ONLY = (*OWN_CODE, "deepseek_v4", "minimax_m3_vl", "step3p5", "qwen3_omni_moe")
+WEIGHTS_ONLY = (*OWN_CODE, *NEMOTRON_OMNI, "deepseek_v4", "minimax_m3_vl", "step3p5", "step3p7", "qwen3_omni_moe",
+                "dots3_note")  # fmt: skip
 # Types of model that transformers does not know, and one whose tensors have the same names.
-WRITTEN_AS = {"kimi_k2": "deepseek_v3", "step3p5": "step3p7", **dict.fromkeys(OWN_CODE, "qwen3_moe")}
+WRITTEN_AS = {"kimi_k2": "deepseek_v3", "step3p5": "step3p7", "dots3_note": "deepseek_v32",
+              **dict.fromkeys(NEMOTRON_OMNI, "nemotron_h"), **dict.fromkeys(OWN_CODE, "qwen3_moe")}  # fmt: skip
 
 
 def _deepseek_v4(tensors, config):
@@ -277,9 +297,29 @@ def transposed(tensors, config):
     return {**tensors, **fused}, config
 
 
+def _nemotron_omni(tensors, config):
+    """A Nemotron beside encoders, of which here is one tensor."""
+    seen = {"vision_model.radio_model.model.blocks.0.norm1.weight": torch.ones(64)}
+    own = {"architectures": ["NemotronH_Nano_Omni_Reasoning_V3"], "llm_config": config}
+    return {**{f"language_model.{name}": tensor for name, tensor in tensors.items()}, **seen}, own
+
+
+def _dots3_note(tensors, config):
+    """With gates of attention, without an indexer where attention slides, and experts of the encoder."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not re.search(r"layers\.1\..*\.indexer\.", name)}
+    for layer in range(2):
+        attention = f"model.layers.{layer}.self_attn"
+        tensors[f"{attention}.g_proj.weight"] = torch.randn(4, 128, dtype=torch.bfloat16)
+        tensors[f"{attention}.k_rope_only_layernorm.weight"] = torch.ones(16, dtype=torch.bfloat16)
+    tensors["vision_encoder.blocks.0.mlp.experts.0.up_proj.weight"] = torch.ones(32, 16)
+    return tensors, {**config, **NOTE, "architectures": ["Dots3NoteForCausalLM"]}
+
+
 # What is published, of the tensors and the config that transformers saves.
 PUBLISHED = {"deepseek_v4": _deepseek_v4, "kimi_linear": _dense, "minimax_m3_vl": _dense,
-             "qwen3_omni_moe": _qwen3_omni, "qwen3_vl_moe": transposed, "step3p5": _step3p5}  # fmt: skip
+             "qwen3_omni_moe": _qwen3_omni, "qwen3_vl_moe": transposed,
+             "step3p5": _step3p5, "dots3_note": _dots3_note,
+             **dict.fromkeys(NEMOTRON_OMNI, _nemotron_omni)}  # fmt: skip
 
 
 def config_class(model_type):
@@ -398,13 +438,13 @@ def speaking_model(tiny_model, tmp_path_factory):
     def make(model_type):
         if model_type not in made:
             path = tmp_path_factory.mktemp("models") / model_type
-            made[model_type] = _add_tokenizer(shutil.copytree(tiny_model(model_type), path))
+            made[model_type] = add_tokenizer(shutil.copytree(tiny_model(model_type), path))
         return made[model_type]
 
     return make
 
 
-def _add_tokenizer(path):
+def add_tokenizer(path):
     """A tokenizer with one token for each byte."""
     vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

@@ -109,10 +109,15 @@ def test_case_5_out_loads_with_trust_remote_code_although_the_config_named_code(
     assert (tmp_path / "executed").exists(), "the tokenizer's code came along, and is what transformers ran"
 
 
-def test_transformers_has_every_family_without_code_from_a_checkpoint():
+def test_transformers_or_vllm_has_every_family_without_code_from_a_checkpoint():
     families = {family.built_as or name for name, family in FAMILIES.items() if not family.own_code}
-    assert families <= set(CONFIG_MAPPING)
-    assert not {name for name, family in FAMILIES.items() if family.own_code} & set(CONFIG_MAPPING)
+    # vLLM's own class of config, which cannot be asked here.
+    assert families - set(CONFIG_MAPPING) == {"dots3_note"}
+    # vLLM reads more of these than transformers' classes keep.
+    assert {name for name, family in FAMILIES.items() if family.own_code} & set(CONFIG_MAPPING) == {
+        "step3p7",
+        "nemotron_h_omni",
+    }
 
 
 def test_case_5_the_code_of_a_config_comes_along_where_nobody_else_has_it(tiny_model, tmp_path):

@@ -30,7 +30,7 @@ TYPES = {
     "MiMoV2ForCausalLM": "mimo_v2",
     "MiniMaxM3SparseForCausalLM": "minimax_m3_text",
     "NemotronHPuzzleForCausalLM": "nemotron_h",
-    "NemotronH_Nano_Omni_Reasoning_V3": "nemotron_h_omni",
+    "NemotronH_Nano_Omni_Reasoning_V3": "NemotronH_Nano_Omni_Reasoning_V3",
     "NemotronH_Nano_VL_V2": "nemotron_h_omni",
     "NemotronH_Super_Omni_Reasoning_V3": "nemotron_h_omni",
     "PhiMoEForCausalLM": "phimoe",

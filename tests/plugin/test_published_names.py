@@ -69,20 +69,20 @@ def load_all(checkpoint, folder):
 def check_experts(model, stored, projections):
     """Scales and zero points of every expert lie where the kernels look for them.
 
-    projections: the checkpoint's names of gate, up and down.
+    projections: the checkpoint's names of gate, up and down, or of up and down.
     """
-    gate, up, down = projections
-    modules = {number(name): name.partition(f".0.{gate}.{SCALE}")[0] for name in stored if f".0.{gate}.{SCALE}" in name}
+    first = f".0.{projections[0]}.{SCALE}"
+    modules = {number(name): name.partition(first)[0] for name in stored if first in name}
     layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     assert {number(layer.quant_method.prefix) for layer in layers} == set(modules)
     for layer in layers:
         assert isinstance(layer.quant_method, AlphaQMoEMethod)
         module = modules[number(layer.quant_method.prefix)]
         for suffix in (SCALE, ZERO):
-            for expert, (first, second) in enumerate(
+            for expert, (of_w13, of_w2) in enumerate(
                 zip(getattr(layer, f"w13_{suffix}"), getattr(layer, f"w2_{suffix}"), strict=True)
             ):
-                for projection, got in zip((gate, up, down), (*first, *second), strict=True):
+                for projection, got in zip(projections, (*of_w13, *of_w2), strict=True):
                     assert torch.equal(got, stored[f"{module}.{expert}.{projection}.{suffix}"])
 
 
@@ -99,6 +99,14 @@ def test_deepseek_v4(tmp_path, events):
     # What is beside the experts is in bfloat16: vLLM looks at its dtype to choose how to multiply.
     assert torch.equal(model.model.layers[0].attn.wo_a.weight, stored["layers.0.attn.wo_a.weight"])
     assert model.model.layers[0].attn.wo_a.weight.dtype == torch.bfloat16
+
+
+def test_linear_layers_of_deepseek_v4_are_refused_on_cpus(tmp_path, events):
+    save_deepseek_v4(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", bits=3, linear_bits=4)
+    message = r"layers\.0\.attn\.\w+: vLLM's model for this device renames weight_scale .*: serve on a GPU, or convert"
+    with one_rank(tmp_path), pytest.raises(ValueError, match=message):
+        empty_model(tmp_path / "out")
 
 
 # What vLLM reads of Step's published configs, where transformers writes something else.

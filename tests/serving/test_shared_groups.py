@@ -1,4 +1,4 @@
-"""Two ranks that share 11 groups of 128 columns, which is what Qwen1.5-MoE has, in a real server."""
+"""Two ranks that share 11 groups of 128 columns, which is what Qwen1.5-MoE has, or 5 experts, in a real server."""
 
 import json
 
@@ -20,7 +20,7 @@ def save_model(folder):
     vocab_size = json.loads((MODEL / "config.json").read_bytes())["vocab_size"]
     config = transformers.Qwen2MoeConfig(
         vocab_size=vocab_size, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=INTERMEDIATE,
+        num_experts=5, num_experts_per_tok=2, moe_intermediate_size=INTERMEDIATE,
         shared_expert_intermediate_size=INTERMEDIATE, initializer_range=0.1,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -30,12 +30,13 @@ def save_model(folder):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for CPUs, where all is computed in float32")
-def test_two_ranks_share_eleven_groups(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--enable-expert-parallel"]], ids=["eleven-groups", "five-experts"])
+def test_two_ranks_share_what_is_odd(options, tmp_path):
     model, checkpoint = tmp_path / "model", tmp_path / "checkpoint"
     save_model(model)
     # The shared expert's down projection is cut too.
     convert(model, checkpoint, mode="uniform", bits=4, quantizer="mse", linear_bits=8, tp_size=2)
-    arguments = ["--tensor-parallel-size", "2", "--enforce-eager"]
+    arguments = ["--tensor-parallel-size", "2", "--enforce-eager", *options]
     result = measure(checkpoint, TEXT, 2048, "float32", arguments, work=tmp_path, environment=TWO_RANKS_ON_CPUS)
     assert result.tokens > 2000
     assert result.max_abs_difference <= 0.001

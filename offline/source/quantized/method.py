@@ -14,7 +14,7 @@ from offline.source.quantized.packed import PackedReader, TransposedReader
 
 # Where ModelOpt before 0.31 keeps what newer versions have in config.json.
 MODELOPT_CONFIG = "hf_quant_config.json"
-READ = "fp8, mxfp4, compressed-tensors, modelopt, awq, gptq, auto-round or quark"
+READ = "fp8, fbgemm_fp8, mxfp4, compressed-tensors, modelopt, awq, gptq, auto-round or quark"
 
 _KEYS = ("quantization_config", "compression_config")
 # How scales are called after the weight's name.

@@ -10,7 +10,7 @@ from offline.allocation.bit_map import average_bits, check_bit_map, read_bit_map
 from offline.allocation.widths import Budget, choose
 from offline.operations.plan import to_spec
 from offline.sensitivity.matrices import MatrixStats
-from offline.source.families import ExpertMatrix, Experts
+from offline.source.families import ExpertMatrix
 from offline.source.splitting import check_group_size
 
 MODULE = "model.layers.0.mlp.experts"
@@ -148,6 +148,6 @@ def test_check_group_size_shares_the_columns_of_down_among_ranks():
 
 
 def test_to_spec_lists_widths_by_expert():
-    spec = to_spec(BITS, Experts("qwen2_moe", 2, tuple(MATRICES)), 64)
+    spec = to_spec(BITS, MATRICES, 64)
     assert spec.group_size == 64
     assert spec.num_bits == {MODULE: {"gate_proj": (1, 4), "up_proj": (2, 5), "down_proj": (3, 8)}}

@@ -5,7 +5,7 @@ import json
 import torch
 import transformers
 
-from tests.offline.conftest import PUBLISHED, VISION, WRITTEN_AS, config_class
+from tests.offline.conftest import NEMOTRON_OMNI, PUBLISHED, VISION, WRITTEN_AS, config_class
 
 
 def whole_model(path):
@@ -19,7 +19,12 @@ def whole_model(path):
     if (own_type := settings.pop("model_type")) == "step3p5":
         # Only as a part of a model that also sees.
         auto, settings = transformers.AutoModelForImageTextToText, {"text_config": settings, "vision_config": VISION}
+    names = {}
+    if own_type in NEMOTRON_OMNI:
+        settings, names = settings["llm_config"], {"key_mapping": {r"^language_model\.": ""}}
+        # Its infinity is spelled in a way that transformers understands in whole files alone.
+        del settings["time_step_limit"]
     if own_type in {*WRITTEN_AS, *PUBLISHED}:
         config = config_class(WRITTEN_AS.get(own_type, own_type))(**settings)
-    model = auto.from_pretrained(path, config=config, dtype=torch.float32, experts_implementation="eager")
+    model = auto.from_pretrained(path, config=config, dtype=torch.float32, experts_implementation="eager", **names)
     return model.eval()

@@ -33,6 +33,7 @@ EXPECTED = {
     "gpt_oss": ATTENTION,
     "llama4": ATTENTION | SHARED,
     "llama4_text": ATTENTION | SHARED,
+    "deepseek_v4": {"wq_a", "wq_b", "wkv", "wo_b"} | {f"shared_experts.{name}" for name in ("w1", "w2", "w3")},
 }
 BUDGET = {"bits": 3, "noise": "analytic", "quantizer": "mse"}
 
@@ -44,7 +45,7 @@ def found(model):
 
 @pytest.mark.parametrize("model_type", EXPECTED)
 def test_find_linear_layers_knows_every_family(tiny_model, model_type):
-    names = [layer.name.partition(".layers.1.")[2] for layer in found(tiny_model(model_type))]
+    names = [layer.name.partition("layers.1.")[2] for layer in found(tiny_model(model_type))]
     assert {name.partition(".")[2] for name in names if name} == EXPECTED[model_type]
 
 

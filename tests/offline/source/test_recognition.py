@@ -11,7 +11,7 @@ from alphaq_vllm import convert, dequantize, validate
 from offline.source.architectures import FAMILIES
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts
-from offline.source.recognition import family_of, taken_for
+from offline.source.recognition import draft_tensors, family_of, taken_for
 from offline.source.unsupported import REASONS
 from tests.offline.test_sources import assert_only_experts_change
 
@@ -204,6 +204,13 @@ COUNTS = {"moe_num_experts": 4, "n_routed_experts": 4}
 def test_the_number_of_experts_has_many_keys(copy, key):
     path = edit(copy("olmoe"), num_experts=None, **{key: COUNTS[key]})
     assert find_experts(open_checkpoint(str(path))).num_experts == 4
+
+
+@pytest.mark.parametrize("name", ["mtp.fc.weight", "model.mtp.layers.0.enorm.weight", "model.mtp_block.0.norm.weight"])
+def test_what_only_drafts_is_told_by_its_name(copy, name):
+    path = copy("olmoe")
+    save_file({**load_file(path / SINGLE), name: torch.ones(8)}, path / SINGLE)
+    assert draft_tensors(open_checkpoint(str(path))) == {name}
 
 
 def test_the_number_of_experts_may_be_a_list_of_one_number(copy):

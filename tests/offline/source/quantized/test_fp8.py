@@ -89,6 +89,20 @@ def test_open_checkpoint_reads_fp8_as_the_values_it_means(sources, tmp_path, blo
     assert source.nbytes == sum((source.path / shard).stat().st_size for shard in ("a.safetensors", "b.safetensors"))
 
 
+def test_open_checkpoint_reads_fp8_of_blocks_that_a_nested_config_declares(sources, tmp_path):
+    tensors, config = sources((48, 80))
+    path = write(tmp_path / "model", tensors, config, (48, 80))
+    plain = open_checkpoint(str(path))
+    settings = json.loads((path / "config.json").read_bytes())
+    nested = {"model_type": settings.pop("model_type"), "text_config": settings}
+    (path / "config.json").write_text(json.dumps(nested))
+    source = open_checkpoint(str(path))
+    matrices = find_experts(source).matrices
+    assert matrices == find_experts(plain).matrices
+    assert all(torch.equal(load_matrix(source, matrix), load_matrix(plain, matrix)) for matrix in matrices)
+    assert all(source.spec(name).dtype == torch.bfloat16 for name in tensors if f"{name}{SUFFIX}" in tensors)
+
+
 def test_load_matrix_does_not_round_fp8_to_bfloat16(sources, tmp_path):
     tensors, config = sources((128, 128))
     source = open_checkpoint(str(write(tmp_path / "fp8", tensors, config, (128, 128))))
