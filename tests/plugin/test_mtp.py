@@ -37,7 +37,9 @@ def save_model(folder):
         tensors[f"{following}{name}.weight"] = torch.randn(shape, dtype=torch.bfloat16)
     save_file(tensors, path, {"format": "pt"})
     settings = json.loads((folder / "config.json").read_bytes())
-    (folder / "config.json").write_text(json.dumps({**settings, "num_nextn_predict_layers": 1}))
+    # In a process that has loaded a DeepSeek-V3.2, vLLM has given the class of the config that type.
+    own = {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps({**settings, **own}))
     return tensors
 
 
