@@ -11,8 +11,8 @@ by llm-compressor (``benchmarks.peer_checkpoint``), each by a user's command, st
 One JSON line per checkpoint is printed and appended to ``benchmarks/results/convert.jsonl``.
 
 Memory is the greatest resident size of the process and its children together, sampled up to ten times a second: once
-with pages that they share counted once (``peak_bytes``), once counted in each (``peak_bytes_unshared``). Work that others
-do on the machine lengthens ``seconds`` but not ``cpu_seconds``.
+with pages that they share counted once (``peak_bytes``), once counted in each (``peak_bytes_unshared``). What others do
+on the machine lengthens ``seconds`` but not ``cpu_seconds``.
 """
 
 from __future__ import annotations
