@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,7 @@ class AlphaQHfQuantizer(HfQuantizer):
     ) -> None:
         # Only here, because vLLM imports this module too, and needs none of these.
         from offline.source.alphaq import check_alphaq
+        from offline.source.architectures import experts_size
         from offline.source.checkpoint import open_checkpoint
         from offline.source.recognition import family_of
 
@@ -83,14 +85,19 @@ class AlphaQHfQuantizer(HfQuantizer):
         check_alphaq(checkpoint)
         family = family_of(checkpoint)
         *first, down = family.projections
-        parts = [family.part("experts", projection) for projection in family.projections]
         together = ".experts.gate_up_proj" if family.gated else ".experts.up_proj"
+        self.expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+        # transformers may compute with another orientation than is published.
+        gate_up, down_proj = (next(tuple(shape) for name, (shape, _) in self.expected.items() if name.endswith(end))
+                              for end in (together, ".experts.down_proj"))  # fmt: skip
+        fused = family.fused.oriented(gate_up, down_proj, experts_size(checkpoint.config), family.gated)
+        family = replace(family, fused=fused)
+        parts = [family.part("experts", projection) for projection in family.projections]
         self.conversions = [
             WeightConverter(_stored(*first), together, [DequantizeExperts(parts[:-1])]),
             WeightConverter(_stored(down), ".experts.down_proj", [DequantizeExperts(parts[-1:])]),
             WeightConverter([rf"\.{PACKED}$", rf"\.{SCALE}$"], ".weight", [DequantizeLinear()]),
         ]
-        self.expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
         """Those of the model, after ours: the first that knows a tensor's name takes it."""

@@ -1,4 +1,4 @@
-"""README and docs/ point at what exists: files, modules, messages, families."""
+"""README and docs/ point at what exists: files, modules, messages."""
 
 import importlib.util
 import re
@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 from offline.cli import spelled
-from offline.source.architectures import FAMILIES
 from offline.source.quantized.method import READ, find_quantization
-from tests.offline.conftest import WEIGHTS_ONLY
 from tests.reliability.messages import failures
 
 ROOT = Path(__file__).parents[1]
@@ -76,10 +74,3 @@ def test_the_methods_of_quantization_that_are_read_are_listed():
     assert listed == set(re.findall(r"[\w-]+", READ)) - {"or"}
     for name in listed:
         assert find_quantization({"quantization_config": {"quant_method": name}}), name
-
-
-def test_readme_lists_the_families():
-    table = (ROOT / "README.md").read_text().partition("| family |")[2].partition("\n\n")[0]
-    rows = re.findall(r"^\| [^|]+ \| (`[^|]+`) \| ([^|]+) \| [^|]+ \|$", table, re.MULTILINE)
-    listed = {name: path for names, path in rows for name in re.findall(r"`(\w+)`", names)}
-    assert listed == {name: "expert + mse" if name in WEIGHTS_ONLY else "propagated + gptq" for name in FAMILIES}

@@ -44,14 +44,13 @@ def skeleton(source: Checkpoint) -> Any:
     Raises ValueError for a config that transformers cannot build a model from.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     model_type = built_type(source)
     sees = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with by_transformers(source, "build"), torch.device("meta"):
-        config = CONFIG_MAPPING[str(model_type)].from_dict(
+        config = _config_class(str(model_type)).from_dict(
             {**_without_leftovers(source.config), "model_type": model_type}
         )
         return auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
@@ -62,12 +61,20 @@ def built_type(checkpoint: Checkpoint) -> str | None:
 
     A type that is not in the table of families may be stored under names that transformers would not give its tensors.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     model_type = checkpoint.config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     built_as = (family.built_as or str(model_type)) if family and not family.unbuilt else None
-    return built_as if built_as in CONFIG_MAPPING else None
+    return built_as if built_as in CONFIG_MAPPING_NAMES else None
+
+
+def _config_class(model_type: str) -> Any:
+    """transformers' own class, also in a process of vLLM's, which puts others in the place of some."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
 
 
 @contextmanager
@@ -201,7 +208,7 @@ def _first_shape(family: Family, model: Any, fused: tuple[int, ...]) -> tuple[in
     orientation.
     """
     size = experts_size(model.config.get_text_config().to_dict())
-    transposed = fused[1] == size if fused[2] != size else family.fused.transposed
+    transposed = fused[1] == size if fused[1] != fused[2] else family.fused.transposed
     half = 0 if family.gated else None
     return FusedPart("", replace(family.fused, transposed=transposed), half).matrix_shape(fused)
 

@@ -156,7 +156,7 @@ FAMILIES = {
     "qwen2_moe": _MLP,
     "qwen3_moe": _MLP,
     "qwen3_next": replace(_MLP, drafts=_MTP_MLP),
-    "qwen3_vl_moe": replace(_VISION, individual=False),
+    "qwen3_vl_moe": replace(_VISION, fused=FusedLayout(transposed=True), individual=False),
     "qwen3_5_moe": replace(_VISION, drafts=_MTP_MLP),
     "qwen3_5_moe_text": replace(_TEXT_OF_VISION, drafts=_MTP_MLP),
     "qwen3_omni_moe": Family(r"thinker\.model\.layers\.\d+\.mlp", unbuilt=True),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import sizes
+from benchmarks import models, sizes
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -218,3 +218,7 @@ def conversions_of_shapes(layers, machine, date):
 
 def test_sizes():
     assert "\n".join(sizes.table()) in (ROOT / README).read_text()
+
+
+def test_models():
+    assert "\n\n" + "\n".join(models.table()) + "\n\n" in (ROOT / README).read_text()

@@ -27,14 +27,14 @@ COMMON = {
 }
 EXPERTS = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
 MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
-DEEPSEEK = {
+SHARED = {
     "moe_intermediate_size": 128,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
-    **MLA,
 }
+DEEPSEEK = {**SHARED, **MLA}
 HYBRID = {
     **EXPERTS,
     "shared_expert_intermediate_size": 128,
@@ -166,7 +166,7 @@ CONFIGS = {
     "qwen3_next": HYBRID,
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_moe": {"text_config": {**COMMON, **HYBRID}, "vision_config": QWEN_VISION},
-    "glm4_moe": {**DEEPSEEK, "n_group": 1, "topk_group": 1, "head_dim": 32},
+    "glm4_moe": {**SHARED, **ONE_GROUP, "head_dim": 32},
     "phimoe": {"num_local_experts": 4},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
     "granitemoe": LOCAL,
@@ -198,8 +198,8 @@ CONFIGS = {
     "step3p5": {"text_config": {**COMMON, **STEP}, "vision_config": VISION},
     "step3p7": {"text_config": {**COMMON, **STEP}, "vision_config": VISION},
     "dots3_note": SPARSE,
-    "dots1": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
-    "solar_open": {**DEEPSEEK, **ONE_GROUP, "head_dim": 32},
+    "dots1": {**SHARED, **ONE_GROUP, "head_dim": 32},
+    "solar_open": {**SHARED, **ONE_GROUP, "head_dim": 32},
     "gemma4_text": GEMMA4,
     "gemma4": {
         "text_config": {**COMMON, **GEMMA4},
@@ -250,7 +250,8 @@ CONFIGS = {
     },
     "laguna": {**EXPERTS, "head_dim": 32, "shared_expert_intermediate_size": 128},
     "qwen3_vl_moe": {
-        "text_config": {**COMMON, **EXPERTS, "head_dim": 32},
+        # With 128 the shapes would not tell how the experts lie.
+        "text_config": {**COMMON, **EXPERTS, "head_dim": 32, "moe_intermediate_size": 256},
         "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]},
     },
     **{model_type: {**EXPERTS, "head_dim": 32} for model_type in OWN_CODE},
@@ -289,6 +290,13 @@ def _qwen3_omni(tensors, config):
     return {**tensors, **spoken}, config
 
 
+def transposed(tensors, config):
+    """Fused experts with their sides exchanged."""
+    fused = {name: tensor.mT.contiguous() for name, tensor in tensors.items()
+             if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}  # fmt: skip
+    return {**tensors, **fused}, config
+
+
 def _nemotron_omni(tensors, config):
     """A Nemotron beside encoders, of which here is one tensor."""
     seen = {"vision_model.radio_model.model.blocks.0.norm1.weight": torch.ones(64)}
@@ -309,7 +317,8 @@ def _dots3_note(tensors, config):
 
 # What is published, of the tensors and the config that transformers saves.
 PUBLISHED = {"deepseek_v4": _deepseek_v4, "kimi_linear": _dense, "minimax_m3_vl": _dense,
-             "qwen3_omni_moe": _qwen3_omni, "step3p5": _step3p5, "dots3_note": _dots3_note,
+             "qwen3_omni_moe": _qwen3_omni, "qwen3_vl_moe": transposed,
+             "step3p5": _step3p5, "dots3_note": _dots3_note,
              **dict.fromkeys(NEMOTRON_OMNI, _nemotron_omni)}  # fmt: skip
 
 
@@ -343,6 +352,13 @@ def save_tiny_model(model_type, folder, **others):
         save_file(tensors, weights, {"format": "pt"})
     # vLLM gives some of transformers' classes another type.
     settings.write_text(json.dumps({**config, "model_type": model_type}))
+
+
+def publish(folder, settings):
+    """Write settings into the config of a model, also into parts of it."""
+    config = json.loads((folder / "config.json").read_bytes())
+    parts = {key: {**config[key], **own} for key, own in settings.items() if isinstance(own, dict) and key in config}
+    (folder / "config.json").write_text(json.dumps({**config, **settings, **parts}))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from offline.source.families import find_experts
 FAMILIES = (
     "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text",
     "qwen3_5_moe", "glm4_moe", "phimoe", "minimax_m2", "granitemoe", "granitemoeshared", "gpt_oss", "llama4_text",
-    "llama4", "nemotron_h",
+    "llama4", "nemotron_h", "qwen3_vl_moe",
 )  # fmt: skip
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
 

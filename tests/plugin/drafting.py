@@ -93,7 +93,8 @@ def _tiny(model_type, **options):
 
 # What vLLM reads of a published Ling-2.5, and its latent attention, with sizes that are defaults.
 _BAILING = {"num_experts": 4, "num_shared_experts": 0, "layer_group_size": 1,
-            "architectures": ["BailingMoeV2_5ForCausalLM"], "auto_map": {"AutoConfig": "configuration_own.Own"}}  # fmt: skip
+            "architectures": ["BailingMoeV2_5ForCausalLM"],
+            "auto_map": {"AutoConfig": "configuration_own.Own"}}  # fmt: skip
 _LATENT = {"q_proj": (768, HIDDEN), "kv_a_proj_with_mqa": (576, HIDDEN), "kv_a_layernorm": (512,),
            "kv_b_proj": (1024, 512), "dense": (HIDDEN, 512)}  # fmt: skip
 CODE = """
@@ -106,7 +107,7 @@ class Own(PretrainedConfig):
 
 
 def save_bailing_hybrid(folder):
-    """A Ling-2.5 with code for its config, which keeps whatever that says, as theirs does."""
+    """A Ling-2.5 with code for its config, which keeps all that is written there, as the published code does."""
     save_tiny_model("bailing_hybrid", folder)
     path = folder / "model.safetensors"
     tensors = {name.replace("embed_tokens", "word_embeddings"): t for name, t in load_file(path).items()}

@@ -3,7 +3,6 @@
 What it builds on GPUs is built here too, with stand-ins for what that needs beside weights: nothing is computed.
 """
 
-import json
 import sys
 from importlib import import_module
 from types import SimpleNamespace
@@ -16,17 +15,13 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
-from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.worker import workspace
 
 from alphaq_vllm import convert
 from alphaq_vllm.plugin.linear import AlphaQLinearMethod
 from offline.source.architectures import FAMILIES
-from tests.offline.conftest import save_tiny_model
-from tests.offline.source.test_families import edit_config
-from tests.plugin.test_published_names import Event, check_experts, save_deepseek_v4
+from tests.offline.conftest import publish, save_tiny_model
+from tests.plugin.test_published_names import check_experts, save_deepseek_v4
 from tests.reliability.loading import engine_config, one_rank
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="attention on GPUs is not made for tiny sizes")
@@ -83,35 +78,13 @@ class Prefill:
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
-    """For what vLLM makes for a GPU."""
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "Stream", Event)
-    platform = type(current_platform)
-    choose = platform.get_attn_backend_cls
-
-    def chosen(selected_backend, attn_selector_config, num_heads=None):
-        # vLLM has no sparse attention for CPUs.
-        if attn_selector_config.use_sparse:
-            return AttentionBackendEnum.FLASHMLA_SPARSE.get_path()
-        return choose(selected_backend, attn_selector_config, num_heads)
-
-    monkeypatch.setattr(platform, "get_attn_backend_cls", staticmethod(chosen))
-    monkeypatch.setattr(workspace, "_manager", workspace.WorkspaceManager(torch.device("cpu")))
-    # Dots3-Note's code imports kernels for GPUs, and vLLM looks at a class in another process before it builds one.
+def stand_ins(stand_ins, monkeypatch):
+    """Those of other tests, and for what Dots3-Note's code imports."""
+    # It imports kernels for GPUs, and vLLM looks at a class in another process before it builds one.
     for name in KERNELS:
         monkeypatch.setitem(sys.modules, name, MagicMock(__path__=[]))
     monkeypatch.setitem(sys.modules, PREFILL, SimpleNamespace(FlashAttnPrefillBackend=Prefill))
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda look: look())
-    # Its kernels are imported where they are asked for, and they are by default.
-    monkeypatch.setenv("VLLM_KIMI_K3_GEMM_AR", "0")
-
-
-def publish(source, settings):
-    """Write settings into a config, also into parts of it."""
-    config = json.loads((source / "config.json").read_bytes())
-    parts = {key: {**config[key], **own} for key, own in settings.items() if isinstance(config.get(key), dict)}
-    edit_config(source, **{**settings, **parts})
 
 
 def empty_model(checkpoint, place):

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
 from vllm.distributed import (
@@ -19,18 +18,18 @@ from vllm.model_executor.model_loader import get_model
 
 import alphaq_vllm
 from alphaq_vllm import convert
+from benchmarks.models import AT_LOAD
 from tests.conftest import MODEL
-from tests.offline.conftest import COMMON, CONFIGS
+from tests.offline.conftest import PUBLISHED as RENAMED
+from tests.offline.conftest import publish, save_tiny_model
+from tests.plugin.test_gpu_families import PUBLISHED
+from tests.plugin.test_published_names import STEP
 from tests.reliability.loading import reload
+from tests.serving.test_families import save_model
 
-# What vLLM's kernels for latent attention ask for, and a key that only its config has.
-MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
-OPTIONS = {
-    "minimax_m2": {"rotary_dim": 16, "use_routing_bias": True, "scoring_func": "softmax"},
-    "deepseek_v2": MLA,
-    "deepseek_v3": {**MLA, "topk_method": "noaux_tc"},
-}
-FAMILIES = (
+SETTINGS = {**PUBLISHED, "step3p5": STEP}
+# Each pattern of names, and each kind of attention.
+ALWAYS = (
     "qwen2_moe", "qwen3_moe", "qwen3_next", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "phimoe",
     "granitemoe", "granitemoeshared", "minimax_m2", "nemotron_h", "qwen3_5_moe_text",
 )  # fmt: skip
@@ -65,8 +64,10 @@ def load(folder, **options):
         return get_model(vllm_config=config), config
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_loading_quantizes_to_what_conversion_writes(model_type, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "model_type", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.long) for name in AT_LOAD]
+)
+def test_loading_quantizes_to_what_conversion_writes(model_type, tmp_path, monkeypatch, stand_ins):
     if model_type == "nemotron_h":
         # vLLM refuses experts without a gate on CPUs, where its own kernels have none.
         platform = SimpleNamespace(is_cuda_alike=lambda: True, is_xpu=lambda: False)
@@ -74,13 +75,12 @@ def test_loading_quantizes_to_what_conversion_writes(model_type, tmp_path, monke
     if model_type == "qwen3_5_moe_text":
         # vLLM's code for models that see imports it.
         pytest.importorskip("torchvision")
-    torch.manual_seed(0)
-    options = {**COMMON, **CONFIGS[model_type], **OPTIONS.get(model_type, {})}
-    config = transformers.AutoConfig.for_model(model_type, **options)
     source = tmp_path / "model"
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
-    convert(source, tmp_path / "out", bits=3.5, noise="expert", quantizer="mse")
-    overrides = {"quantization_config": {"quant_method": "alphaq", "bits": 3.5}}
+    save = save_tiny_model if model_type in RENAMED else save_model
+    save(model_type, source)
+    publish(source, SETTINGS.get(model_type, {}))
+    convert(source, tmp_path / "out", bits=3.5, group_size=64, noise="expert", quantizer="mse")
+    overrides = {"quantization_config": {"quant_method": "alphaq", "bits": 3.5, "group_size": 64}}
     # First, because vLLM changes transformers' PhiMoE in a process that has loaded it, and the check needs it as it is.
     loaded = dict(load(source, hf_overrides=overrides)[0].named_parameters())
     expected = dict(load(tmp_path / "out")[0].named_parameters())

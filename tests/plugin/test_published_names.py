@@ -55,16 +55,6 @@ def save_deepseek_v4(folder):
     (folder / "config.json").write_text(json.dumps(settings))
 
 
-class Event:
-    """What vLLM makes for a GPU also where there is none."""
-
-
-@pytest.fixture
-def events(monkeypatch):
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-
-
 def load_all(checkpoint, folder):
     """vLLM's model of a checkpoint, of which every parameter has been loaded."""
     (weights,) = checkpoint.glob("*.safetensors")

@@ -6,6 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from offline.model.decoder import Decoder
 from offline.model.forward import forward, run_experts
@@ -50,6 +52,13 @@ def test_decoder_computes_what_transformers_computes(tiny_model, latent_model, m
         assert layer.scale is None or (hidden - rest).norm() > 1e-3 * rest.norm()
     # Activations of the latent model are larger.
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-6 * max(1, float(expected.abs().max())))
+
+
+def test_the_class_that_another_program_has_for_a_config_does_not_count(tiny_model, monkeypatch):
+    """As in a process of vLLM's, where a model is quantized while it is loaded."""
+    source, _ = open_model(tiny_model("kimi_linear"))
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "kimi_linear", PretrainedConfig)
+    assert can_run(source)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

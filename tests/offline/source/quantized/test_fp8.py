@@ -183,7 +183,9 @@ def predicting(sources, tmp_path):
 def test_convert_writes_fp8_that_it_does_not_quantize_as_bfloat16(predicting, tmp_path):
     source = open_checkpoint(str(predicting))
     matrices = find_experts(source).matrices
-    convert(predicting, tmp_path / "alphaq", bit_map={matrix.name: 8 for matrix in matrices}, quantizer="mse", mtp_bits=16)
+    convert(
+        predicting, tmp_path / "alphaq", bit_map={matrix.name: 8 for matrix in matrices}, quantizer="mse", mtp_bits=16
+    )
     output = open_checkpoint(str(tmp_path / "alphaq"))
     assert output.config["quantization_config"]["quant_method"] == "alphaq"
     kept = set(source.tensors) - {matrix.tensor for matrix in matrices}

@@ -55,6 +55,11 @@ def mistral(name, weight):
     return {name: codes, f"{name}_scale_inv": scale.view(()), activation: torch.ones(())}, means
 
 
+def deepseek_v3(name, weight):
+    codes, scale, means = of_blocks(weight, (128, 128))
+    return {name: codes, f"{name}_scale_inv": scale}, means
+
+
 def modelopt_blocks(name, weight):
     codes, scale, means = of_blocks(weight, (128, 128))
     return {name: codes, f"{name}_scale": scale[:, None, :, None]}, means
@@ -131,6 +136,12 @@ SPELLINGS = {
     "ModelOpt mxfp8": (mxfp8, {"quant_method": "modelopt", "quant_algo": "MXFP8"}, False, 8),
     "ModelOpt nvfp4": (modelopt_nvfp4, {"quant_method": "modelopt_fp4", "quant_algo": "NVFP4"}, False, 4),
     "old ModelOpt nvfp4": (modelopt_nvfp4, {"quant_algo": "NVFP4", "group_size": 16}, True, 4),
+    "DeepSeek-V3": (
+        deepseek_v3,
+        {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+        False,
+        8,
+    ),
     "Mistral": (mistral, {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}, False, 8),
     "fbgemm": (fbgemm, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, False, 8),
     "Quark fp8": (
