@@ -17,7 +17,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from alphaq_vllm._offline import check_offline
 from alphaq_vllm.format import QUANT_METHOD, SCALE, AlphaQSpec, shard_ids
-from alphaq_vllm.plugin.drafts import draft_module
 
 if TYPE_CHECKING:
     from alphaq_vllm.plugin._compat import RoutedExperts, WeightsMapper
@@ -195,6 +194,8 @@ class AlphaQConfig(QuantizationConfig):
         Some of vLLM's models name a layer's block otherwise than they load it: MiniMax-M2 has ``mlp`` for
         ``block_sparse_moe``. Raises ValueError if the bit map has something else in the same layer.
         """
+        from alphaq_vllm.plugin.drafts import draft_module
+
         layer = re.match(r".*\blayers\.\d+\.", prefix)
         if prefix in self.num_bits or not layer:
             return prefix if prefix in self.num_bits else None
