@@ -103,7 +103,8 @@ def _gptq_seconds(job: Job, num_bits: int, tokens: int) -> float:
     first = by_expert(job.experts.matrices)[0]
     rows = load_weight(job.source, first[0])[:_ROWS].to(compute_device())
     columns = rows.shape[1]
-    back = Feedback(torch.arange(columns, device=rows.device), torch.eye(columns, device=rows.device))
+    order, ones = torch.arange(columns, device=rows.device), torch.ones(columns, device=rows.device)
+    back = Feedback(order, ones.diag(), ones)
     # The first run also sets things up.
     grids = min(_seconds(lambda: gptq(rows, back, num_bits, job.group_size)) for _ in range(_RUNS)) / rows.numel()
     square = torch.ones(_SIDE, _SIDE, device=rows.device)

@@ -3,20 +3,26 @@
 Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers*, arXiv 2210.17323,
 in the form of Chee et al., *QuIP: 2-Bit Quantization of Large Language Models With Guarantees*, arXiv 2307.13304, which
 needs no inverse: the errors of the columns that are done move what the next one is rounded from.
+
+That is greedy, on grids that know nothing of the inputs. So the columns of each group, and then all, are improved as
+``improve`` says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from offline.quantizers import native
+from offline.quantizers.columns import Columns, improve
 from offline.quantizers.grids import mse_grid
 from offline.quantizers.groups import quantize_groups
 from offline.quantizers.quantize import Quantized, check_matrix, chunks, pack
 
+# How often the columns of a group are improved: more changes little.
+IMPROVEMENTS = 3
 # Share of the mean diagonal that is added to the diagonal of X^T X, and its growth until a factor exists.
 DAMPING, DAMPING_GROWTH = 0.03, 10.0
 # Of inputs, and of their products, that are looked at together; and of the blocks of a symmetric matrix.
@@ -29,15 +35,17 @@ class Feedback:
 
     order: ``[in_features]`` int64, the columns, whole groups one after another; factor: ``[in_features, in_features]``
     float32, upper triangular with ones on its diagonal: after an error of the column in place j, from the last to the
-    first, the one in place i is moved by ``factor[i, j]`` times that error.
+    first, the one in place i is moved by ``factor[i, j]`` times that error. What cannot be made up for then, squared,
+    counts ``costs [in_features]``.
     """
 
     order: Tensor
     factor: Tensor
+    costs: Tensor
 
 
 def feedback(inputs: Tensor, group_size: int) -> Feedback:
-    """That of the inputs of a matrix: ``factor.T @ D @ factor = H`` for some diagonal D, where H is, in that order,
+    """That of the inputs of a matrix: ``factor.T @ costs.diag() @ factor = H``, where H is, in that order,
     ``inputs.T @ inputs`` with less of what only a sample has off the diagonal, and damping on it.
 
     What the largest inputs meet needs most others to make up for it. So the groups with most energy, and the columns
@@ -53,7 +61,7 @@ def feedback(inputs: Tensor, group_size: int) -> Feedback:
         hessian.mul_(1 - sampling_share(inputs, hessian, order))
         added = damping * squares.mean()
         if not added:
-            return Feedback(order, torch.eye(len(hessian), device=hessian.device))
+            return Feedback(order, torch.eye(len(hessian), device=hessian.device), torch.ones_like(squares))
         if not bool(added.isfinite()):
             raise ValueError("calibration: expected finite activations, got NaN or Inf: the source is damaged")
         diagonal.copy_(squares + added)
@@ -61,7 +69,8 @@ def feedback(inputs: Tensor, group_size: int) -> Feedback:
         lower, info = hessian.mT, torch.empty((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if not bool(info):
-            return Feedback(order, hessian.div_(diagonal.clone()[:, None]))
+            scales = diagonal.clone()
+            return Feedback(order, hessian.div_(scales[:, None]), scales.square())
         damping *= DAMPING_GROWTH
 
 
@@ -112,59 +121,68 @@ def sampling_share(inputs: Tensor, products: Tensor, order: Tensor | None = None
     return min(1.0, max(0.0, variance / squared))
 
 
-def gptq(weight: Tensor, back: Feedback, num_bits: int, group_size: int) -> Quantized:
+def gptq(
+    weight: Tensor, back: Feedback, num_bits: int, group_size: int, improvements: int = IMPROVEMENTS, passes: int = 0
+) -> Quantized:
     """Quantize a matrix so that its outputs change little: the error of each column is made up for by those after it.
 
     weight: ``[out_features, in_features]``, any floating dtype; back: ``feedback`` of its inputs. The grid of a group
-    is searched when its turn comes, for the least squared error of its weights as corrected until then.
+    is searched when its turn comes, for the least squared error of its weights as corrected until then; improvements:
+    how often the group is improved then; passes: how often all groups are, when all have codes.
     Raises ValueError for NaN or Inf and for a width or group size that the format does not have.
     """
     check_matrix(weight, [num_bits], group_size)
     top, (out_features, in_features) = 2**num_bits - 1, weight.shape
     # Transposed, a column is contiguous.
-    codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
     errors = torch.empty(in_features, out_features, device=weight.device)
-    grids: dict[int, tuple[Tensor, Tensor]] = {}
-    for start in reversed(range(0, in_features, group_size)):
-        group = slice(start, start + group_size)
-        columns, found = back.order[group], torch.empty_like(codes[group])
-        number = int(columns[0]) // group_size
-        first = number * group_size
-        block = weight[:, first : first + group_size].float().T.contiguous()[columns - first]
+    slices = [slice(start, start + group_size) for start in reversed(range(0, in_features, group_size))]
+    done: list[Columns] = []
+    for group in slices:
+        block = _columns(weight, back.order[group])
         corrected = torch.addmm(block, back.factor[group, group.stop :], errors[group.stop :])
-        scale, zero = grids[number] = _grid(corrected.T.contiguous(), top)
-        own = back.factor[group, group]
-        _round_columns(block, corrected, own, scale.float(), zero.float(), top, found, errors[group])
-        codes[columns] = found
-    scale, zero = (torch.stack([grids[number][part] for number in sorted(grids)], 1) for part in range(2))
+        columns = Columns(torch.empty_like(block, dtype=torch.uint8), *_grid(corrected.T.contiguous(), top), top)
+        own, moved = back.factor[group, group], corrected - block
+        columns.round(block, corrected, own, errors[group])
+        if improvements:
+            # Columns before the group will make up for what they can of its errors: the rest counts.
+            left = moved.addmm_(own, errors[group])
+            factor = own.T * back.costs[group]
+            errors[group] += improve(columns, factor @ left, factor @ own, improvements)
+        done.append(columns)
+    if passes:
+        _improve_all(done, slices, errors, back, passes)
     sse = sum(part.double().square().sum().item() for part in errors.split(_ROWS))
     del errors
-    return Quantized(pack(codes.T, num_bits), scale, zero, sse / weight.numel())
+    return _stored(done, slices, back, num_bits, sse / weight.numel())
 
 
-def _round_columns(
-    block: Tensor,
-    corrected: Tensor,
-    factor: Tensor,
-    step: Tensor,
-    offset: Tensor,
-    top: int,
-    codes: Tensor,
-    errors: Tensor,
-) -> None:
-    """Round a group's columns from the last to the first, and write their codes and errors.
+def _improve_all(done: Sequence[Columns], slices: Sequence[slice], errors: Tensor, back: Feedback, passes: int) -> None:
+    """Improve all groups in turn, and bring their errors, ``[in_features, out_features]``, up to date."""
+    # What the columns of each group have to bear, after those before it have made up for what they could.
+    left = torch.cat([back.factor[group, group.start :] @ errors[group.start :] for group in reversed(slices)])
+    for _ in range(passes):
+        for columns, group in zip(done, slices, strict=True):
+            factor = back.factor[: group.stop, group]
+            weighted = factor.T * back.costs[: group.stop]
+            change = improve(columns, weighted @ left[: group.stop], weighted @ factor, 1)
+            left[: group.stop].addmm_(factor, change)
+            errors[group] += change
 
-    block: ``[group_size, out_features]``, the columns, and ``corrected`` by the errors of those after the group; the
-    latter may be overwritten; factor: of ``Feedback``, for these columns.
-    """
-    if block.device.type == "cpu" and (code := native.library()):
-        native.round_columns(code, block, corrected, factor, step, offset, top, codes, errors)
-        return
-    for j in reversed(range(len(block))):
-        rounded = (corrected[j] / step).add_(offset).clamp_(0, top).round_()
-        codes[j] = rounded
-        errors[j] = block[j] - (rounded - offset) * step
-        corrected[:j].addr_(factor[:j, j], errors[j])
+
+def _columns(weight: Tensor, columns: Tensor) -> Tensor:
+    """Columns of one group in an order, each contiguous: ``[group_size, out_features]`` float32."""
+    first = int(columns.min())
+    return weight[:, first : first + len(columns)].float().T.contiguous()[columns - first]
+
+
+def _stored(done: Sequence[Columns], slices: Sequence[slice], back: Feedback, num_bits: int, mse: float) -> Quantized:
+    codes = torch.empty(len(back.order), len(done[0].scale), dtype=torch.uint8, device=back.order.device)
+    grids = {}
+    for columns, group in zip(done, slices, strict=True):
+        codes[back.order[group]] = columns.codes
+        grids[int(back.order[group].min())] = columns.scale, columns.zero
+    scale, zero = (torch.stack([grids[first][part] for first in sorted(grids)], 1) for part in range(2))
+    return Quantized(pack(codes.T, num_bits), scale, zero, mse)
 
 
 def _grid(weight: Tensor, top: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 
 from alphaq_vllm.native_build import QUANTIZERS, load, supported
 from offline.quantizers import native
+from offline.quantizers.columns import Columns
 from offline.quantizers.gptq import feedback, gptq
 from offline.quantizers.quantize import quantize
 from tests.offline.quantizers.samples import gaussian, restore, student_t5
@@ -60,8 +61,6 @@ def test_gptq_has_the_error_of_that_of_torch(num_bits, use):
 
 def test_columns_are_rounded_as_by_torch(use, monkeypatch):
     """Grids apart, there is one right answer, but for codes that rounding decides."""
-    from offline.quantizers.gptq import _round_columns
-
     block, factor = student_t5(64, 77), feedback(gaussian(300, 64), 64).factor
     moved = gaussian(64, 77, seed=3) / 8
     step, offset = gaussian(77).abs() + 0.1, gaussian(77, seed=2) + 3
@@ -69,7 +68,7 @@ def test_columns_are_rounded_as_by_torch(use, monkeypatch):
     for name in (None, *supported()):
         use(name)
         codes, errors = torch.empty(64, 77, dtype=torch.uint8), torch.empty(64, 77)
-        _round_columns(block, block + moved, factor, step, offset, 7, codes, errors)
+        Columns(codes, step, offset, 7).round(block, block + moved, factor, errors)
         results.append((codes, errors))
     for codes, errors in results[1:]:
         same = (codes == results[0][0]).all(0)
