@@ -83,7 +83,7 @@ SERVED = (
     "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "kimi_k2", "glm4_moe_lite", "solar_open", "gemma4_text", "lfm2_moe",
     "granitemoehybrid", "granitemoe_swa", "ernie4_5_moe", "hunyuan_v1_moe", "afmoe", "exaone_moe", "cohere2_moe",
     "mellum", "flex_olmo", "hy_v3", "dots1", "axk1", "gemma4",
-    "qwen3_vl_moe",
+    "qwen3_vl_moe", "deepseek", "bailing_moe", "bailing_moe_v2", "sarvam_moe", "sarvam_mla",
 )  # fmt: skip
 # Those that tests/plugin/test_online_families.py quantizes at load.
 AT_LOAD = (

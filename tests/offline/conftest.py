@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from offline.__main__ import main
+from tests.offline import own_code
 
 COMMON = {
     "vocab_size": 256,
@@ -155,7 +157,7 @@ NOTE = {
     "swa_v_head_dim": 32,
     "swa_rope_theta": 10000.0,
 }
-OWN_CODE = ("deepseek", "bailing_moe", "bailing_moe_v2", "bailing_hybrid", "mimo_v2", "sarvam_moe", "sarvam_mla")
+OWN_CODE = tuple(own_code.CONFIGS)
 CONFIGS = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 128},
     "qwen3_moe": {**EXPERTS, "head_dim": 32},
@@ -254,7 +256,7 @@ CONFIGS = {
         "text_config": {**COMMON, **EXPERTS, "head_dim": 32, "moe_intermediate_size": 256},
         "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]},
     },
-    **{model_type: {**EXPERTS, "head_dim": 32} for model_type in OWN_CODE},
+    **own_code.CONFIGS,
     "llama": {},
 }
 # Families that the converter cannot run: see ``why_not``.
@@ -262,7 +264,7 @@ WEIGHTS_ONLY = (*OWN_CODE, *NEMOTRON_OMNI, "deepseek_v4", "minimax_m3_vl", "step
                 "dots3_note")  # fmt: skip
 # Types of model that transformers does not know, and one whose tensors have the same names.
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", "step3p5": "step3p7", "dots3_note": "deepseek_v32",
-              **dict.fromkeys(NEMOTRON_OMNI, "nemotron_h"), **dict.fromkeys(OWN_CODE, "qwen3_moe")}  # fmt: skip
+              **dict.fromkeys(NEMOTRON_OMNI, "nemotron_h"), **own_code.WRITTEN_AS}  # fmt: skip
 
 
 def _deepseek_v4(tensors, config):
@@ -319,7 +321,8 @@ def _dots3_note(tensors, config):
 PUBLISHED = {"deepseek_v4": _deepseek_v4, "kimi_linear": _dense, "minimax_m3_vl": _dense,
              "qwen3_omni_moe": _qwen3_omni, "qwen3_vl_moe": transposed,
              "step3p5": _step3p5, "dots3_note": _dots3_note,
-             **dict.fromkeys(NEMOTRON_OMNI, _nemotron_omni)}  # fmt: skip
+             **dict.fromkeys(NEMOTRON_OMNI, _nemotron_omni),
+             **{name: partial(own_code.publish, name) for name in OWN_CODE}}  # fmt: skip
 
 
 def config_class(model_type):
@@ -342,8 +345,12 @@ def save_tiny_model(model_type, folder):
             # transformers makes them zeros.
             torch.nn.init.normal_(bias, std=0.1)
     model.save_pretrained(folder)
-    if model_type not in {*PUBLISHED, *WRITTEN_AS}:
-        return
+    if model_type in {*PUBLISHED, *WRITTEN_AS}:
+        rename(folder, model_type)
+
+
+def rename(folder, model_type):
+    """Give a model that transformers has written the type and the names under which it is published."""
     weights, settings = folder / "model.safetensors", folder / "config.json"
     tensors, config = load_file(weights), json.loads(settings.read_bytes())
     if model_type in PUBLISHED:

@@ -1,6 +1,6 @@
-"""Families whose published config has code, which vLLM needs although transformers knows their type: vLLM loads them.
+"""Families whose published config has code: vLLM's own class loads what is converted.
 
-The code here stands in for theirs: it keeps whatever a config says, as they do, with text apart.
+The code here stands in for theirs: it keeps whatever a config says, as they do, of models that also see with text apart.
 """
 
 import json
@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from vllm.model_executor.layers.fused_moe import config as layers_config
+from vllm.model_executor.models import registry
 
 from alphaq_vllm import convert
+from offline.source.architectures import FAMILIES
+from tests.offline import own_code
 from tests.offline.conftest import NEMOTRON_OMNI, add_tokenizer, save_tiny_model
 from tests.offline.source.test_families import edit_config
 from tests.plugin.test_published_names import STEP, check_experts
@@ -109,3 +112,23 @@ def test_nemotron_omni(model_type, tmp_path, monkeypatch):
         model.load_weights(stored.items())
     assert not left(model.language_model)
     check_experts(model, stored, ("up_proj", "down_proj"))
+
+
+@pytest.mark.parametrize("model_type", own_code.CONFIGS)
+def test_language_models(model_type, tmp_path, monkeypatch):
+    # vLLM looks at a class in another process before it builds one.
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda look: look())
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_tiny_model(model_type, source)
+    own_code.add_config_code(source)
+    convert(source, out, bits=3)
+    (weights,) = out.glob("*.safetensors")
+    stored = load_file(weights)
+    with one_rank(tmp_path):
+        model = empty(out)
+        loaded = model.load_weights(stored.items())
+    assert not left(model)
+    assert loaded == {name for name, _ in model.named_parameters()}
+    # Nothing is left over.
+    assert sum(tensor.numel() for tensor in model.parameters()) == sum(tensor.numel() for tensor in stored.values())
+    check_experts(model, stored, FAMILIES[model_type].projections)

@@ -10,8 +10,9 @@ from benchmarks.models import SERVED
 from offline.source import architectures
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts
-from tests.offline.conftest import COMMON, CONFIGS, WRITTEN_AS, publish, transposed
-from tests.serving.scoring import PROMPT, score, score_without_gate
+from tests.offline import own_code
+from tests.offline.conftest import COMMON, CONFIGS, WRITTEN_AS, publish, rename, transposed
+from tests.serving.scoring import PROMPT, score, score_with_code, score_without_gate
 
 ON_GPU = torch.cuda.is_available()
 # What vLLM's kernels for latent attention ask for.
@@ -51,7 +52,7 @@ UNUSED = {"axk1": {"model.layers.0.post_mlp_layernorm.weight": torch.ones(128)}}
 VLLM_ALONE = (
     "deepseek_v2", "deepseek_v3", "llama4", "minimax_m2", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "kimi_k2",
     "glm4_moe_lite", "granitemoehybrid", "afmoe", "ernie4_5_moe", "lfm2_moe", "axk1",
-    "qwen3_vl_moe", "gemma4",
+    "qwen3_vl_moe", "gemma4", *own_code.CONFIGS,
 )  # fmt: skip
 # vLLM's kernels for linear attention on CPUs take nothing else.
 BFLOAT16 = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
@@ -90,6 +91,9 @@ def save_model(model_type, folder):
     if model_type in UNUSED:
         tensors = {**load_file(folder / SINGLE), **UNUSED[model_type]}
         save_file(tensors, folder / SINGLE, {"format": "pt"})
+    if model_type in own_code.CONFIGS:
+        rename(folder, model_type)
+        own_code.add_config_code(folder)
     publish(folder, {"model_type": model_type, **PUBLISHED.get(model_type, {})})
 
 
@@ -115,7 +119,8 @@ def test_vllm_gives_the_log_probabilities_of_the_dequantized_model(model_type, v
         arguments["attention_backend"] = "CPU_MLA"
 
     processes = seeing_vllm if model_type in TORCHVISION else vllm
-    by_vllm = score if architectures.FAMILIES[model_type].gated else score_without_gate
+    family = architectures.FAMILIES[model_type]
+    by_vllm = score_with_code if family.own_code else score if family.gated else score_without_gate
 
     def scored_by_vllm(model):
         return torch.tensor(processes.submit(by_vllm, model, arguments).result())
