@@ -362,8 +362,13 @@ def rename(folder, model_type):
 def publish(folder, settings):
     """Write settings into the config of a model, also into parts of it."""
     config = json.loads((folder / "config.json").read_bytes())
-    parts = {key: {**config[key], **own} for key, own in settings.items() if isinstance(own, dict) and key in config}
-    (folder / "config.json").write_text(json.dumps({**config, **settings, **parts}))
+    (folder / "config.json").write_text(json.dumps(_with(config, settings)))
+
+
+def _with(config, settings):
+    parts = {key: _with(config[key], own) for key, own in settings.items()
+             if isinstance(own, dict) and isinstance(config.get(key), dict)}  # fmt: skip
+    return {**config, **settings, **parts}
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,9 @@ _SETTINGS = {
     "bailing_hybrid": {"architectures": ["BailingMoeV2_5ForCausalLM"], **_BAILING, **_CORRECTED, "use_qk_norm": True,
                        "router_dtype": "fp32", "layer_group_size": 2, "head_dim": 32, "group_norm_size": 2,
                        "linear_silu": False, "partial_rotary_factor": 0.5},
-    "sarvam_mla": {"architectures": ["SarvamMLAForCausalLM"], **_CORRECTED, "rope_theta": 1e4, "router_dtype": "fp32"},
+    "sarvam_mla": {"architectures": ["SarvamMLAForCausalLM"], **_CORRECTED, "rope_theta": 1e4, "router_dtype": "fp32",
+                   # What vLLM caches of a token.
+                   "head_dim": 576},
     "mimo_v2": {
         "architectures": ["MiMoV2ForCausalLM"], "attention_projection_layout": "fused_qkv",
         "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-5, "v_head_dim": 128,

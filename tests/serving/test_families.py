@@ -45,6 +45,13 @@ PUBLISHED = {
     "axk1": {"topk_method": "noaux_tc"},
     "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
     "hy_v3": {"expert_hidden_dim": 128, "route_norm": True, "qk_norm": True},
+    "qwen3_omni_moe": {
+        "thinker_config": {
+            "text_config": {"tie_word_embeddings": False},
+            # Of 48 by 48 patches.
+            "vision_config": {"image_size": 768, "apply_vit_abs_pos_embed": True},
+        }
+    },
 }
 # What vLLM makes for a model and does not use, but misses where it is not stored in full precision.
 UNUSED = {"axk1": {"model.layers.0.post_mlp_layernorm.weight": torch.ones(128)}}
@@ -52,12 +59,12 @@ UNUSED = {"axk1": {"model.layers.0.post_mlp_layernorm.weight": torch.ones(128)}}
 VLLM_ALONE = (
     "deepseek_v2", "deepseek_v3", "llama4", "minimax_m2", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "kimi_k2",
     "glm4_moe_lite", "granitemoehybrid", "afmoe", "ernie4_5_moe", "lfm2_moe", "axk1",
-    "qwen3_vl_moe", "gemma4", *own_code.CONFIGS,
+    "qwen3_vl_moe", "gemma4", "qwen3_omni_moe", *own_code.CONFIGS,
 )  # fmt: skip
 # vLLM's kernels for linear attention on CPUs take nothing else.
 BFLOAT16 = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 # vLLM's code for models that see imports torchvision. These are asked in text alone.
-TORCHVISION = ("llama4", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "gemma4")
+TORCHVISION = ("llama4", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "gemma4", "qwen3_omni_moe")
 ALWAYS = ("mixtral", "qwen2_moe", "deepseek_v2", "olmoe", "gpt_oss")
 
 
@@ -76,6 +83,9 @@ def save_model(model_type, folder):
     if "text_config" in options:
         options, auto = dict(options), transformers.AutoModelForImageTextToText
         options["text_config"] = {**options["text_config"], **more}
+    elif "thinker_config" in options:
+        thinker, auto = options["thinker_config"], transformers.AutoModelForMultimodalLM
+        options = {**options, "thinker_config": {**thinker, "text_config": {**thinker["text_config"], **more}}}
     else:
         options = {**COMMON, **options, **more}
     config = transformers.AutoConfig.for_model(WRITTEN_AS.get(model_type, model_type), **options)

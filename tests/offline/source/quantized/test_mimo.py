@@ -1,4 +1,4 @@
-"""MiMo-V2's attention in float8 is published in shares of several ranks: read in the order that vLLM takes in bfloat16."""
+"""MiMo-V2's attention in float8, published in shares of several ranks: read in the order of vLLM's bfloat16."""
 
 import re
 
