@@ -91,7 +91,8 @@ AT_LOAD = (
     "granitemoe", "granitemoeshared", "minimax_m2", "nemotron_h", "qwen3_5_moe_text", "kimi_k2", "glm4_moe_lite",
     "gemma4_text", "granitemoehybrid", "granitemoe_swa", "lfm2_moe", "ernie4_5_moe", "hunyuan_v1_moe", "afmoe",
     "exaone_moe", "cohere2_moe", "solar_open", "mellum", "flex_olmo", "hy_v3", "dots1", "deepseek_v32", "glm_moe_dsa",
-    "jamba", "laguna", "mimo_v2_flash", "kimi_linear", "step3p5", "axk1",
+    "jamba", "laguna", "mimo_v2_flash", "kimi_linear", "step3p5", "axk1", "deepseek", "bailing_moe", "bailing_moe_v2",
+    "bailing_hybrid", "mimo_v2", "sarvam_moe", "sarvam_mla",
 )  # fmt: skip
 # Of those that are served, what vLLM's CPU build refuses as published: experts without a gate, and scores by sigmoid
 # without groups.

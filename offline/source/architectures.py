@@ -191,7 +191,7 @@ FAMILIES = {
     "axk1": _MLP,
     "dots3_note": replace(_MLP, unbuilt=True),
     "step3p5": _STEP,
-    "step3p7": replace(_STEP, own_code=True),
+    "step3p7": replace(_STEP, unbuilt=False, own_code=True),
     "deepseek": replace(_OWN_CODE, unnamed="self_attn"),
     "bailing_moe": _OWN_CODE,
     "bailing_moe_v2": _OWN_CODE,

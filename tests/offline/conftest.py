@@ -133,6 +133,9 @@ STEP = {
     "share_expert_dim": 128,
     "head_dim": 32,
     "moe_layers_enum": "1",
+    "sliding_window": 128,
+    # Small enough to matter.
+    "swiglu_limits": [0.0, 0.01],
 }
 AUDIO = {
     "d_model": 64,
@@ -260,7 +263,7 @@ CONFIGS = {
     "llama": {},
 }
 # Families that the converter cannot run: see ``why_not``.
-WEIGHTS_ONLY = (*OWN_CODE, *NEMOTRON_OMNI, "deepseek_v4", "minimax_m3_vl", "step3p5", "step3p7", "qwen3_omni_moe",
+WEIGHTS_ONLY = (*OWN_CODE, *NEMOTRON_OMNI, "deepseek_v4", "minimax_m3_vl", "step3p5", "qwen3_omni_moe",
                 "dots3_note")  # fmt: skip
 # Types of model that transformers does not know, and one whose tensors have the same names.
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", "step3p5": "step3p7", "dots3_note": "deepseek_v32",

@@ -48,7 +48,7 @@ class Own(PretrainedConfig):
 """
 # What vLLM reads of the two configs, where transformers' classes keep something else or nothing.
 SEEN_BY_STEP = {
-    "width": 64, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "image_size": 728, "patch_size": 14, "use_cls_token": False,
+    "width": 64, "layers": 1, "heads": 2, "mlp_ratio": 8960 / 1536, "image_size": 728, "patch_size": 14, "use_cls_token": False,
     "use_abs_posemb": True, "use_rope2d": True, "use_ln_pre": True, "use_ln_post": False, "ls_init_value": 0.1,
     "hidden_act": "quick_gelu", "output_dim": None,
 }  # fmt: skip
