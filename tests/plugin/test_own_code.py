@@ -48,9 +48,9 @@ class Own(PretrainedConfig):
 """
 # What vLLM reads of the two configs, where transformers' classes keep something else or nothing.
 SEEN_BY_STEP = {
-    "width": 64, "layers": 1, "heads": 2, "mlp_ratio": 8960 / 1536, "image_size": 728, "patch_size": 14, "use_cls_token": False,
-    "use_abs_posemb": True, "use_rope2d": True, "use_ln_pre": True, "use_ln_post": False, "ls_init_value": 0.1,
-    "hidden_act": "quick_gelu", "output_dim": None,
+    "width": 64, "layers": 1, "heads": 2, "mlp_ratio": 8960 / 1536, "image_size": 728, "patch_size": 14,
+    "use_cls_token": False, "use_abs_posemb": True, "use_rope2d": True, "use_ln_pre": True, "use_ln_post": False,
+    "ls_init_value": 0.1, "hidden_act": "quick_gelu", "output_dim": None,
 }  # fmt: skip
 SEEN_BY_NEMOTRON = {
     "force_image_size": 32, "patch_size": 16, "template": "", "downsample_ratio": 0.5, "ps_version": "v2",
