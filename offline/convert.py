@@ -93,6 +93,12 @@ def build_parser() -> Parser:
         help="measure and choose, unless told how, print what would come out, and write nothing",
     )
     add_work_options(parser)
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="that the conversion may take, about, such as 8GiB: fewer workers, and if one takes too much, fewer "
+        "tokens (default: as many workers as there is memory for)",
+    )
     add_output_options(parser)
     return parser
 

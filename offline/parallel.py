@@ -13,6 +13,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,8 +32,9 @@ from offline.threads import one_thread
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# One that is worked on and one that waits, so that a worker is not idle while its result is dealt with.
-TASKS_IN_FLIGHT = 2
+# One that is worked on and one that waits, so that a worker is not idle while its result is dealt with. Of tasks that
+# take many seconds none waits, because another worker may come to it first.
+TASKS_IN_FLIGHT, LONG_SECONDS = 2, 2.0
 _SAFE_PATH = "PYTHONSAFEPATH"
 
 
@@ -59,11 +61,11 @@ def _distribute(
     processes: dict[Connection, context.ForkServerProcess], items: Iterator[Item], shared: object
 ) -> Iterator[tuple[Item, Any]]:
     busy: dict[Connection, deque[Item]] = {connection: deque() for connection in processes}
-    ready = list(busy)
+    ready, in_flight, start = list(busy), 1, time.monotonic()
     while True:
         for connection in ready:
             try:
-                for item in islice(items, TASKS_IN_FLIGHT - len(busy[connection])):
+                for item in islice(items, max(0, in_flight - len(busy[connection]))):
                     busy[connection].append(item)
                     connection.send_bytes(_dumps(item, shared))
             except ConnectionError:
@@ -72,6 +74,9 @@ def _distribute(
         if not working:
             return
         ready = [connection for connection in wait(working) if isinstance(connection, Connection)]
+        # The first results tell how long all take.
+        if in_flight < TASKS_IN_FLIGHT and time.monotonic() - start < LONG_SECONDS:
+            in_flight = TASKS_IN_FLIGHT
         for connection in ready:
             try:
                 result, error = pickle.loads(connection.recv_bytes())

@@ -14,8 +14,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from alphaq_vllm import packing
-from alphaq_vllm.format import PACKED, SCALE, ZERO
 from offline.journal import Journal
 from offline.model.decoder import Decoder
 from offline.model.formula import Formula
@@ -25,10 +23,10 @@ from offline.model.passes import Pass
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
 from offline.parallel import run_all
 from offline.quantizers.gptq import Feedback, feedback, gptq
-from offline.quantizers.quantize import quantize
+from offline.quantizers.quantize import Quantized, quantize
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
-from offline.threads import compute_device, one_thread
+from offline.threads import compute_device, one_thread, release_memory
 
 Store = Callable[[Mapping[str, Tensor]], None]
 
@@ -176,6 +174,7 @@ def _run(tasks: Iterable[_Task], store: Store, outputs: Outputs | None, workers:
     added = 0
     for task, (tensors, output) in run_all(_quantize, tasks, workers, shared=layer):
         store({name: tensor.cpu() for name, tensor in tensors.items()})
+        release_memory()
         if output is None or outputs is None:
             continue
         waiting[task.number] = output
@@ -207,29 +206,24 @@ def _quantize_expert(
     inputs: ``[tokens, features]`` float32, those that are routed to it, with their weights.
     """
     if not len(inputs):
-        tensors: dict[str, Tensor] = {}
-        for matrix, num_bits in bits.items():
-            tensors |= quantize(load_weight(source, matrix), num_bits, group_size).tensors(matrix.name)
-        return tensors, inputs if outputs else None
+        plain = {matrix: quantize(load_weight(source, matrix), width, group_size) for matrix, width in bits.items()}
+        return _stored(plain), inputs if outputs else None
 
-    def calibrated(matrix: ExpertMatrix, back: Feedback) -> dict[str, Tensor]:
-        return gptq(load_weight(source, matrix), back, bits[matrix], group_size).tensors(matrix.name)
+    def calibrated(matrix: ExpertMatrix, back: Feedback) -> Quantized:
+        return gptq(load_weight(source, matrix), back, bits[matrix], group_size)
 
     *first, down = bits
     back = feedback(inputs, group_size)
-    tensors = {name: tensor for matrix in first for name, tensor in calibrated(matrix, back).items()}
+    done = {matrix: calibrated(matrix, back) for matrix in first}
     del back
-    inner = formula.inner(inputs, [_weight(tensors, matrix, bits[matrix]) for matrix in first])
-    tensors |= calibrated(down, feedback(inner, group_size))
+    inner = formula.inner(inputs, [done[matrix].dequantize(bits[matrix]) for matrix in first])
+    # What is largest comes now.
+    release_memory()
+    done[down] = calibrated(down, feedback(inner, group_size))
     if not outputs:
-        return tensors, None
-    return tensors, formula.project(inner, _weight(tensors, down, bits[down]), topk_weights)
+        return _stored(done), None
+    return _stored(done), formula.project(inner, done[down].dequantize(bits[down]), topk_weights)
 
 
-def _weight(tensors: Mapping[str, Tensor], matrix: ExpertMatrix, num_bits: int) -> Tensor:
-    packed, scale, zero_point = (tensors[name] for name in _names(matrix))
-    return packing.dequantize(packed, scale, zero_point, num_bits)
-
-
-def _names(matrix: ExpertMatrix) -> list[str]:
-    return [f"{matrix.name}.{suffix}" for suffix in (PACKED, SCALE, ZERO)]
+def _stored(done: Mapping[ExpertMatrix, Quantized]) -> dict[str, Tensor]:
+    return {name: tensor for matrix, one in done.items() for name, tensor in one.tensors(matrix.name).items()}

@@ -5,6 +5,7 @@ The weights of routed experts are never loaded here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -86,6 +87,15 @@ class Decoder:
             self.layers.append(Layer(module, tensors, routed, name if routed else None, back, kept))
         for layer, following in pairwise(self.layers):
             layer.following = following
+
+    def layer_bytes(self, source: Checkpoint) -> int:
+        """Bytes of the largest layer in float32, without its experts."""
+        names = ([name for rows in layer.tensors.values() for name in rows] for layer in self.layers)
+        return max(sum(math.prod(source.spec(name).shape) for name in some) for some in names) * torch.float32.itemsize
+
+    def head_bytes(self, source: Checkpoint) -> int:
+        """Bytes of what predicts tokens, as it is stored."""
+        return source.spec(self._head).nbytes
 
     @torch.no_grad()
     def rehearse(self, source: Checkpoint, length: int = 1) -> int:

@@ -25,6 +25,7 @@ from offline.model.passes import kept_nbytes
 from offline.model.runnable import can_run
 from offline.model.text import Calibration
 from offline.operations.choosing import choose_widths
+from offline.operations.memory import fit
 from offline.operations.options import UNQUANTIZED, ConvertOptions, with_options
 from offline.operations.plan import Job
 from offline.operations.summary import Summary
@@ -38,7 +39,7 @@ from offline.source.families import Experts, find_drafts, find_experts
 from offline.source.linear import choose_formats, find_linear_layers
 from offline.source.selection import Selection
 from offline.source.splitting import check_group_size
-from offline.threads import WORTH_PROCESSES, choose_workers
+from offline.threads import WORTH_PROCESSES
 from offline.writing.output import check_output, conditions, open_output, resolved
 
 # Seconds of work that is announced.
@@ -79,17 +80,21 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     experts = selection.quantized(every_expert)
     check_group_size(group_size, experts.matrices, options.tp_size)
     fixed = _check_widths(widths, experts, selection, room)
-    workers = choose_workers(options.workers, experts.numel)
     layers = find_linear_layers(source, experts) if options.linear_bits < UNQUANTIZED else []
     linear = choose_formats(layers, options.linear_bits, group_size, options.tp_size)
     every_draft = find_drafts(source)
     drafts = dict.fromkeys(every_draft.matrices if options.mtp_bits < UNQUANTIZED else (), options.mtp_bits)
     check_group_size(group_size, tuple(drafts), options.tp_size)
-    job = Job(model, source, experts, group_size, options.shard_bytes(), workers, linear, drafts, quantizer)
+    job = Job(model, source, experts, group_size, options.shard_bytes(), 1, linear, drafts, quantizer)
     gptq = SequentialGptq(source, every_expert, calibration or Calibration()) if quantizer == "gptq" else None
+    propagates = isinstance(widths, Budget) and widths.needs_gains and not given
+    fitted = fit(job, gptq, propagates, options.workers, options.memory_bytes(), bool(calibration))
+    workers = fitted.workers
+    if gptq and fitted.tokens < gptq.tokens:
+        gptq = SequentialGptq(source, every_expert, Calibration(tokens=fitted.tokens))
+    job = replace(job, workers=workers)
     if gptq:
         job = replace(job, calibration_tokens=gptq.tokens, own_text=gptq.own_text)
-    propagates = isinstance(widths, Budget) and widths.needs_gains and not given
     needed_bytes = _least_bytes(job, widths, room) + _kept_bytes(source, every_expert, gptq, propagates)
     check_path(out)
     check_output(out, source.path.resolve(), needed_bytes, options.resume)
@@ -107,6 +112,9 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
         "room": asdict(room) if room else None,
         "stats": given.digest if given else None,
     }
+
+    if fitted.less:
+        print(fitted.less, file=sys.stderr, flush=True)
 
     def announce(journal: Journal | None = None) -> None:
         with course():
@@ -135,6 +143,7 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
         plan.summary,
         output=str(out),
         room=limit,
+        memory=fitted.nbytes,
         seconds=time.monotonic() - start + last,
         phases=phases.spent,
         expected=phases.expected,

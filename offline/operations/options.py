@@ -60,7 +60,8 @@ class ConvertOptions(WidthOptions):
         max_shard_size: Of the data in one file.
         dry_run: Decide everything, estimate the time, and write nothing.
         resume: Take up what an interrupted run has left.
-        workers: Processes to use, which changes no byte; by default as many as help.
+        workers: Processes to use, which changes no byte; by default as many as help, and as have memory.
+        memory: That the conversion may take, about: fewer workers, and if one takes too much, fewer tokens for gptq.
 
     Raises:
         ValueError: For a value that a field does not take, and for fields that contradict each other.
@@ -85,9 +86,11 @@ class ConvertOptions(WidthOptions):
     dry_run: bool = False
     resume: bool = False
     workers: int | None = None
+    memory: int | str | None = None
 
     def __post_init__(self) -> None:
         self.widths()
+        self.memory_bytes()
         self.room()
         self.selection()
         self.text()
@@ -140,6 +143,10 @@ class ConvertOptions(WidthOptions):
         if quantizer != "gptq":
             raise ValueError(f"`calibration`: expected `quantizer=gptq`, got {quantizer}, which works without text")
         return Calibration(tuple(map(Path, files)), self.calibration_tokens, length)
+
+    def memory_bytes(self) -> int | None:
+        """Bytes that a conversion may take, if the user says it."""
+        return None if self.memory is None else size_of("memory", self.memory)
 
     def shard_bytes(self) -> int:
         """Bytes of data in one file, at most."""

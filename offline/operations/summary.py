@@ -64,6 +64,7 @@ class Summary:
     total_size: int = 0
     loaded_size: int = 0
     room: str | None = None
+    memory: int = 0
     seconds: float = 0.0
     phases: Mapping[str, float] = field(default_factory=dict)
     expected: Mapping[str, float] = field(default_factory=dict)
@@ -112,6 +113,7 @@ class Summary:
         if self.found:
             rest.append(("source holds", self.found))
         if self.dry_run:
+            rest.append(("memory", f"about {format_bytes(self.memory)}"))
             rest += [("seconds", f"about {self.seconds:.0f}"), ("would write", f"{self.output}: this was a dry run")]
         else:
             rest += [("seconds", f"{self.seconds:.1f}"), ("written", self.output), ("serve with", self.serve)]

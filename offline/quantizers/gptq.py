@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphaq_vllm.packing import pack
 from offline.quantizers import native
 from offline.quantizers.grids import mse_grid
 from offline.quantizers.groups import quantize_groups
-from offline.quantizers.quantize import Quantized, check_matrix, chunks
+from offline.quantizers.quantize import Quantized, check_matrix, chunks, pack
 
 # Share of the mean diagonal that is added to the diagonal of X^T X, and its growth until a factor exists.
 DAMPING, DAMPING_GROWTH = 0.03, 10.0
@@ -129,15 +128,18 @@ def gptq(weight: Tensor, back: Feedback, num_bits: int, group_size: int) -> Quan
     for start in reversed(range(0, in_features, group_size)):
         group = slice(start, start + group_size)
         columns, found = back.order[group], torch.empty_like(codes[group])
-        block = weight[:, columns].float().T.contiguous()
+        number = int(columns[0]) // group_size
+        first = number * group_size
+        block = weight[:, first : first + group_size].float().T.contiguous()[columns - first]
         corrected = torch.addmm(block, back.factor[group, group.stop :], errors[group.stop :])
-        scale, zero = grids[int(columns[0]) // group_size] = _grid(corrected.T.contiguous(), top)
+        scale, zero = grids[number] = _grid(corrected.T.contiguous(), top)
         own = back.factor[group, group]
         _round_columns(block, corrected, own, scale.float(), zero.float(), top, found, errors[group])
         codes[columns] = found
     scale, zero = (torch.stack([grids[number][part] for number in sorted(grids)], 1) for part in range(2))
     sse = sum(part.double().square().sum().item() for part in errors.split(_ROWS))
-    return Quantized(pack(codes.T.contiguous(), num_bits), scale, zero, sse / weight.numel())
+    del errors
+    return Quantized(pack(codes.T, num_bits), scale, zero, sse / weight.numel())
 
 
 def _round_columns(

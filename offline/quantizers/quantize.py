@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alphaq_vllm import packing
 from alphaq_vllm.format import PACKED, SCALE, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, ZERO, matrix_tensors
-from alphaq_vllm.packing import pack
 from offline.quantizers import native
 from offline.quantizers.grids import GRIDS
 from offline.quantizers.groups import FindGrid, Groups, normalize, quantize_groups
@@ -18,6 +18,8 @@ QUANTIZERS = (*GRIDS, "gptq")
 _NATIVE = ("mse", "gptq")
 # Weights searched at a time: what keeps the disturbed copies in a CPU's cache, and a GPU busy.
 CPU_CHUNK, GPU_CHUNK = 2**16, 2**22
+# Rows that are packed or unpacked together.
+_PACKED_ROWS = 256
 # ``quantization_mse`` quantizes about this many groups, and no fewer rows.
 SAMPLED_GROUPS, SAMPLED_ROWS = 4096, 64
 
@@ -34,6 +36,17 @@ class Quantized:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The stored tensors of the matrix ``name``, by their names."""
         return {f"{name}.{PACKED}": self.packed, f"{name}.{SCALE}": self.scale, f"{name}.{ZERO}": self.zero_point}
+
+    def dequantize(self, num_bits: int) -> Tensor:
+        """The matrix that is stored, ``[out_features, in_features]`` float32, in little more memory than that."""
+        parts = (tensor.split(_PACKED_ROWS) for tensor in (self.packed, self.scale, self.zero_point))
+        stored = zip(*parts, strict=True)
+        return torch.cat([packing.dequantize(packed, scale, zero, num_bits) for packed, scale, zero in stored])
+
+
+def pack(codes: Tensor, num_bits: int) -> Tensor:
+    """``packing.pack`` of a matrix of codes, ``[out_features, in_features]``, in little more memory than the result."""
+    return torch.cat([packing.pack(some.contiguous(), num_bits) for some in codes.split(_PACKED_ROWS)])
 
 
 def quantize(weight: Tensor, num_bits: int, group_size: int, quantizer: str = "mse") -> Quantized:
@@ -53,7 +66,7 @@ def quantize(weight: Tensor, num_bits: int, group_size: int, quantizer: str = "m
     parts: list[tuple[Tensor, ...]] = []
     for rows, groups in chunks(weight, group_size):
         codes, scale, zero, sse = quantize_groups(groups, 2**num_bits - 1, find_grid)
-        parts.append((pack(codes.view(rows.shape), num_bits), scale, zero))
+        parts.append((packing.pack(codes.view(rows.shape), num_bits), scale, zero))
         error += sse
     packed, scale, zero = (
         torch.cat(tensors).view(spec.shape)
@@ -123,8 +136,12 @@ def _find_grid(quantizer: str) -> FindGrid:
     return GRIDS[quantizer]
 
 
+def _rows_at_a_time(like: Tensor, columns: int) -> int:
+    """The rows of so many columns that are worked on together, on the device of ``like``."""
+    return max(1, (CPU_CHUNK if like.device.type == "cpu" else GPU_CHUNK) // columns)
+
+
 def chunks(weight: Tensor, group_size: int) -> Iterator[tuple[Tensor, Groups]]:
     """Groups of as many whole rows at a time as are searched quickly, with those rows."""
-    size = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
-    for rows in weight.split(max(1, size // weight.shape[1])):
+    for rows in weight.split(_rows_at_a_time(weight, weight.shape[1])):
         yield rows, normalize(rows.float().reshape(-1, group_size))

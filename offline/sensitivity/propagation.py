@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphaq_vllm import packing
 from offline.journal import Journal
 from offline.model.decoder import Decoder
 from offline.model.formula import Formula
@@ -148,8 +147,7 @@ def expert_gains(
     gains = []
     for place, weight in enumerate(weights):
         quantized = quantize(weight, NUM_BITS, group_size, QUANTIZER)
-        changed = packing.dequantize(quantized.packed, quantized.scale, quantized.zero_point, NUM_BITS)
-        outputs = error(place, weight, changed) * topk_weights[:, None]
+        outputs = error(place, weight, quantized.dequantize(NUM_BITS)) * topk_weights[:, None]
         squared = float((outputs if back is None else outputs @ back.T).double().square().sum())
         gains.append(squared / quantized.mse if quantized.mse else 0.0)
     return gains
