@@ -57,7 +57,8 @@ _SETTINGS = {
         "sliding_window_size": 128, "add_swa_attention_sink_bias": True,
     },
 }  # fmt: skip
-_KEYS = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
+# What those of Ling, Ring and Sarvam call it, by transformers' names.
+KEYS = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
 _CODE = """
 from transformers import PretrainedConfig
 
@@ -76,7 +77,7 @@ def publish(model_type, tensors, config):
         # Its router has no correction.
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("e_score_correction_bias")}
     else:
-        config = {_KEYS.get(key, key): value for key, value in config.items()}
+        config = {KEYS.get(key, key): value for key, value in config.items()}
         if model_type != "sarvam_mla":
             tensors = _bailing(model_type, tensors)
     return tensors, {**config, **_SETTINGS[model_type]}
