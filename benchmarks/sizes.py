@@ -3,8 +3,8 @@
     python -m benchmarks.sizes
 
 Computed from the numbers of their published configs, without any download. A size is that of all tensors of the
-checkpoint: codes, scales and zero points of the routed experts, and 16 bits for each other parameter, with layers for
-multi-token prediction and what sees images, where the checkpoint has them.
+checkpoint: codes, scales and zero points of the routed experts, and 16 bits for each other parameter, with what sees
+images, where the checkpoint has it. The experts of layers for multi-token prediction have their default width.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from alphaq_vllm.format import SUPPORTED_GROUP_SIZES, stored_bits_per_weight
 from alphaq_vllm.ranks import fitting_ranks
+from offline.operations.options import ConvertOptions
 
 BITS = (4.0, 3.5, 3.0, 2.5)
 # The most ranks that the table asks about, powers of two.
@@ -23,9 +24,9 @@ MAX_RANKS = 16
 class Model:
     """A published checkpoint.
 
-    layers: those with routed experts, of which layers for multi-token prediction are not part, since they stay as they
-    are; num_heads: of attention; num_parameters: of the whole checkpoint, with everything that is stored, but without
-    scales where it is quantized.
+    layers: those with routed experts, but for layers for multi-token prediction; num_heads: of attention;
+    num_parameters: of the whole checkpoint, with everything that is stored, but without scales where it is quantized;
+    draft_layers: those for multi-token prediction, each with routed experts.
     """
 
     name: str
@@ -35,11 +36,16 @@ class Model:
     intermediate_size: int
     num_heads: int
     num_parameters: int
+    draft_layers: int = 0
 
     @property
     def num_expert_weights(self) -> int:
         """Weights of the routed experts: gate, up and down."""
-        return self.layers * self.num_experts * 3 * self.hidden_size * self.intermediate_size
+        return self.layers * self._layer_weights
+
+    @property
+    def _layer_weights(self) -> int:
+        return self.num_experts * 3 * self.hidden_size * self.intermediate_size
 
     @property
     def group_size(self) -> int:
@@ -48,8 +54,10 @@ class Model:
 
     def nbytes(self, bits: float, group_size: int) -> int:
         """All tensors with experts of ``bits`` on average in groups of ``group_size``."""
-        others = self.num_parameters - self.num_expert_weights
-        return round(self.num_expert_weights * stored_bits_per_weight(bits, group_size) / 8) + 2 * others
+        experts, drafts = self.num_expert_weights, self.draft_layers * self._layer_weights
+        stored = experts * stored_bits_per_weight(bits, group_size)
+        stored += drafts * stored_bits_per_weight(ConvertOptions.mtp_bits, group_size)
+        return round(stored / 8) + 2 * (self.num_parameters - experts - drafts)
 
     @property
     def max_ranks(self) -> int:
@@ -69,11 +77,11 @@ MODELS = (
     Model("Phi-3.5-MoE", 32, 16, 4096, 6400, 32, 41_873_153_344),
     Model("Mixtral-8x7B", 32, 8, 4096, 14336, 32, 46_702_792_704),
     Model("Llama-4-Scout", 48, 16, 5120, 8192, 40, 108_641_793_536),
-    Model("GLM-4.5-Air", 45, 128, 4096, 1408, 96, 110_468_824_832),
+    Model("GLM-4.5-Air", 45, 128, 4096, 1408, 96, 110_468_824_832, draft_layers=1),
     Model("gpt-oss-120b", 36, 128, 2880, 2880, 64, 116_829_156_672),
     Model("MiniMax-M2", 62, 256, 3072, 1536, 48, 228_689_764_864),
     Model("Qwen3-235B-A22B", 94, 128, 4096, 1536, 64, 235_093_634_560),
-    Model("DeepSeek-V3", 58, 256, 7168, 2048, 128, 684_489_845_504),
+    Model("DeepSeek-V3", 58, 256, 7168, 2048, 128, 684_489_845_504, draft_layers=1),
 )
 
 

@@ -54,6 +54,11 @@ def _text(result: Mapping[str, Any]) -> str:
         f"source:     {format_bytes(result['size'])} in {result['files']} files; {result['layers']} layers of "
         f"{result['experts']} experts, {result['matrices']} expert matrices of {result['expert_weights'] / 1e9:.3g} "
         "billion weights",
+        *(
+            [f"to draft:   {result['drafts']} expert matrices more, at {result['draft_bits']} bits by default"]
+            if result["drafts"]
+            else []
+        ),
         f"groups:     {result['group_size']} columns"
         + ("" if result["group_size"] == 128 else f": convert with --group-size {result['group_size']}"),
         "",

@@ -76,6 +76,7 @@ __all__ = [
     "local_expert_ids",
     "logger",
     "maybe_make_prepare_finalize",
+    "num_decoder_layers",
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
     "set_weight_attrs",
@@ -187,6 +188,11 @@ def weights_asked_for() -> AskedWeights:
             return AskedWeights(str(load.load_format), getattr(model, "model_weights", ""))
         frame = frame.f_back
     return AskedWeights()
+
+
+def num_decoder_layers() -> int:
+    """The number of layers of the model that vLLM serves, while it makes that or the one that drafts for it."""
+    return int(get_current_vllm_config().model_config.hf_text_config.num_hidden_layers)
 
 
 def weight_loader(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:

@@ -194,9 +194,13 @@ class AlphaQConfig(QuantizationConfig):
         Some of vLLM's models name a layer's block otherwise than they load it: MiniMax-M2 has ``mlp`` for
         ``block_sparse_moe``. Raises ValueError if the bit map has something else in the same layer.
         """
+        from alphaq_vllm.plugin.drafts import draft_module
+
         layer = re.match(r".*\blayers\.\d+\.", prefix)
         if prefix in self.num_bits or not layer:
             return prefix if prefix in self.num_bits else None
+        if (draft := draft_module(prefix, self.num_bits)) is not None:
+            return draft
         others = [module for module in self.num_bits if module.startswith(layer.group())]
         if not others:
             return None

@@ -11,11 +11,12 @@ from typing import Any
 from alphaq_vllm.format import LINEAR_BITS, SUPPORTED_GROUP_SIZES, stored_bits_per_weight
 from offline.model.check import check_source
 from offline.model.runnable import can_run
+from offline.operations.options import ConvertOptions
 from offline.operations.plan import Job
 from offline.operations.serving import Gpus, cache_bytes_per_token, divide, parse_gpus
 from offline.operations.timing import seconds_without_weights
 from offline.source.checkpoint import Checkpoint, open_checkpoint
-from offline.source.families import find_experts
+from offline.source.families import find_drafts, find_experts
 from offline.source.hub import NAME
 from offline.source.linear import choose_formats, find_linear_layers
 from offline.source.outline import outline
@@ -101,21 +102,24 @@ def _named(error: Exception, directory: Path, model: str) -> str:
 
 
 def _job(model: str, source: Checkpoint, group_size: int | None, linear_bits: int) -> Job:
-    """What would be converted. Raises ValueError for what cannot be."""
+    """What would be converted, layers that draft to their default width. Raises ValueError for what cannot be."""
     experts = find_experts(source)
     check_source(source, experts)
+    drafts = dict.fromkeys(find_drafts(source).matrices, ConvertOptions.mtp_bits)
+    matrices = (*experts.matrices, *drafts)
     if group_size is None:
-        sizes = {matrix.shape[1] for matrix in experts.matrices}
+        sizes = {matrix.shape[1] for matrix in matrices}
         group_size = max((g for g in SUPPORTED_GROUP_SIZES if all(n % g == 0 for n in sizes)), default=128)
-    check_group_size(group_size, experts.matrices)
+    check_group_size(group_size, matrices)
     layers = find_linear_layers(source, experts) if linear_bits < 16 else []
     linear = choose_formats(layers, linear_bits, group_size)
-    return Job(model, source, experts, group_size, workers=choose_workers(None, experts.numel), linear=linear)
+    workers = choose_workers(None, experts.numel)
+    return Job(model, source, experts, group_size, workers=workers, linear=linear, drafts=drafts)
 
 
 def _describe(job: Job, bits: float, gpus: Gpus | None) -> dict[str, Any]:
     experts, source = job.experts, job.source
-    matrix = experts.matrices[0]
+    matrix, numel = experts.matrices[0], experts.numel + sum(matrix.numel for matrix in job.drafts)
     return {
         "model_type": experts.model_type,
         "read_like": taken_for(source),
@@ -126,11 +130,13 @@ def _describe(job: Job, bits: float, gpus: Gpus | None) -> dict[str, Any]:
         "experts": experts.num_experts,
         "matrices": len(experts.matrices),
         "expert_weights": experts.numel,
+        "drafts": len(job.drafts),
+        "draft_bits": next(iter(job.drafts.values()), 16),
         "group_size": job.group_size,
         "bits": bits,
         "budgets": [_budget(job, average) for average in sorted({*BUDGETS, bits})],
         "serving": _serving(job, bits, gpus) if gpus else None,
-        "seconds": seconds_without_weights(matrix.shape[1], experts.numel, bits, job.group_size, job.workers),
+        "seconds": seconds_without_weights(matrix.shape[1], numel, bits, job.group_size, job.workers),
         "workers": job.workers,
     }
 

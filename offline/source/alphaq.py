@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec, TensorSpec, matrix_tensors
 from offline.messages import some
-from offline.source.architectures import MTP, Family, experts_size, num_experts
+from offline.source.architectures import Family, experts_size, num_experts
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix
 from offline.source.linear import stored_linear_layers
@@ -47,8 +47,8 @@ def check_alphaq(checkpoint: Checkpoint) -> dict[ExpertMatrix, int]:
 def _matrices(checkpoint: Checkpoint, family: Family, spec: AlphaQSpec, module: str) -> list[tuple[ExpertMatrix, int]]:
     """The matrices that the config promises in a module, with their widths."""
     projections, where = spec.num_bits[module], f"quantization_config.num_bits.{module}"
-    if family.drafts == MTP and module.startswith(MTP):
-        family = family.under(MTP)
+    if re.fullmatch(family.drafting.module, module):
+        family = family.drafting
     if not re.fullmatch(family.module, module) or set(projections) != set(family.projections):
         raise ValueError(
             f"{where}: expected a module named {family.module} with {', '.join(family.projections)}, "

@@ -22,8 +22,8 @@ _EXPERTS_PER_TOKEN_KEYS = (
 )
 # What transformers and vLLM compute in.
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# Layers for multi-token prediction: what their names begin with where they are not numbered after the decoder's.
-FOLLOWING, MTP = "following", "mtp."
+# Layers for multi-token prediction that are numbered after the decoder's.
+FOLLOWING = "following"
 _MTP_LAYERS_KEYS = ("num_nextn_predict_layers", "num_mtp_modules")
 
 
@@ -36,8 +36,8 @@ class Family:
     fused tensors; individual: whether transformers also reads one tensor per matrix; kept: tensors of a block's experts
     that are not quantized; dense: what stands in place of a block in a layer without experts, where transformers would
     save another name than is published, which vLLM reads; prefixes: what else the names of layers may begin with, for
-    vLLM and transformers to load them; drafts: where layers for multi-token prediction are, ``FOLLOWING`` the decoder's
-    or under ``MTP``, if vLLM's draft model takes their experts quantized; built_as: the type of model that transformers
+    vLLM and transformers to load them; drafts: pattern of the MoE blocks of layers for multi-token prediction, or
+    ``FOLLOWING``, if vLLM's draft model takes their experts quantized; built_as: the type of model that transformers
     builds, if it does not know this one by name; unbuilt: whether transformers cannot tell what a checkpoint must hold,
     because it has the config alone, or saves other names than it loads, or has no causal language model of it;
     own_code: whether the config's code comes with the model, because neither transformers nor vLLM has it, or vLLM
@@ -87,6 +87,11 @@ class Family:
         """The same with names of layers that begin with ``prefix``."""
         return replace(self, block=rf"{re.escape(prefix)}layers\.\d+{self.below_layer}")
 
+    @property
+    def drafting(self) -> Family:
+        """The same with the blocks of layers for multi-token prediction, if these have names of their own."""
+        return self if self.drafts in ("", FOLLOWING) else replace(self, block=self.drafts)
+
     def block_of(self, layer: int | str) -> str:
         """The name of a layer's block."""
         return self.block.replace(r"\d+", str(layer)).replace("\\", "")
@@ -119,6 +124,7 @@ def _below_block(module: str, name: str) -> str:
 
 
 _MLP = Family(r"model\.layers\.\d+\.mlp")
+_MTP_MLP = r"mtp\.layers\.\d+\.mlp"
 _MLP_AND_DRAFTS = replace(_MLP, drafts=FOLLOWING)
 # Serving reads either, because models that also see are published with the longer names.
 _TEXT_OF_VISION = replace(_MLP, prefixes=("model.language_model.",))
@@ -142,35 +148,41 @@ _NEMOTRON = Family(
     r"backbone\.layers\.\d+\.mixer",
     projections=("up_proj", "down_proj"),
     fused=FusedLayout(gate_up="experts.up_proj"),
+    drafts=r"mtp\.layers\.\d+\.mixer",
 )
-_NEMOTRON_OMNI = replace(_NEMOTRON, block=rf"language_model\.{_NEMOTRON.block}", unbuilt=True, own_code=True)
+_NEMOTRON_OMNI = replace(_NEMOTRON, block=rf"language_model\.{_NEMOTRON.block}", drafts="", unbuilt=True, own_code=True)
 _GEMMA4 = Family(r"model\.layers\.\d+", individual=False, prefixes=("model.language_model.",))
 
 FAMILIES = {
     "mixtral": _W1_W3_W2,
     "qwen2_moe": _MLP,
     "qwen3_moe": _MLP,
-    "qwen3_next": replace(_MLP, drafts=MTP),
+    "qwen3_next": replace(_MLP, drafts=_MTP_MLP),
     "qwen3_vl_moe": replace(_VISION, fused=FusedLayout(transposed=True), individual=False),
-    "qwen3_5_moe": replace(_VISION, drafts=MTP),
-    "qwen3_5_moe_text": replace(_TEXT_OF_VISION, drafts=MTP),
+    "qwen3_5_moe": replace(_VISION, drafts=_MTP_MLP),
+    "qwen3_5_moe_text": replace(_TEXT_OF_VISION, drafts=_MTP_MLP),
     "qwen3_omni_moe": Family(r"thinker\.model\.layers\.\d+\.mlp", unbuilt=True),
     "olmoe": _MLP,
     "flex_olmo": _MLP,
     "deepseek_v2": _MLP,
     "deepseek_v3": _MLP_AND_DRAFTS,
-    "deepseek_v32": _MLP,
-    "deepseek_v4": Family(r"layers\.\d+\.ffn", projections=("w1", "w3", "w2"), unbuilt=True),
+    "deepseek_v32": _MLP_AND_DRAFTS,
+    "deepseek_v4": Family(r"layers\.\d+\.ffn", projections=("w1", "w3", "w2"), drafts=r"mtp\.\d+\.ffn", unbuilt=True),
     "kimi_k2": replace(_MLP, built_as="deepseek_v3"),
     "kimi_linear": replace(_W1_W3_W2, dense="mlp"),
     "glm4_moe": _MLP_AND_DRAFTS,
     "glm4_moe_lite": _MLP_AND_DRAFTS,
-    "glm_moe_dsa": _MLP,
+    "glm_moe_dsa": _MLP_AND_DRAFTS,
     "gemma4": replace(_GEMMA4, block=r"model\.language_model\.layers\.\d+", prefixes=()),
     "gemma4_text": _GEMMA4,
     "phimoe": _W1_W3_W2,
     "minimax_m2": _W1_W3_W2,
-    "minimax_m3_vl": replace(_W1_W3_W2, block=rf"language_model\.{_W1_W3_W2.block}", unbuilt=True),
+    "minimax_m3_vl": replace(
+        _W1_W3_W2,
+        block=rf"language_model\.{_W1_W3_W2.block}",
+        drafts=r"language_model\.model\.mtp\.layers\.\d+\.transformer_layer\.block_sparse_moe",
+        unbuilt=True,
+    ),
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
     "granitemoehybrid": _GRANITE,
@@ -195,7 +207,7 @@ FAMILIES = {
     "deepseek": replace(_OWN_CODE, unnamed="self_attn"),
     "bailing_moe": _OWN_CODE,
     "bailing_moe_v2": _OWN_CODE,
-    "bailing_hybrid": _OWN_CODE,
+    "bailing_hybrid": replace(_OWN_CODE, drafts=FOLLOWING),
     "mimo_v2": _OWN_CODE,
     "sarvam_moe": _OWN_CODE,
     "sarvam_mla": _OWN_CODE,

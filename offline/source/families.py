@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from offline.messages import some
-from offline.source.architectures import MTP, Family, experts_size, num_experts, num_layers, text_config
+from offline.source.architectures import Family, experts_size, num_experts, num_layers, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.fused import FusedPart
 from offline.source.quantized.method import READ
@@ -118,9 +118,9 @@ def find_drafts(source: Checkpoint) -> Experts:
     decoder, _ = num_layers(source.config)
     matrices: list[ExpertMatrix] = []
     if family.drafts:
-        own = family.under(family.drafts) if family.drafts == MTP else family
+        own = family.drafting
         for block, names in _blocks(source, own).items():
-            if family.drafts == MTP or _layer(block) >= decoder:
+            if own is not family or _layer(block) >= decoder:
                 matrices += _block_matrices(source, own, block, names, expected)
         check_shapes(matrices, family, source.config)
     return Experts(str(source.config["model_type"]), expected, tuple(matrices))

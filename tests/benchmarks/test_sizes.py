@@ -3,10 +3,14 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from alphaq_vllm import convert
 from benchmarks.sizes import MODELS, Model, gigabytes, table
 from tests.conftest import MODEL
+from tests.offline.conftest import save_tiny_model
+from tests.offline.source.test_families import edit_config, edit_tensors, prediction_layer
 
 DEEPSEEK = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 # Of the published config.json of each model: what its size follows from.
@@ -100,6 +104,7 @@ def test_models_are_those_of_the_published_configs(model):
     experts = sum(n for name, n in found.items() if ".experts." in name and not name.endswith("bias"))
     assert experts == model.num_expert_weights
     total = sum(found.values()) + ROUTER_BIASES.get(model.name, 0)
+    assert model.draft_layers == (model.name in PREDICTION_LAYER)
     if model.name in PREDICTION_LAYER:
         last = f".layers.{config['num_hidden_layers'] - 1}."
         total += sum(n for name, n in found.items() if last in name)
@@ -118,6 +123,19 @@ def test_nbytes_is_what_conversion_writes(bits, group_size, tmp_path):
     (shard,) = (tmp_path / "out").glob("*.safetensors")
     header = int.from_bytes(shard.read_bytes()[:8], "little")
     assert model.nbytes(bits, group_size) == shard.stat().st_size - 8 - header
+
+
+def test_nbytes_has_layers_that_draft_as_conversion_writes_them(tmp_path):
+    source = tmp_path / "source"
+    save_tiny_model("glm4_moe", source)
+    edit_config(source, num_nextn_predict_layers=1)
+    edit_tensors(source, lambda tensors: tensors.update(prediction_layer("model.layers.2")))
+    convert(source, tmp_path / "out", bits=3, mode="uniform", quantizer="mse")
+    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    written = sum(tensor.nbytes for name, tensor in load_file(shard).items() if ".experts." in name)
+    # Of both layers, and nothing else.
+    model = Model("experts of GLM-4.5", 1, 4, 128, 128, 4, 2 * 4 * 3 * 128 * 128, draft_layers=1)
+    assert model.nbytes(3, 128) == written
 
 
 @pytest.mark.parametrize(

@@ -333,10 +333,13 @@ def config_class(model_type):
     return getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
 
 
-def save_tiny_model(model_type, folder):
-    """Write a tiny bfloat16 model of a family, in one file, under its published names."""
+def save_tiny_model(model_type, folder, **others):
+    """Write a tiny bfloat16 model of a family, in one file, under its published names.
+
+    others: options of its config, in place of those here; of a model that does not see or speak.
+    """
     torch.manual_seed(0)
-    options, auto = {**COMMON, **CONFIGS[model_type]}, transformers.AutoModelForCausalLM
+    options, auto = {**COMMON, **CONFIGS[model_type], **others}, transformers.AutoModelForCausalLM
     if "vision_config" in options:
         options, auto = CONFIGS[model_type], transformers.AutoModelForImageTextToText
     elif "thinker_config" in options:
@@ -348,17 +351,17 @@ def save_tiny_model(model_type, folder):
             # transformers makes them zeros.
             torch.nn.init.normal_(bias, std=0.1)
     model.save_pretrained(folder)
-    if model_type in {*PUBLISHED, *WRITTEN_AS}:
-        rename(folder, model_type)
+    rename(folder, model_type)
 
 
 def rename(folder, model_type):
     """Give a model that transformers has written the type and the names under which it is published."""
     weights, settings = folder / "model.safetensors", folder / "config.json"
-    tensors, config = load_file(weights), json.loads(settings.read_bytes())
+    config = json.loads(settings.read_bytes())
     if model_type in PUBLISHED:
-        tensors, config = PUBLISHED[model_type](tensors, config)
+        tensors, config = PUBLISHED[model_type](load_file(weights), config)
         save_file(tensors, weights, {"format": "pt"})
+    # vLLM gives some of transformers' classes another type.
     settings.write_text(json.dumps({**config, "model_type": model_type}))
 
 

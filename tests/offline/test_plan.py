@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from alphaq_vllm import convert, plan
 from tests.offline import hub as stand_in
+from tests.offline.source.test_families import edit_config, edit_tensors, prediction_layer
 
 
 @pytest.fixture
@@ -89,6 +90,23 @@ def test_plan_names_sizes_that_conversion_writes(tiny_model, tmp_path):
     written = sum(tensor.nbytes for tensor in load_file(shard).values())
     assert {row["bits"]: row["size"] for row in result["budgets"]}[3] == written
     assert [row["bits"] for row in result["budgets"]] == [2.5, 3, 3.5, 4]
+
+
+def test_plan_counts_layers_that_draft_as_conversion_writes_them(alphaq, tiny_model, tmp_path):
+    source = shutil.copytree(tiny_model("glm4_moe"), tmp_path / "source")
+    edit_config(source, num_nextn_predict_layers=1)
+    edit_tensors(source, lambda tensors: tensors.update(prediction_layer("model.layers.2")))
+    result = plan(source, bits=3, gpus="24GiB")
+    assert (result["matrices"], result["drafts"], result["draft_bits"]) == (12, 12, 4)
+    convert(source, tmp_path / "out", bits=3, mode="uniform", quantizer="mse")
+    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    assert result["budgets"][1]["size"] == sum(tensor.nbytes for tensor in load_file(shard).values())
+    # What serves without drafting does not hold them.
+    without = plan(tiny_model("glm4_moe"), bits=3, gpus="24GiB")
+    assert result["serving"]["ways"][0]["weights"] == without["serving"]["ways"][0]["weights"]
+    assert without["drafts"] == 0 and without["budgets"][1]["size"] < result["budgets"][1]["size"]
+    assert "to draft:   12 expert matrices more, at 4 bits by default" in alphaq("plan", source)[1]
+    assert "to draft" not in alphaq("plan", tiny_model("glm4_moe"))[1]
 
 
 def test_plan_prints_a_table(alphaq, tiny_model):

@@ -1,102 +1,139 @@
 """Layers for multi-token prediction: vLLM's draft model loads their experts, quantized or as they were."""
 
-import json
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
-from vllm.config import set_current_vllm_config
-from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.model_loader import get_model
+from safetensors.torch import load_file
+from vllm.model_executor.layers.fused_moe import config as layers_config
+from vllm.model_executor.models import registry
 
-from alphaq_vllm import convert, inspect, validate
+from alphaq_vllm import convert, inspect, plan, validate
 from alphaq_vllm import dequantize as dequantize_checkpoint
 from alphaq_vllm.format import PACKED, SCALE, ZERO
 from alphaq_vllm.packing import dequantize
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
-from tests.offline.conftest import COMMON, CONFIGS
-from tests.reliability.loading import one_rank
+from offline.source.architectures import FAMILIES
+from offline.source.checkpoint import open_checkpoint
+from offline.source.families import find_experts
+from tests.plugin.drafting import DRAFTING, check_scales, left, load_both, load_without_device, methods
+from tests.plugin.test_gpu_families import DSA, V4
 
-MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
-SPECULATIVE = {"method": "mtp", "num_speculative_tokens": 1}
-
-
-def save_model(folder):
-    """A DeepSeek-V3 of two layers, and the one for prediction that follows them, made of the second's tensors."""
-    options = {**COMMON, **CONFIGS["deepseek_v3"], **MLA, "topk_method": "noaux_tc"}
-    config = AutoConfig.for_model("deepseek_v3", **options)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    layer, following = "model.layers.1.", "model.layers.2."
-    tensors |= {name.replace(layer, following): t.clone() for name, t in tensors.items() if name.startswith(layer)}
-    hidden, vocab = config.hidden_size, config.vocab_size
-    shapes = {"enorm": (hidden,), "hnorm": (hidden,), "eh_proj": (hidden, 2 * hidden), "embed_tokens": (vocab, hidden)}
-    shapes |= {"shared_head.norm": (hidden,), "shared_head.head": (vocab, hidden)}
-    for name, shape in shapes.items():
-        tensors[f"{following}{name}.weight"] = torch.randn(shape, dtype=torch.bfloat16)
-    save_file(tensors, path, {"format": "pt"})
-    settings = json.loads((folder / "config.json").read_bytes())
-    # In a process that has loaded a DeepSeek-V3.2, vLLM has given the class of the config that type.
-    own = {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1}
-    (folder / "config.json").write_text(json.dumps({**settings, **own}))
-    return tensors
+# vLLM's classes that draft on NVIDIA's GPUs.
+DSA_DRAFT = "vllm.models.deepseek_v32.nvidia.mtp", "DeepseekV32MTP"
+V4_DRAFT = "vllm.models.deepseek_v4.nvidia.mtp", "DeepSeekV4MTP"
+# Those that vLLM serves with kernels of GPUs alone, and its classes there where others are for CPUs.
+ON_GPUS = [
+    ("deepseek_v32", (None, None)), ("deepseek_v32", (DSA, DSA_DRAFT)), ("glm_moe_dsa", (None, None)),
+    ("glm_moe_dsa", (DSA, DSA_DRAFT)), ("deepseek_v4", (V4, V4_DRAFT)), ("nemotron_h", (None, None)),
+    ("minimax_m3_vl", (None, None)),
+]  # fmt: skip
+HERE = sorted(set(DRAFTING) - {model_type for model_type, _ in ON_GPUS})
+# What it makes and does not load: V4's heads are filled up to a number that the kernels have.
+UNUSED = {"deepseek_v4": {"model.layers.2.mtp_block.attn.attn_sink"}}
+# Those that are published with the experts of a layer in two tensors too.
+FUSED = ("qwen3_5_moe", "qwen3_5_moe_text")
+# Modules that vLLM's code for models that see imports, and does not need to load weights.
+TORCHVISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2")
 
 
-def methods(model):
-    return {type(m.quant_method) for m in model.modules() if type(m).__name__ == "RoutedExperts"}
+@pytest.fixture(autouse=True)
+def modules_apart(tmp_path, monkeypatch):
+    """transformers copies code before it runs it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
-def load_both(checkpoint, folder):
-    """vLLM's model of a checkpoint, and the one that drafts for it."""
-    arguments = EngineArgs(
-        str(checkpoint), quantization="alphaq", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True,
-        speculative_config=SPECULATIVE,
-    )  # fmt: skip
-    config = arguments.create_engine_config()
-    with one_rank(folder), set_current_vllm_config(config):
-        model = get_model(vllm_config=config)
-        draft = get_model(vllm_config=config, model_config=config.speculative_config.draft_model_config)
-    return model, draft
+@pytest.fixture
+def sight(monkeypatch):
+    """Stand-ins for what vLLM's models that see import, where it is not."""
+    if find_spec(TORCHVISION[0]) is None:
+        for name in TORCHVISION:
+            monkeypatch.setitem(sys.modules, name, MagicMock(__path__=[], __spec__=None))
+        # vLLM looks at a class in another process before it builds one.
+        monkeypatch.setattr(registry, "_run_in_subprocess", lambda look: look())
 
 
-def test_layers_that_draft_load_quantized(tmp_path):
-    source, checkpoint = tmp_path / "source", tmp_path / "checkpoint"
-    tensors = save_model(source)
-    summary = convert(source, checkpoint, bits=3, noise="measured", quantizer="mse", mtp_bits=5)
-    assert (summary.matrices, summary.drafts, summary.draft_bits, summary.bits) == (12, 12, 5, 3)
+def converted(model_type, folder, **options):
+    """A checkpoint of a tiny model that drafts, in default widths, and its tensors."""
+    source, checkpoint = folder / "source", folder / "checkpoint"
+    DRAFTING[model_type].write(model_type, source, **options)
+    summary = convert(source, checkpoint, bits=3, quantizer="mse")
+    matrices = 4 * len(FAMILIES[model_type].projections)
+    assert (summary.drafts, summary.draft_bits, summary.bits) == (matrices, 4, 3)
+    (weights,) = checkpoint.glob("*.safetensors")
+    return checkpoint, load_file(weights)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fused"), [*((name, False) for name in HERE), *((name, True) for name in FUSED)]
+)
+def test_layers_that_draft_load_quantized(model_type, fused, tmp_path, sight):
+    checkpoint, stored = converted(model_type, tmp_path, fused=fused)
     model, draft = load_both(checkpoint, tmp_path)
     assert methods(model) == methods(draft) == {AlphaQMoEMethod}
+    check_scales(draft, stored, DRAFTING[model_type].module, FAMILIES[model_type].projections)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="attention on GPUs is not made for tiny sizes")
+@pytest.mark.parametrize(("model_type", "places"), ON_GPUS)
+def test_vllm_on_gpus_loads_layers_that_draft(model_type, places, tmp_path, monkeypatch, sight, stand_ins):
+    if model_type == "nemotron_h":
+        # vLLM refuses layers without a gate on CPUs.
+        monkeypatch.setattr(layers_config, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
+    if model_type == "deepseek_v4":
+        # Which kernel multiplies by `wo_a` in fp8, by the GPU.
+        monkeypatch.setattr("vllm.models.deepseek_v4.nvidia.flashmla.compute_fp8_einsum_recipe", lambda: (None, False))
+    checkpoint, stored = converted(model_type, tmp_path)
+    model, draft = load_without_device(checkpoint, tmp_path, places)
+    assert methods(model) == methods(draft) == {AlphaQMoEMethod}
+    assert left(draft) == UNUSED.get(model_type, set())
+    check_scales(draft, stored, DRAFTING[model_type].module, FAMILIES[model_type].projections)
+
+
+def test_every_family_with_drafts_is_tried():
+    assert set(DRAFTING) == {model_type for model_type, family in FAMILIES.items() if family.drafts}
+
+
+def test_the_other_commands_know_layers_that_draft(tmp_path):
+    source, checkpoint, plain = tmp_path / "source", tmp_path / "checkpoint", tmp_path / "plain"
+    tensors = DRAFTING["deepseek_v3"].write("deepseek_v3", source)
+    # By GPTQ where the model runs: what drafts is quantized by itself.
+    convert(source, checkpoint, bits=3, calibration_tokens=512, mtp_bits=5)
+    errors = validate(checkpoint, source=source)["errors"]
+    assert sum(error["matrices"] for error in errors.values()) == 24
+    seen = inspect(checkpoint)
+    assert (seen["matrices"], seen["bits"], seen["drafts"]) == (12, 3, {5: 12})
+    dequantize_checkpoint(checkpoint, plain)
+    restored = load_file(next(plain.glob("*.safetensors")))
+    assert {name: tensor.shape for name, tensor in restored.items()} == {n: t.shape for n, t in tensors.items()}
     stored = load_file(next(checkpoint.glob("*.safetensors")))
-    (experts,) = (module for module in draft.modules() if type(module).__name__ == "RoutedExperts")
-    module = "model.layers.2.mlp.experts"
     for expert in range(4):
-        for projection, got in zip(("gate_proj", "up_proj"), experts.w13_weight_scale[expert], strict=True):
-            assert torch.equal(got, stored[f"{module}.{expert}.{projection}.weight_scale"])
-        assert torch.equal(experts.w2_weight_scale[expert, 0], stored[f"{module}.{expert}.down_proj.weight_scale"])
-        name = f"{module}.{expert}.down_proj"
+        name = f"model.layers.2.mlp.experts.{expert}.down_proj"
         weight = dequantize(*(stored[f"{name}.{suffix}"] for suffix in (PACKED, SCALE, ZERO)), 5)
         error = (weight - tensors[f"{name}.weight"]).square().mean() / tensors[f"{name}.weight"].square().mean()
         assert error < 0.003
 
 
-def test_the_other_commands_know_layers_that_draft(tmp_path):
-    source, checkpoint, plain = tmp_path / "source", tmp_path / "checkpoint", tmp_path / "plain"
-    tensors = save_model(source)
-    # By GPTQ where the model runs: what drafts is quantized by itself.
-    convert(source, checkpoint, bits=3, calibration_tokens=512)
-    errors = validate(checkpoint, source=source)["errors"]
-    assert sum(error["matrices"] for error in errors.values()) == 24
-    seen = inspect(checkpoint)
-    assert (seen["matrices"], seen["bits"], seen["drafts"]) == (12, 3, {4: 12})
-    dequantize_checkpoint(checkpoint, plain)
-    restored = load_file(next(plain.glob("*.safetensors")))
-    assert {name: tensor.shape for name, tensor in restored.items()} == {n: t.shape for n, t in tensors.items()}
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "minimax_m3_vl", "nemotron_h"])
+def test_the_other_commands_know_names_below_mtp(model_type, tmp_path):
+    checkpoint, stored = converted(model_type, tmp_path)
+    matrices = 4 * len(FAMILIES[model_type].projections)
+    assert inspect(checkpoint)["drafts"] == {4: matrices}
+    errors = validate(checkpoint, source=tmp_path / "source")["errors"]
+    layers = len(find_experts(open_checkpoint(str(tmp_path / "source"))).modules)
+    assert sum(error["matrices"] for error in errors.values()) == (layers + 1) * matrices
+    sizes = {row["bits"]: row["size"] for row in plan(tmp_path / "source")["budgets"]}
+    assert sizes[3] == sum(tensor.nbytes for tensor in stored.values())
 
 
 def test_layers_that_draft_load_unquantized_beside_a_quantized_model(tmp_path):
     source, checkpoint = tmp_path / "source", tmp_path / "checkpoint"
-    tensors = save_model(source)
+    tensors = DRAFTING["deepseek_v3"].write("deepseek_v3", source)
     assert convert(source, checkpoint, bits=3, noise="measured", quantizer="mse", mtp_bits=16).drafts == 0
     model, draft = load_both(checkpoint, tmp_path)
     assert methods(model) == {AlphaQMoEMethod}
@@ -108,3 +145,9 @@ def test_layers_that_draft_load_unquantized_beside_a_quantized_model(tmp_path):
     # vLLM brings the weights into an order of its own.
     stored = tensors["model.layers.2.mlp.experts.3.down_proj.weight"]
     assert torch.equal(state[name][3].flatten().sort().values, stored.flatten().sort().values)
+
+
+def test_documents_list_the_families():
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    (listed,) = re.findall(r"Their experts\s+are quantized in (.+?): vLLM's class", text, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", listed)) == set(DRAFTING)

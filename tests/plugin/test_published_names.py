@@ -137,13 +137,18 @@ MINIMAX_M3 = {
 }  # fmt: skip
 
 
-def test_minimax_m3(tmp_path):
-    pytest.importorskip("torchvision")
-    save_tiny_model("minimax_m3_vl", tmp_path / "source")
-    settings = json.loads((tmp_path / "source/config.json").read_bytes())
+def save_minimax_m3(folder):
+    """A MiniMax-M3 with the config that is published."""
+    save_tiny_model("minimax_m3_vl", folder)
+    settings = json.loads((folder / "config.json").read_bytes())
     text = {**settings["text_config"], **MINIMAX_M3, "model_type": "minimax_m3_text", "hidden_act": "swigluoai"}
     vision = {**settings["vision_config"], "img_token_compression_config": {}}
-    edit_config(tmp_path / "source", text_config=text, vision_config=vision)
+    edit_config(folder, text_config=text, vision_config=vision)
+
+
+def test_minimax_m3(tmp_path):
+    pytest.importorskip("torchvision")
+    save_minimax_m3(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out", bits=3)
     model, stored = load_all(tmp_path / "out", tmp_path)
     check_experts(model, stored, ("w1", "w3", "w2"))
