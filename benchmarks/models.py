@@ -83,7 +83,7 @@ SERVED = (
     "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "kimi_k2", "glm4_moe_lite", "solar_open", "gemma4_text", "lfm2_moe",
     "granitemoehybrid", "granitemoe_swa", "ernie4_5_moe", "hunyuan_v1_moe", "afmoe", "exaone_moe", "cohere2_moe",
     "mellum", "flex_olmo", "hy_v3", "dots1", "axk1", "gemma4",
-    "qwen3_vl_moe",
+    "qwen3_vl_moe", "qwen3_omni_moe", "deepseek", "bailing_moe", "bailing_moe_v2", "sarvam_moe", "sarvam_mla",
 )  # fmt: skip
 # Those that tests/plugin/test_online_families.py quantizes at load.
 AT_LOAD = (
@@ -91,13 +91,19 @@ AT_LOAD = (
     "granitemoe", "granitemoeshared", "minimax_m2", "nemotron_h", "qwen3_5_moe_text", "kimi_k2", "glm4_moe_lite",
     "gemma4_text", "granitemoehybrid", "granitemoe_swa", "lfm2_moe", "ernie4_5_moe", "hunyuan_v1_moe", "afmoe",
     "exaone_moe", "cohere2_moe", "solar_open", "mellum", "flex_olmo", "hy_v3", "dots1", "deepseek_v32", "glm_moe_dsa",
-    "jamba", "laguna", "mimo_v2_flash", "kimi_linear", "step3p5", "axk1",
+    "jamba", "laguna", "mimo_v2_flash", "kimi_linear", "step3p5", "axk1", "deepseek", "bailing_moe", "bailing_moe_v2",
+    "bailing_hybrid", "mimo_v2", "sarvam_moe", "sarvam_mla",
 )  # fmt: skip
 # Of those that are served, what vLLM's CPU build refuses as published: experts without a gate, and scores by sigmoid
 # without groups.
 ALTERED = ("minimax_m2", "nemotron_h")
-# What else it refuses, also in full precision: attention, state-space layers or scores that only GPUs have.
-REFUSED = ("deepseek_v32", "deepseek_v4", "glm_moe_dsa", "kimi_linear", "jamba", "laguna", "mimo_v2_flash", "step3p5")
+# What else it refuses, also in full precision: attention, norms, state-space layers, scores or experts without a gate
+# that only GPUs have.
+REFUSED = (
+    "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "kimi_linear", "jamba", "laguna", "mimo_v2_flash", "step3p5",
+    "bailing_hybrid", "mimo_v2", "minimax_m3_vl", "step3p7", "dots3_note", "nemotron_h_omni",
+    "NemotronH_Nano_Omni_Reasoning_V3",
+)  # fmt: skip
 # Types in a row.
 _MOST = 10
 

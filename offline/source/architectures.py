@@ -41,7 +41,8 @@ class Family:
     builds, if it does not know this one by name; unbuilt: whether transformers cannot tell what a checkpoint must hold,
     because it has the config alone, or saves other names than it loads, or has no causal language model of it;
     own_code: whether the config's code comes with the model, because neither transformers nor vLLM has it, or vLLM
-    reads more than transformers' class keeps.
+    reads more than transformers' class keeps; unnamed: what in a layer vLLM builds of linear layers without names, so
+    that it cannot ask how they are quantized.
     """
 
     block: str
@@ -55,6 +56,7 @@ class Family:
     built_as: str | None = None
     unbuilt: bool = False
     own_code: bool = False
+    unnamed: str = ""
 
     @property
     def module(self) -> str:
@@ -201,8 +203,8 @@ FAMILIES = {
     "axk1": _MLP,
     "dots3_note": replace(_MLP, unbuilt=True),
     "step3p5": _STEP,
-    "step3p7": replace(_STEP, own_code=True),
-    "deepseek": _OWN_CODE,
+    "step3p7": replace(_STEP, unbuilt=False, own_code=True),
+    "deepseek": replace(_OWN_CODE, unnamed="self_attn"),
     "bailing_moe": _OWN_CODE,
     "bailing_moe_v2": _OWN_CODE,
     "bailing_hybrid": replace(_OWN_CODE, drafts=FOLLOWING),

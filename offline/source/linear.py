@@ -16,6 +16,7 @@ from offline.messages import some
 from offline.source.architectures import num_layers
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import SOURCE_DTYPES, Experts
+from offline.source.recognition import family_of
 
 # Attention, also with latent vectors; shared experts and dense layers; Granite's shared experts; all of Nemotron's;
 # DeepSeek-V4's, without `wo_a`, which vLLM multiplies by its own code.
@@ -57,7 +58,9 @@ def find_linear_layers(source: Checkpoint, experts: Experts) -> list[LinearLayer
     Raises ValueError if there are none, and for impossible shapes and dtypes.
     """
     layers = experts.modules[0].partition("layers.")[0] + "layers."
-    pattern = re.compile(rf"({re.escape(layers)}(\d+)\.(?:{_NAMES}))\.weight")
+    unnamed = family_of(source).unnamed
+    others = rf"(?!{unnamed}\.)" if unnamed else ""
+    pattern = re.compile(rf"({re.escape(layers)}(\d+)\.{others}(?:{_NAMES}))\.weight")
     decoder, _ = num_layers(source.config)
     matches = [match for name in source.tensors if (match := pattern.fullmatch(name)) and int(match[2]) < decoder]
     if not matches:

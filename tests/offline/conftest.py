@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from offline.__main__ import main
+from tests.offline import own_code
 
 COMMON = {
     "vocab_size": 256,
@@ -131,6 +133,9 @@ STEP = {
     "share_expert_dim": 128,
     "head_dim": 32,
     "moe_layers_enum": "1",
+    "sliding_window": 128,
+    # Small enough to matter.
+    "swiglu_limits": [0.0, 0.01],
 }
 AUDIO = {
     "d_model": 64,
@@ -155,7 +160,7 @@ NOTE = {
     "swa_v_head_dim": 32,
     "swa_rope_theta": 10000.0,
 }
-OWN_CODE = ("deepseek", "bailing_moe", "bailing_moe_v2", "bailing_hybrid", "mimo_v2", "sarvam_moe", "sarvam_mla")
+OWN_CODE = tuple(own_code.CONFIGS)
 CONFIGS = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 128},
     "qwen3_moe": {**EXPERTS, "head_dim": 32},
@@ -254,15 +259,15 @@ CONFIGS = {
         "text_config": {**COMMON, **EXPERTS, "head_dim": 32, "moe_intermediate_size": 256},
         "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]},
     },
-    **{model_type: {**EXPERTS, "head_dim": 32} for model_type in OWN_CODE},
+    **own_code.CONFIGS,
     "llama": {},
 }
 # Families that the converter cannot run: see ``why_not``.
-WEIGHTS_ONLY = (*OWN_CODE, *NEMOTRON_OMNI, "deepseek_v4", "minimax_m3_vl", "step3p5", "step3p7", "qwen3_omni_moe",
+WEIGHTS_ONLY = (*OWN_CODE, *NEMOTRON_OMNI, "deepseek_v4", "minimax_m3_vl", "step3p5", "qwen3_omni_moe",
                 "dots3_note")  # fmt: skip
 # Types of model that transformers does not know, and one whose tensors have the same names.
 WRITTEN_AS = {"kimi_k2": "deepseek_v3", "step3p5": "step3p7", "dots3_note": "deepseek_v32",
-              **dict.fromkeys(NEMOTRON_OMNI, "nemotron_h"), **dict.fromkeys(OWN_CODE, "qwen3_moe")}  # fmt: skip
+              **dict.fromkeys(NEMOTRON_OMNI, "nemotron_h"), **own_code.WRITTEN_AS}  # fmt: skip
 
 
 def _deepseek_v4(tensors, config):
@@ -319,7 +324,8 @@ def _dots3_note(tensors, config):
 PUBLISHED = {"deepseek_v4": _deepseek_v4, "kimi_linear": _dense, "minimax_m3_vl": _dense,
              "qwen3_omni_moe": _qwen3_omni, "qwen3_vl_moe": transposed,
              "step3p5": _step3p5, "dots3_note": _dots3_note,
-             **dict.fromkeys(NEMOTRON_OMNI, _nemotron_omni)}  # fmt: skip
+             **dict.fromkeys(NEMOTRON_OMNI, _nemotron_omni),
+             **{name: partial(own_code.publish, name) for name in OWN_CODE}}  # fmt: skip
 
 
 def config_class(model_type):
@@ -345,6 +351,11 @@ def save_tiny_model(model_type, folder, **others):
             # transformers makes them zeros.
             torch.nn.init.normal_(bias, std=0.1)
     model.save_pretrained(folder)
+    rename(folder, model_type)
+
+
+def rename(folder, model_type):
+    """Give a model that transformers has written the type and the names under which it is published."""
     weights, settings = folder / "model.safetensors", folder / "config.json"
     config = json.loads(settings.read_bytes())
     if model_type in PUBLISHED:
@@ -357,8 +368,13 @@ def save_tiny_model(model_type, folder, **others):
 def publish(folder, settings):
     """Write settings into the config of a model, also into parts of it."""
     config = json.loads((folder / "config.json").read_bytes())
-    parts = {key: {**config[key], **own} for key, own in settings.items() if isinstance(own, dict) and key in config}
-    (folder / "config.json").write_text(json.dumps({**config, **settings, **parts}))
+    (folder / "config.json").write_text(json.dumps(_with(config, settings)))
+
+
+def _with(config, settings):
+    parts = {key: _with(config[key], own) for key, own in settings.items()
+             if isinstance(own, dict) and isinstance(config.get(key), dict)}  # fmt: skip
+    return {**config, **settings, **parts}
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from alphaq_vllm.format import PACKED, SCALE, SHARD_IDS, ZERO
 from offline.source.architectures import FAMILIES, experts_size
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts, load_matrix
+from tests.offline.conftest import STEP
 from tests.offline.model.whole import whole_model
 
 
@@ -32,6 +33,9 @@ def activate(model_type, source, matrices, products):
     gate, up = products
     if model_type.startswith("gemma4"):
         return F.gelu(gate, approximate="tanh") * up
+    if model_type.startswith("step3p"):
+        limit = STEP["swiglu_limits"][1]
+        return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
     if model_type == "minimax_m3_vl":
         return swiglu_oai(gate, up)
     if model_type != "gpt_oss":

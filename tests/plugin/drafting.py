@@ -110,8 +110,7 @@ def save_bailing_hybrid(folder):
     """A Ling-2.5 with code for its config, which keeps all that is written there, as the published code does."""
     save_tiny_model("bailing_hybrid", folder)
     path = folder / "model.safetensors"
-    tensors = {name.replace("embed_tokens", "word_embeddings"): t for name, t in load_file(path).items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if ".self_attn." not in name}
+    tensors = {name: tensor for name, tensor in load_file(path).items() if ".attention." not in name}
     for layer in range(2):
         shapes = _named(f"model.layers.{layer}.attention", **_LATENT)
         tensors |= {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}

@@ -20,6 +20,7 @@ import alphaq_vllm
 from alphaq_vllm import convert
 from benchmarks.models import AT_LOAD
 from tests.conftest import MODEL
+from tests.offline import own_code
 from tests.offline.conftest import PUBLISHED as RENAMED
 from tests.offline.conftest import publish, save_tiny_model
 from tests.plugin.test_gpu_families import PUBLISHED
@@ -79,11 +80,17 @@ def test_loading_quantizes_to_what_conversion_writes(model_type, tmp_path, monke
     save = save_tiny_model if model_type in RENAMED else save_model
     save(model_type, source)
     publish(source, SETTINGS.get(model_type, {}))
+    options = {}
+    if model_type in own_code.CONFIGS:
+        # transformers copies the code of a config before it runs it.
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        own_code.add_config_code(source)
+        options = {"trust_remote_code": True}
     convert(source, tmp_path / "out", bits=3.5, group_size=64, noise="expert", quantizer="mse")
     overrides = {"quantization_config": {"quant_method": "alphaq", "bits": 3.5, "group_size": 64}}
     # First, because vLLM changes transformers' PhiMoE in a process that has loaded it, and the check needs it as it is.
-    loaded = dict(load(source, hf_overrides=overrides)[0].named_parameters())
-    expected = dict(load(tmp_path / "out")[0].named_parameters())
+    loaded = dict(load(source, hf_overrides=overrides, **options)[0].named_parameters())
+    expected = dict(load(tmp_path / "out", **options)[0].named_parameters())
     assert all(name.endswith((".w13_weight", ".w2_weight")) for name in loaded.keys() ^ expected.keys())
     assert sum(name.endswith("_packed") for name in expected) >= 2
     for name, parameter in expected.items():

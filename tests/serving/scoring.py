@@ -1,6 +1,7 @@
 """What vLLM makes of a prompt, without a server: for processes that end with it."""
 
 import os
+from pathlib import Path
 
 PROMPT = list(range(3, 63))
 
@@ -28,3 +29,11 @@ def score_without_gate(model, arguments):
     if config.current_platform.is_cpu():
         config.current_platform = SimpleNamespace(is_cuda_alike=lambda: True, is_xpu=lambda: False)
     return score(model, arguments)
+
+
+def score_with_code(model, arguments):
+    """The same of a model with code of its own, which transformers copies before it runs it."""
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.HF_MODULES_CACHE = str(Path(model).parent / "modules")
+    return score(model, {**arguments, "trust_remote_code": True})

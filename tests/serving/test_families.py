@@ -10,8 +10,9 @@ from benchmarks.models import SERVED
 from offline.source import architectures
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts
-from tests.offline.conftest import COMMON, CONFIGS, WRITTEN_AS, publish, transposed
-from tests.serving.scoring import PROMPT, score, score_without_gate
+from tests.offline import own_code
+from tests.offline.conftest import COMMON, CONFIGS, WRITTEN_AS, publish, rename, transposed
+from tests.serving.scoring import PROMPT, score, score_with_code, score_without_gate
 
 ON_GPU = torch.cuda.is_available()
 # What vLLM's kernels for latent attention ask for.
@@ -44,6 +45,13 @@ PUBLISHED = {
     "axk1": {"topk_method": "noaux_tc"},
     "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
     "hy_v3": {"expert_hidden_dim": 128, "route_norm": True, "qk_norm": True},
+    "qwen3_omni_moe": {
+        "thinker_config": {
+            "text_config": {"tie_word_embeddings": False},
+            # Of 48 by 48 patches.
+            "vision_config": {"image_size": 768, "apply_vit_abs_pos_embed": True},
+        }
+    },
 }
 # What vLLM makes for a model and does not use, but misses where it is not stored in full precision.
 UNUSED = {"axk1": {"model.layers.0.post_mlp_layernorm.weight": torch.ones(128)}}
@@ -51,12 +59,12 @@ UNUSED = {"axk1": {"model.layers.0.post_mlp_layernorm.weight": torch.ones(128)}}
 VLLM_ALONE = (
     "deepseek_v2", "deepseek_v3", "llama4", "minimax_m2", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "kimi_k2",
     "glm4_moe_lite", "granitemoehybrid", "afmoe", "ernie4_5_moe", "lfm2_moe", "axk1",
-    "qwen3_vl_moe", "gemma4",
+    "qwen3_vl_moe", "gemma4", "qwen3_omni_moe", *own_code.CONFIGS,
 )  # fmt: skip
 # vLLM's kernels for linear attention on CPUs take nothing else.
 BFLOAT16 = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
 # vLLM's code for models that see imports torchvision. These are asked in text alone.
-TORCHVISION = ("llama4", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "gemma4")
+TORCHVISION = ("llama4", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "gemma4", "qwen3_omni_moe")
 ALWAYS = ("mixtral", "qwen2_moe", "deepseek_v2", "olmoe", "gpt_oss")
 
 
@@ -75,6 +83,9 @@ def save_model(model_type, folder):
     if "text_config" in options:
         options, auto = dict(options), transformers.AutoModelForImageTextToText
         options["text_config"] = {**options["text_config"], **more}
+    elif "thinker_config" in options:
+        thinker, auto = options["thinker_config"], transformers.AutoModelForMultimodalLM
+        options = {**options, "thinker_config": {**thinker, "text_config": {**thinker["text_config"], **more}}}
     else:
         options = {**COMMON, **options, **more}
     config = transformers.AutoConfig.for_model(WRITTEN_AS.get(model_type, model_type), **options)
@@ -90,6 +101,9 @@ def save_model(model_type, folder):
     if model_type in UNUSED:
         tensors = {**load_file(folder / SINGLE), **UNUSED[model_type]}
         save_file(tensors, folder / SINGLE, {"format": "pt"})
+    if model_type in own_code.CONFIGS:
+        rename(folder, model_type)
+        own_code.add_config_code(folder)
     publish(folder, {"model_type": model_type, **PUBLISHED.get(model_type, {})})
 
 
@@ -115,7 +129,8 @@ def test_vllm_gives_the_log_probabilities_of_the_dequantized_model(model_type, v
         arguments["attention_backend"] = "CPU_MLA"
 
     processes = seeing_vllm if model_type in TORCHVISION else vllm
-    by_vllm = score if architectures.FAMILIES[model_type].gated else score_without_gate
+    family = architectures.FAMILIES[model_type]
+    by_vllm = score_with_code if family.own_code else score if family.gated else score_without_gate
 
     def scored_by_vllm(model):
         return torch.tensor(processes.submit(by_vllm, model, arguments).result())

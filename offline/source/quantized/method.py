@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from offline.source.quantized import mimo
 from offline.source.quantized.fp4 import read_deepseek_fp4, read_mxfp4, read_nvfp4, read_packed_fp4
 from offline.source.quantized.fp8 import Fp8Reader
 from offline.source.quantized.joining import Reader
@@ -48,7 +49,10 @@ def find_quantization(config: Mapping[str, Any], modelopt: Mapping[str, Any] | N
         return Quantization(str(declared))
     method = str(declared.get("quant_method"))
     read = _METHODS.get(method.replace("_", "-"))
-    return read(method, declared) if read else Quantization(method)
+    quantization = read(method, declared) if read else Quantization(method)
+    if quantization.readers and config.get("model_type") == mimo.MODEL_TYPE:
+        return replace(quantization, readers=(mimo.shared_attention(config), *quantization.readers))
+    return quantization
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

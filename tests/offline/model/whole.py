@@ -5,6 +5,7 @@ import json
 import torch
 import transformers
 
+from tests.offline import own_code
 from tests.offline.conftest import NEMOTRON_OMNI, PUBLISHED, VISION, WRITTEN_AS, config_class
 
 
@@ -24,6 +25,8 @@ def whole_model(path):
         settings, names = settings["llm_config"], {"key_mapping": {r"^language_model\.": ""}}
         # Its infinity is spelled in a way that transformers understands in whole files alone.
         del settings["time_step_limit"]
+    if own_type in own_code.CONFIGS:
+        settings |= {key: settings[own] for key, own in own_code.KEYS.items() if own in settings}
     if own_type in {*WRITTEN_AS, *PUBLISHED}:
         config = config_class(WRITTEN_AS.get(own_type, own_type))(**settings)
     model = auto.from_pretrained(path, config=config, dtype=torch.float32, experts_implementation="eager", **names)

@@ -17,6 +17,7 @@ FIRST_LAYER_DENSE = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "kimi_linear", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
     "lfm2_moe", "jamba", "ernie4_5_moe", "hy_v3", "afmoe", "exaone_moe", "dots1", "mimo_v2_flash", "laguna", "axk1",
     "minimax_m3_vl", "step3p5", "step3p7", "dots3_note",
+    "deepseek", "bailing_moe_v2", "mimo_v2", "sarvam_moe", "sarvam_mla",
 )  # fmt: skip
 
 

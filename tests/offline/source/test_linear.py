@@ -33,6 +33,9 @@ EXPECTED = {
     "gpt_oss": ATTENTION,
     "llama4": ATTENTION | SHARED,
     "llama4_text": ATTENTION | SHARED,
+    # vLLM builds its attention without names.
+    "deepseek": SHARED_EXPERTS,
+    "sarvam_mla": LATENT | {"q_proj"} | SHARED_EXPERTS,
     "deepseek_v4": {"wq_a", "wq_b", "wkv", "wo_b"} | {f"shared_experts.{name}" for name in ("w1", "w2", "w3")},
 }
 BUDGET = {"bits": 3, "noise": "analytic", "quantizer": "mse"}
