@@ -4,8 +4,8 @@ Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 in the form of Chee et al., *QuIP: 2-Bit Quantization of Large Language Models With Guarantees*, arXiv 2307.13304, which
 needs no inverse: the errors of the columns that are done move what the next one is rounded from.
 
-That is greedy, on grids that know nothing of the inputs. So the columns of each group, and then all, are improved as
-``improve`` says.
+That is greedy, on grids that know nothing of the inputs. So the columns of each group are improved as ``improve`` says,
+by what those after them cannot make up for.
 """
 
 from __future__ import annotations
@@ -121,14 +121,12 @@ def sampling_share(inputs: Tensor, products: Tensor, order: Tensor | None = None
     return min(1.0, max(0.0, variance / squared))
 
 
-def gptq(
-    weight: Tensor, back: Feedback, num_bits: int, group_size: int, improvements: int = IMPROVEMENTS, passes: int = 0
-) -> Quantized:
+def gptq(weight: Tensor, back: Feedback, num_bits: int, group_size: int, improvements: int = IMPROVEMENTS) -> Quantized:
     """Quantize a matrix so that its outputs change little: the error of each column is made up for by those after it.
 
     weight: ``[out_features, in_features]``, any floating dtype; back: ``feedback`` of its inputs. The grid of a group
     is searched when its turn comes, for the least squared error of its weights as corrected until then; improvements:
-    how often the group is improved then; passes: how often all groups are, when all have codes.
+    how often the group is improved then.
     Raises ValueError for NaN or Inf and for a width or group size that the format does not have.
     """
     check_matrix(weight, [num_bits], group_size)
@@ -149,24 +147,9 @@ def gptq(
             factor = own.T * back.costs[group]
             errors[group] += improve(columns, factor @ left, factor @ own, improvements)
         done.append(columns)
-    if passes:
-        _improve_all(done, slices, errors, back, passes)
     sse = sum(part.double().square().sum().item() for part in errors.split(_ROWS))
     del errors
     return _stored(done, slices, back, num_bits, sse / weight.numel())
-
-
-def _improve_all(done: Sequence[Columns], slices: Sequence[slice], errors: Tensor, back: Feedback, passes: int) -> None:
-    """Improve all groups in turn, and bring their errors, ``[in_features, out_features]``, up to date."""
-    # What the columns of each group have to bear, after those before it have made up for what they could.
-    left = torch.cat([back.factor[group, group.start :] @ errors[group.start :] for group in reversed(slices)])
-    for _ in range(passes):
-        for columns, group in zip(done, slices, strict=True):
-            factor = back.factor[: group.stop, group]
-            weighted = factor.T * back.costs[: group.stop]
-            change = improve(columns, weighted @ left[: group.stop], weighted @ factor, 1)
-            left[: group.stop].addmm_(factor, change)
-            errors[group] += change
 
 
 def _columns(weight: Tensor, columns: Tensor) -> Tensor:

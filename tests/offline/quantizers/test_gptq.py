@@ -186,7 +186,7 @@ def test_gptq_reports_the_error_of_the_format_s_tensors(num_bits):
 def test_gptq_leaves_its_arguments_alone(rows):
     weight, back = gaussian(rows, 64), feedback(correlated(99, 64), 32)
     before = weight.clone(), back.order.clone(), back.factor.clone(), back.costs.clone()
-    gptq(weight, back, 3, 32, passes=1)
+    gptq(weight, back, 3, 32)
     assert all(map(torch.equal, (weight, back.order, back.factor, back.costs), before))
 
 
@@ -209,13 +209,13 @@ def test_each_improvement_lowers_the_error_of_outputs(num_bits, group_size):
     inputs, weight = correlated(2000, 384), gaussian(70, 384)
     back, hessian = feedback(inputs, group_size), damped_hessian(inputs)
 
-    def error(improvements, passes):
-        quantized = gptq(weight, back, num_bits, group_size, improvements, passes)
+    def error(improvements):
+        quantized = gptq(weight, back, num_bits, group_size, improvements)
         left = (restore(quantized, num_bits) - weight).double()
         assert quantized.mse == pytest.approx(float(left.square().mean()), rel=1e-5)
         return float(((left @ hessian) * left).sum())
 
-    errors = [error(*steps) for steps in ((0, 0), (1, 0), (3, 0), (3, 1), (3, 3))]
+    errors = [error(improvements) for improvements in (0, 1, 3)]
     assert all(later < before for before, later in pairwise(errors))
     # Grids of small groups have little to gain.
     assert errors[2] < {32: 0.99, 128: 0.97}[group_size] * errors[0]
@@ -223,5 +223,5 @@ def test_each_improvement_lowers_the_error_of_outputs(num_bits, group_size):
 
 def test_improvements_leave_constant_groups_exact():
     weight = gaussian(9, 1).expand(9, 128).bfloat16()
-    quantized = gptq(weight, feedback(correlated(400, 128), 32), 3, 32, passes=2)
+    quantized = gptq(weight, feedback(correlated(400, 128), 32), 3, 32)
     assert torch.equal(restore(quantized, 3), weight.float())
