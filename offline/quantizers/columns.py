@@ -57,45 +57,47 @@ class Columns:
 def improve(columns: Columns, gradient: Tensor, own: Tensor, times: int) -> Tensor:
     """Fit the grid and then the codes, so many times, and the grid again.
 
-    gradient: ``[group_size, rows]`` float32, the columns' part of ``H @ E``, where E is the weight less its value; own:
-    ``[group_size, group_size]``, their part of H.
+    gradient: ``[group_size, rows]`` float32, the columns' part of ``H @ E``, which is overwritten; E is the weight less
+    its value; own: ``[group_size, group_size]``, their part of H.
     Returns what is added to E, ``[group_size, rows]``.
     """
     before = columns.values
     for _ in range(times):
-        gradient = gradient + own @ _fit_grid(columns, gradient, own)
-        gradient += own @ _fit_codes(columns, gradient, own)
+        _fit_grid(columns, gradient, own)
+        _fit_codes(columns, gradient, own)
     _fit_grid(columns, gradient, own)
     return before.sub_(columns.values)
 
 
-def _fit_codes(columns: Columns, gradient: Tensor, own: Tensor) -> Tensor:
-    """Choose each code anew, given the others; returns what is added to E."""
+def _fit_codes(columns: Columns, gradient: Tensor, own: Tensor) -> None:
+    """Choose each code anew, given the others."""
     diagonal = own.diagonal()[:, None]
     values = columns.values
     change = torch.empty_like(values)
-    columns.round(values, values + gradient / diagonal, own / diagonal, change)
-    return change
+    columns.round(values, torch.addcdiv(values, gradient, diagonal), own / diagonal, change)
+    gradient.addmm_(own, change)
 
 
-def _fit_grid(columns: Columns, gradient: Tensor, own: Tensor) -> Tensor:
-    """Fit the grid of each row to its codes, where that helps after rounding it; returns what is added to E."""
-    codes, before = columns.codes.float(), columns.values
-    weighted = own @ codes
-    # The least squares of the change ``codes * slope + shift``.
-    a, b, c = (weighted * codes).sum(0), weighted.sum(0), own.sum()
+def _fit_grid(columns: Columns, gradient: Tensor, own: Tensor) -> None:
+    """Fit the grid of each row to its codes, where that helps after rounding it."""
+    codes, scale, zero = columns.codes.float(), columns.scale.float(), columns.zero.float()
+    weighted, one = own @ codes, own.sum(1)
+    # The least squares of the change ``codes * step + shift``.
+    a, b, c = (weighted * codes).sum(0), one @ codes, one.sum()
     p, q = (gradient * codes).sum(0), gradient.sum(0)
     determinant = a * c - b * b
     solvable = determinant > _ROUNDING * a * c
     determinant = torch.where(solvable, determinant, 1.0)
-    step = columns.scale.float() + (p * c - q * b) / determinant
-    start = (a * q - b * p) / determinant - columns.zero.float() * columns.scale.float()
-    scale = step.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(SCALE_DTYPE)
-    zero = (-start / scale.float()).clamp(-LARGEST_ZERO, LARGEST_ZERO).to(ZERO_DTYPE)
-    added = (codes - zero.float()) * scale.float() - before
-    gain = ((2 * gradient - own @ added) * added).sum(0)
+    exact = scale + (p * c - q * b) / determinant
+    start = (a * q - b * p) / determinant - zero * scale
+    new_scale = exact.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(SCALE_DTYPE)
+    new_zero = (-start / new_scale.float()).clamp(-LARGEST_ZERO, LARGEST_ZERO).to(ZERO_DTYPE)
+    step = new_scale.float() - scale
+    shift = zero * scale - new_zero.float() * new_scale.float()
+    gain = 2 * (p * step + q * shift) - (a * step * step + 2 * b * step * shift + c * shift * shift)
     # NaN of what overflows is not better.
-    better = solvable & (step > 0) & (gain > 0)
-    columns.scale = torch.where(better, scale, columns.scale)
-    columns.zero = torch.where(better, zero, columns.zero)
-    return added.neg_().where(better, 0.0)
+    better = solvable & (exact > 0) & (gain > 0)
+    columns.scale = torch.where(better, new_scale, columns.scale)
+    columns.zero = torch.where(better, new_zero, columns.zero)
+    step, shift = step.where(better, 0.0), shift.where(better, 0.0)
+    gradient.sub_(weighted.mul_(step)).addr_(one, shift, alpha=-1)

@@ -10,7 +10,6 @@ by what those after them cannot make up for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,9 @@ IMPROVEMENTS = 3
 DAMPING, DAMPING_GROWTH = 0.03, 10.0
 # Of inputs, and of their products, that are looked at together; and of the blocks of a symmetric matrix.
 _ROWS, _BLOCK = 2048, 512
+# Rows of a group that are improved together, so that a CPU has them in its cache.
+_ROWS_IN_CACHE = 512
+_CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -133,39 +135,42 @@ def gptq(weight: Tensor, back: Feedback, num_bits: int, group_size: int, improve
     top, (out_features, in_features) = 2**num_bits - 1, weight.shape
     # Transposed, a column is contiguous.
     errors = torch.empty(in_features, out_features, device=weight.device)
-    slices = [slice(start, start + group_size) for start in reversed(range(0, in_features, group_size))]
-    done: list[Columns] = []
-    for group in slices:
-        block = _columns(weight, back.order[group])
-        corrected = torch.addmm(block, back.factor[group, group.stop :], errors[group.stop :])
-        columns = Columns(torch.empty_like(block, dtype=torch.uint8), *_grid(corrected.T.contiguous(), top), top)
-        own, moved = back.factor[group, group], corrected - block
-        columns.round(block, corrected, own, errors[group])
-        if improvements:
-            # Columns before the group will make up for what they can of its errors: the rest counts.
-            left = moved.addmm_(own, errors[group])
-            factor = own.T * back.costs[group]
-            errors[group] += improve(columns, factor @ left, factor @ own, improvements)
-        done.append(columns)
+    codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
+    grids = {}
+    for start in reversed(range(0, in_features, group_size)):
+        group = slice(start, start + group_size)
+        order = back.order[group]
+        first = int(order.min())
+        block = weight[:, first : first + group_size].float().T.contiguous()[order - first]
+        moved = back.factor[group, group.stop :] @ errors[group.stop :]
+        own, costs = back.factor[group, group], back.costs[group]
+        rows = _ROWS_IN_CACHE if weight.device.type == "cpu" else out_features
+        parts = zip(*(tensor.split(rows, 1) for tensor in (block, moved, errors[group])), strict=True)
+        done = [_round(one, by, into, own, costs, top, improvements) for one, by, into in parts]
+        codes[order] = torch.cat([columns.codes for columns in done], 1)
+        grids[first] = [torch.cat([getattr(columns, name) for columns in done]) for name in ("scale", "zero")]
+    scale, zero = (torch.stack([grids[first][part] for first in sorted(grids)], 1) for part in range(2))
     sse = sum(part.double().square().sum().item() for part in errors.split(_ROWS))
     del errors
-    return _stored(done, slices, back, num_bits, sse / weight.numel())
+    return Quantized(pack(codes.T, num_bits), scale, zero, sse / weight.numel())
 
 
-def _columns(weight: Tensor, columns: Tensor) -> Tensor:
-    """Columns of one group in an order, each contiguous: ``[group_size, out_features]`` float32."""
-    first = int(columns.min())
-    return weight[:, first : first + len(columns)].float().T.contiguous()[columns - first]
+def _round(
+    block: Tensor, moved: Tensor, errors: Tensor, own: Tensor, costs: Tensor, top: int, improvements: int
+) -> Columns:
+    """Round a group's columns of some rows, and write their errors, ``[group_size, rows]`` as all three.
 
-
-def _stored(done: Sequence[Columns], slices: Sequence[slice], back: Feedback, num_bits: int, mse: float) -> Quantized:
-    codes = torch.empty(len(back.order), len(done[0].scale), dtype=torch.uint8, device=back.order.device)
-    grids = {}
-    for columns, group in zip(done, slices, strict=True):
-        codes[back.order[group]] = columns.codes
-        grids[int(back.order[group].min())] = columns.scale, columns.zero
-    scale, zero = (torch.stack([grids[first][part] for first in sorted(grids)], 1) for part in range(2))
-    return Quantized(pack(codes.T, num_bits), scale, zero, mse)
+    block: the columns; moved: how those after the group move them; own, costs: of ``Feedback``, for these columns.
+    """
+    block, corrected, found = block.contiguous(), block + moved, torch.empty_like(errors, memory_format=_CONTIGUOUS)
+    columns = Columns(torch.empty_like(corrected, dtype=torch.uint8), *_grid(corrected.T.contiguous(), top), top)
+    columns.round(block, corrected, own, found)
+    if improvements:
+        # Columns before the group will make up for what they can of its errors: the rest counts.
+        left, weighted = torch.addmm(moved, own, found), own.T * costs
+        found += improve(columns, weighted @ left, weighted @ own, improvements)
+    errors.copy_(found)
+    return columns
 
 
 def _grid(weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
