@@ -29,6 +29,8 @@ from offline.threads import compute_device, one_thread
 
 # A group's search takes the same time whatever is in it, so few rows tell; so do few tokens.
 _ROWS, _RUNS, _TOKENS = 64, 3, 256
+# Of gptq, which takes less time for each of more rows.
+_GPTQ_ROWS = 512
 # Rows and columns of matrices whose product tells how fast products are.
 _SIDE = 2048
 
@@ -101,7 +103,7 @@ def seconds_without_weights(columns: int, numel: int, bits: float, group_size: i
 def _gptq_seconds(job: Job, num_bits: int, tokens: int) -> float:
     """Of quantizing an expert that so many tokens reach, but for running it."""
     first = by_expert(job.experts.matrices)[0]
-    rows = load_weight(job.source, first[0])[:_ROWS].to(compute_device())
+    rows = load_weight(job.source, first[0])[:_GPTQ_ROWS]
     columns = rows.shape[1]
     order, ones = torch.arange(columns, device=rows.device), torch.ones(columns, device=rows.device)
     back = Feedback(order, ones.diag(), ones)
