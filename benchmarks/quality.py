@@ -52,7 +52,6 @@ PRESETS = {
         "weights alone: alpha, mse": WEIGHTS_ALONE,
         "weights alone: expert, mse": EXPERT,
         "default, but mse": "--quantizer mse",
-        "default, but gamma 0": "--gamma 0",
         "default": "",
     },
     "short": {

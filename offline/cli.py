@@ -76,7 +76,9 @@ def add_choice_options(parser: argparse.ArgumentParser, bit_map: bool) -> None:
     group.add_argument("--mode", choices=modes, help="how widths are chosen (default alphaq, or manual with a bit map)")
     group.add_argument("--candidate-bits", metavar="LIST", help="default 2,3,4")
     group.add_argument(
-        "--gamma", metavar="auto|NUMBER", help="exponent of importance (default auto: by the spread of alpha)"
+        "--gamma",
+        metavar="auto|NUMBER",
+        help="exponent of importance (default auto: 0, which leaves alpha out, beside noise propagated and expert)",
     )
     group.add_argument("--noise", choices=NOISE_KINDS, help=_NOISE)
     group.add_argument("--granularity", choices=GRANULARITIES, help="what shares a width (default projection)")

@@ -18,9 +18,9 @@ from offline.allocation.modes import GRANULARITIES, Sized
 
 NOISE_KINDS = ("propagated", "expert", "measured", "analytic")
 MODES = ("alphaq", "uniform", "ratio", "random")
-# Of gamma, beside noise that is an opinion of its own on how sensitive a matrix is, and a better one. At a quarter the
-# two lose little where alpha misleads (see docs/quality.md).
-GAMMA_SHARES = {"propagated": 0.25, "expert": 0.0}
+# Of gamma, beside noise that is an opinion of its own on how sensitive a matrix is, and a better one: alpha misled on
+# all models that were measured (see docs/quality.md).
+GAMMA_SHARES = {"propagated": 0.0, "expert": 0.0}
 
 
 @dataclass(frozen=True)

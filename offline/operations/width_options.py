@@ -46,8 +46,8 @@ class WidthOptions:
             weights alone. Measured worse than the default on all models that were measured.
         mode: ``alphaq`` (the default), ``uniform``, ``ratio`` or ``random``.
         candidate_bits: The widths to choose from, 1 to 8; by default 2, 3 and 4.
-        gamma: Exponent of importance, or ``auto`` (the default), by the spread of alpha: a quarter of that beside
-            ``noise=propagated``, and 0 beside ``noise=expert``.
+        gamma: Exponent of importance, or ``auto`` (the default): 0, which leaves alpha out, beside ``noise=propagated``
+            and ``noise=expert``, else by the spread of alpha.
         noise: The error to minimise: ``propagated`` to the layers' outputs on text that the model writes itself (the
             default where the converter can run the model), to the output of an ``expert`` for random inputs (the
             default elsewhere), ``measured`` of the weights, or the paper's ``analytic``.

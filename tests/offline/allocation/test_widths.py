@@ -70,10 +70,10 @@ def test_choose_gives_more_bits_to_heavier_tails(kind):
     assert 0 <= choice.gap < 1e-3
 
 
-def test_alpha_counts_half_beside_propagated_noise():
+def test_alpha_does_not_count_beside_propagated_noise():
     matrices = [replace(matrix, gain=1.0) for matrix in stats([3, 5, 2, 4, 6, 7])]
     measured, propagated = (choose(matrices, Budget(3.0, noise=noise)) for noise in ("measured", "propagated"))
-    assert propagated.gamma == pytest.approx(measured.gamma / 4)
+    assert propagated.gamma == 0 < measured.gamma
 
 
 def test_choose_derives_gamma_from_the_spread_of_alpha():
