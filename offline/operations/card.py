@@ -23,9 +23,10 @@ _HOW = {
     "manual": "given by hand",
 }
 
-# What ``alphaq`` goes by beside, or in place of, spectra.
+# What ``alphaq`` goes by in place of spectra, unless the user gives alpha a weight.
 _NOISE = {
-    "propagated": f"{_HOW['alphaq']}, and the errors that quantization causes on text that the model wrote itself",
+    "propagated": "allocated without calibration data, from the errors that quantization causes at the outputs of "
+    "layers on text that the model wrote itself",
     "expert": "allocated without calibration data, from what errors of the weights do to their experts' "
     "outputs for random inputs",
 }
@@ -54,9 +55,9 @@ def render_card(summary: Summary, name: str, source: Path) -> str:
         f"scales and zero points of groups of {summary.group_size}",
         f"- size of the weights: {format_bytes(summary.size_before)} before, {format_bytes(summary.size_after)} now; "
         f"experts: {format_bytes(summary.experts_before)} before, {format_bytes(summary.experts_after)} now",
-        f"- widths: {_NOISE.get(str(summary.noise), _HOW[summary.mode])}",
+        f"- widths: {_widths(summary)}",
         f"- quantizer: {summary.quantizer_and_text}",
-        f"- everything but the experts of {summary.layers} layers{_linear(summary)} is unchanged",
+        f"- everything but the experts of {summary.layers} layers{_drafts(summary)}{_linear(summary)} is unchanged",
         "",
         "```",
         *histogram(summary.widths),
@@ -99,6 +100,19 @@ def _code(summary: Summary) -> list[str]:
         "read them first. The model itself needs no code of the source.",
         "",
     ]
+
+
+def _widths(summary: Summary) -> str:
+    spectra = summary.noise in _NOISE and summary.gamma
+    also = ", and from how heavy-tailed the spectra of the weights are" if spectra else ""
+    return _NOISE.get(str(summary.noise), _HOW[summary.mode]) + also
+
+
+def _drafts(summary: Summary) -> str:
+    if not summary.drafts:
+        return ""
+    matrices = f"{summary.drafts} matrices at {summary.draft_bits} bits by {summary.data_free}"
+    return f", and those of layers that only draft, {matrices},"
 
 
 def _linear(summary: Summary) -> str:

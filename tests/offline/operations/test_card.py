@@ -1,6 +1,7 @@
 """The model card of a conversion."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -86,3 +87,15 @@ def test_summary_in_json_has_everything(tiny_model, tmp_path):
     assert result["mode"] == "random"
     assert result["total_size"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert result["loaded_size"] < result["size_after"] < result["total_size"]
+
+
+def test_card_names_spectra_only_where_they_counted(tmp_path):
+    propagated = replace(SUMMARY, noise="propagated", gamma=0.0)
+    assert "spectra" not in render_card(propagated, "model", tmp_path)
+    assert "and from how heavy-tailed the spectra" in render_card(replace(propagated, gamma=2.0), "model", tmp_path)
+    assert "from how heavy-tailed the spectra" in render_card(replace(SUMMARY, noise="analytic"), "model", tmp_path)
+
+
+def test_card_says_what_drafts(tmp_path):
+    text = render_card(replace(SUMMARY, drafts=12, draft_bits=4, quantizer="gptq"), "model", tmp_path)
+    assert "2 layers, and those of layers that only draft, 12 matrices at 4 bits by mse, is unchanged" in text
