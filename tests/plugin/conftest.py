@@ -1,10 +1,19 @@
 """Stand-ins for what vLLM makes for a GPU: its classes can then be built and loaded where there is none."""
 
+import sys
+from importlib.util import find_spec
+from unittest.mock import MagicMock
+
 import pytest
 import torch
+from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker import workspace
+
+TORCHVISION = (
+    "torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.transforms.v2"
+)  # fmt: skip
 
 
 class Event:
@@ -34,3 +43,13 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(workspace, "_manager", workspace.WorkspaceManager(torch.device("cpu")))
     # Its kernels are imported where they are asked for, and they are by default.
     monkeypatch.setenv("VLLM_KIMI_K3_GEMM_AR", "0")
+
+
+@pytest.fixture
+def sight(monkeypatch):
+    """Stand-ins for what vLLM's models that see import, where it is not."""
+    if find_spec(TORCHVISION[0]) is None:
+        for name in TORCHVISION:
+            monkeypatch.setitem(sys.modules, name, MagicMock(__path__=[], __spec__=None))
+        # vLLM looks at a class in another process before it builds one.
+        monkeypatch.setattr(registry, "_run_in_subprocess", lambda look: look())

@@ -113,9 +113,9 @@ def bytes_of_codes(tensors):
 @pytest.mark.parametrize(
     ("model_type", "place"), [*((model_type, None) for model_type in LOADED), *((name, DSA) for name in ON_GPUS)]
 )
-def test_vllm_loads_every_tensor_of_what_is_converted(model_type, place, tmp_path, stand_ins):
+def test_vllm_loads_every_tensor_of_what_is_converted(model_type, place, tmp_path, stand_ins, request):
     if model_type in TORCHVISION:
-        pytest.importorskip("torchvision")
+        request.getfixturevalue("sight")
     save_tiny_model(model_type, tmp_path / "source")
     publish(tmp_path / "source", PUBLISHED.get(model_type, {}))
     if model_type in BESIDE:

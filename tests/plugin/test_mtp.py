@@ -1,17 +1,13 @@
 """Layers for multi-token prediction: vLLM's draft model loads their experts, quantized or as they were."""
 
 import re
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from vllm.model_executor.layers.fused_moe import config as layers_config
-from vllm.model_executor.models import registry
 
 from alphaq_vllm import convert, inspect, plan, validate
 from alphaq_vllm import dequantize as dequantize_checkpoint
@@ -39,23 +35,12 @@ UNUSED = {"deepseek_v4": {"model.layers.2.mtp_block.attn.attn_sink"}}
 # Those that are published with the experts of a layer in two tensors too.
 FUSED = ("qwen3_5_moe", "qwen3_5_moe_text")
 # Modules that vLLM's code for models that see imports, and does not need to load weights.
-TORCHVISION = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2")
 
 
 @pytest.fixture(autouse=True)
 def modules_apart(tmp_path, monkeypatch):
     """transformers copies code before it runs it."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-
-
-@pytest.fixture
-def sight(monkeypatch):
-    """Stand-ins for what vLLM's models that see import, where it is not."""
-    if find_spec(TORCHVISION[0]) is None:
-        for name in TORCHVISION:
-            monkeypatch.setitem(sys.modules, name, MagicMock(__path__=[], __spec__=None))
-        # vLLM looks at a class in another process before it builds one.
-        monkeypatch.setattr(registry, "_run_in_subprocess", lambda look: look())
 
 
 def converted(model_type, folder, **options):

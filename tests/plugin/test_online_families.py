@@ -68,14 +68,13 @@ def load(folder, **options):
 @pytest.mark.parametrize(
     "model_type", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.long) for name in AT_LOAD]
 )
-def test_loading_quantizes_to_what_conversion_writes(model_type, tmp_path, monkeypatch, stand_ins):
+def test_loading_quantizes_to_what_conversion_writes(model_type, tmp_path, monkeypatch, stand_ins, request):
     if model_type == "nemotron_h":
         # vLLM refuses experts without a gate on CPUs, where its own kernels have none.
         platform = SimpleNamespace(is_cuda_alike=lambda: True, is_xpu=lambda: False)
         monkeypatch.setattr(fused_moe_config, "current_platform", platform)
     if model_type == "qwen3_5_moe_text":
-        # vLLM's code for models that see imports it.
-        pytest.importorskip("torchvision")
+        request.getfixturevalue("sight")
     source = tmp_path / "model"
     save = save_tiny_model if model_type in RENAMED else save_model
     save(model_type, source)

@@ -84,8 +84,7 @@ def left(model):
     return {name for name, tensor in model.named_parameters() if tensor.is_floating_point() and tensor.isnan().any()}
 
 
-def test_step3p7(tmp_path):
-    pytest.importorskip("torchvision")
+def test_step3p7(tmp_path, sight):
     source, out = tmp_path / "source", tmp_path / "out"
     save_tiny_model("step3p7", source)
     text = json.loads((source / "config.json").read_bytes())["text_config"]
@@ -102,8 +101,7 @@ def test_step3p7(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", NEMOTRON_OMNI)
-def test_nemotron_omni(model_type, tmp_path, monkeypatch):
-    pytest.importorskip("torchvision")
+def test_nemotron_omni(model_type, tmp_path, monkeypatch, sight):
     # vLLM refuses layers without a gate on CPUs.
     monkeypatch.setattr(layers_config, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
     source, out = tmp_path / "source", tmp_path / "out"

@@ -146,16 +146,14 @@ def save_minimax_m3(folder):
     edit_config(folder, text_config=text, vision_config=vision)
 
 
-def test_minimax_m3(tmp_path):
-    pytest.importorskip("torchvision")
+def test_minimax_m3(tmp_path, sight):
     save_minimax_m3(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out", bits=3)
     model, stored = load_all(tmp_path / "out", tmp_path)
     check_experts(model, stored, ("w1", "w3", "w2"))
 
 
-def test_qwen3_omni(tmp_path):
-    pytest.importorskip("torchvision")
+def test_qwen3_omni(tmp_path, sight):
     save_tiny_model("qwen3_omni_moe", tmp_path / "source")
     thinker = json.loads((tmp_path / "source/config.json").read_bytes())["thinker_config"]
     # What vLLM reads of a published config, where transformers writes something else.
