@@ -25,8 +25,8 @@ _HOW = {
 
 # What ``alphaq`` goes by in place of spectra, unless the user gives alpha a weight.
 _NOISE = {
-    "propagated": "allocated without calibration data, from the errors that quantization causes at the outputs of "
-    "layers on text that the model wrote itself",
+    "propagated": "allocated without calibration data, from the errors that quantization causes on text that the model "
+    "wrote itself",
     "expert": "allocated without calibration data, from what errors of the weights do to their experts' "
     "outputs for random inputs",
 }
