@@ -88,14 +88,15 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     job = Job(model, source, experts, group_size, options.shard_bytes(), 1, linear, drafts, quantizer)
     gptq = SequentialGptq(source, every_expert, calibration or Calibration()) if quantizer == "gptq" else None
     propagates = isinstance(widths, Budget) and widths.needs_gains and not given
-    fitted = fit(job, gptq, propagates, options.workers, options.memory_bytes(), bool(calibration))
+    decoder = gptq.decoder if gptq else Decoder(source, every_expert) if propagates else None
+    fitted = fit(job, gptq, decoder, propagates, options.workers, options.memory_bytes(), bool(calibration))
     workers = fitted.workers
     if gptq and fitted.tokens < gptq.tokens:
         gptq = SequentialGptq(source, every_expert, Calibration(tokens=fitted.tokens))
     job = replace(job, workers=workers)
     if gptq:
         job = replace(job, calibration_tokens=gptq.tokens, own_text=gptq.own_text)
-    needed_bytes = _least_bytes(job, widths, room) + _kept_bytes(source, every_expert, gptq, propagates)
+    needed_bytes = _least_bytes(job, widths, room) + _kept_bytes(source, decoder, gptq, propagates)
     check_path(out)
     check_output(out, source.path.resolve(), needed_bytes, options.resume)
     check_values(source, found, every_expert)
@@ -152,14 +153,13 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     )
 
 
-def _kept_bytes(source: Checkpoint, experts: Experts, gptq: SequentialGptq | None, propagates: bool) -> int:
-    """Bytes that are kept while the model runs, for a resumed run to go on from; experts: all of the source's."""
+def _kept_bytes(source: Checkpoint, decoder: Decoder | None, gptq: SequentialGptq | None, propagates: bool) -> int:
+    """Bytes that are kept while the model runs, for a resumed run to go on from; decoder: where it is run."""
     texts = [(gptq.tokens, gptq.length)] if gptq else []
     if propagates:
         texts.append((TOKENS, LENGTH))
-    if not texts:
+    if decoder is None:
         return 0
-    decoder = gptq.decoder if gptq else Decoder(source, experts)
     return max(kept_nbytes(decoder, source, tokens, length) for tokens, length in texts)
 
 

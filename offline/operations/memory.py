@@ -98,13 +98,16 @@ def available_bytes(root: Path = Path("/sys/fs/cgroup"), system: Path = Path("/p
     with suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(":", 1) for line in system.read_text().splitlines())
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for group, limit, used, prefix in (
+        (root, "memory.max", "memory.current", ""),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         # There may be none, or it says max.
-        with suppress(OSError, ValueError):
-            found.append(int((root / limit).read_text()) - int((root / used).read_text()))
+        with suppress(OSError, KeyError, ValueError):
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+            parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # What files have left in memory counts as used, and is given back when it is wanted.
+            found.append(left + sum(int(parts[f"{prefix}{kind}_file"]) for kind in ("active", "inactive")))
     return min(found, default=None)
 
 
@@ -121,16 +124,21 @@ class Fitted:
 
 
 def fit(
-    job: Job, gptq: SequentialGptq | None, propagated: bool, workers: int | None, limit: int | None, fixed: bool
+    job: Job,
+    gptq: SequentialGptq | None,
+    decoder: Decoder | None,
+    propagated: bool,
+    workers: int | None,
+    limit: int | None,
+    fixed: bool,
 ) -> Fitted:
     """As many workers as memory lets work, and then, if one alone takes more than the user allows, fewer tokens.
 
-    Without a limit of the user's, workers keep to the memory that there is. propagated: whether errors are; workers: as
-    the user says; limit: in bytes; fixed: whether the text is what the user asked for.
-    Raises ValueError if nothing keeps to the limit, and as ``choose_workers`` does.
+    Without a limit of the user's, workers keep to the memory that there is. decoder: where the model is run;
+    propagated: whether errors are; workers: as the user says; limit: in bytes; fixed: whether the text is what the user
+    asked for. Raises ValueError if nothing keeps to the limit, and as ``choose_workers`` does.
     """
     tokens, length = (gptq.tokens, gptq.length) if gptq else (0, 1)
-    decoder = gptq.decoder if gptq else Decoder(job.source, job.experts) if propagated else None
     shapes, wanted = shapes_of(job, decoder), choose_workers(workers, job.experts.numel)
 
     def peak(number: int, some: int) -> int:
@@ -140,11 +148,9 @@ def fit(
     if allowed is None or peak(wanted, tokens) <= allowed or (limit is None and workers is not None):
         return Fitted(wanted, tokens, peak(wanted, tokens))
     number = next((number for number in range(wanted, 1, -1) if peak(number, tokens) <= allowed), 1)
-    fewest = tokens if fixed else min(tokens, max(TOKENS, length))
+    fewest = tokens if fixed or limit is None else min(tokens, max(TOKENS, length))
     some = next((some for some in range(tokens, fewest, -length) if peak(number, some) <= allowed), fewest)
-    if limit is None:
-        some = tokens
-    elif (least := peak(1, some)) > limit and number == 1:
+    if limit is not None and (least := peak(number, some)) > limit:
         raise ValueError(
             f"`memory`: expected at least {format_bytes(least)} for this model, got {format_bytes(limit)}: allow more, "
             "or convert with `noise=expert` and `quantizer=mse`, which run nothing"

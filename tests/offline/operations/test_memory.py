@@ -50,28 +50,28 @@ def test_more_workers_tokens_and_phases_take_more():
 
 
 def test_workers_yield_to_what_there_is_and_tokens_stay(job, gptq, monkeypatch):
-    whole = fit(job, gptq, True, 4, None, False)
+    whole = fit(job, gptq, gptq.decoder, True, 4, None, False)
     assert (whole.workers, whole.tokens, whole.less) == (4, gptq.tokens, "")
     monkeypatch.setattr(memory, "choose_workers", lambda requested, numel: requested or 4)
     monkeypatch.setattr(memory, "available_bytes", lambda: whole.nbytes - memory.WORKER)
-    less = fit(job, gptq, True, None, None, False)
+    less = fit(job, gptq, gptq.decoder, True, None, None, False)
     assert (less.workers, less.tokens) == (3, gptq.tokens)
     assert less.less.startswith("3 of 4 workers, to keep to ")
     # The user's own number stands.
-    assert fit(job, gptq, True, 4, None, False) == whole
+    assert fit(job, gptq, gptq.decoder, True, 4, None, False) == whole
 
 
 def test_a_limit_leaves_fewer_workers_and_then_fewer_tokens(job, gptq, monkeypatch):
     monkeypatch.setattr(memory, "shapes_of", lambda *_: MIXTRAL)
     alone = peak_bytes(MIXTRAL, 1, gptq.tokens, gptq.length, True)
-    fitted = fit(job, gptq, True, 4, alone, False)
+    fitted = fit(job, gptq, gptq.decoder, True, 4, alone, False)
     assert (fitted.workers, fitted.tokens, fitted.nbytes) == (1, gptq.tokens, alone)
-    fewer = fit(job, gptq, True, 4, alone - 1, False)
+    fewer = fit(job, gptq, gptq.decoder, True, 4, alone - 1, False)
     assert fewer.workers == 1 and 4096 <= fewer.tokens < gptq.tokens and fewer.nbytes < alone
     assert "1 of 4 workers and" in fewer.less and f"of {gptq.tokens} tokens" in fewer.less
     for limit, fixed in ((alone - 1, True), (1000, False)):
         with pytest.raises(ValueError, match=r"`memory`: expected at least .* for this model, got"):
-            fit(job, gptq, True, 4, limit, fixed)
+            fit(job, gptq, gptq.decoder, True, 4, limit, fixed)
 
 
 def test_convert_keeps_to_memory(tmp_path, capsys):
@@ -89,7 +89,9 @@ def test_available_bytes_are_the_least_that_the_system_and_its_groups_leave(tmp_
     system.write_text("MemTotal: 100 kB\nMemAvailable: 50 kB\n")
     assert available_bytes(tmp_path, system) == 51200
     (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("9000\n")
+    # Most of it is what files have left in memory.
+    (tmp_path / "memory.stat").write_text("anon 1000\nactive_file 5000\ninactive_file 3000\n")
     assert available_bytes(tmp_path, system) == 51200
     (tmp_path / "memory.max").write_text("41000\n")
     assert available_bytes(tmp_path, system) == 40000

@@ -133,6 +133,8 @@ def test_rooms_selection_and_text(tmp_path):
         ({"shares": "1", "mode": "ratio"}, "`shares`: expected two shares such as 0.25,0.25, got '1'"),
         ({"target_size": "big"}, "`target_size`: expected a size such as 4GiB or 500MB, got 'big'"),
         ({"max_shard_size": 0}, "`max_shard_size`: expected a size such as"),
+        ({"memory": "much"}, "`memory`: expected a size such as 4GiB or 500MB, got 'much'"),
+        ({"mtp_bits": 9}, "`mtp_bits`: expected one of 1 to 8 or 16, got 9"),
         ({"bits": 3, "fit_memory": "1GB"}, "`bits`, `fit_memory`: expected one of these, got 2"),
         ({"reserve": "1GB"}, "`reserve`: expected together with `fit_memory`"),
         ({"mode": "best"}, "`mode`: expected one of alphaq, uniform, ratio, random, got 'best'"),
