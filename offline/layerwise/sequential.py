@@ -7,7 +7,7 @@ quantized is handed on at once. An interrupted run begins again with the layer t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,7 +22,8 @@ from offline.model.layer import Layer, Outputs, Routes, advance, route
 from offline.model.passes import Pass
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
 from offline.parallel import run_all
-from offline.quantizers.gptq import Feedback, feedback, gptq
+from offline.quantizers.drift import drift, pull
+from offline.quantizers.gptq import feedback, gptq
 from offline.quantizers.quantize import Quantized, quantize
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
@@ -200,8 +201,9 @@ def _quantize_expert(
     topk_weights: Tensor,
     outputs: bool,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The stored tensors of an expert's matrices, down fitted to what comes out of the quantized ones before it; and
-    what comes out of all, if it is wanted.
+    """The stored tensors of an expert's matrices, and what comes out of these, if it is wanted.
+
+    Down is fitted to what comes out of the quantized ones before it, to make of it what it made of the originals'.
 
     inputs: ``[tokens, features]`` float32, those that are routed to it, with their weights.
     """
@@ -209,20 +211,29 @@ def _quantize_expert(
         plain = {matrix: quantize(load_weight(source, matrix), width, group_size) for matrix, width in bits.items()}
         return _stored(plain), inputs if outputs else None
 
-    def calibrated(matrix: ExpertMatrix, back: Feedback) -> Quantized:
-        return gptq(load_weight(source, matrix), back, bits[matrix], group_size)
-
+    # The layer's output has the squares of errors times the squares of these. So few tokens would have a say then.
     *first, down = bits
-    back = feedback(inputs, group_size)
-    done = {matrix: calibrated(matrix, back) for matrix in first}
+    counts = topk_weights.abs()
+    back = feedback(inputs, group_size, counts)
+    done = {matrix: gptq(load_weight(source, matrix), back, bits[matrix], group_size) for matrix in first}
     del back
     inner = formula.inner(inputs, [done[matrix].dequantize(bits[matrix]) for matrix in first])
+    drifted = _drift_inside(source, first, formula, inputs, inner, counts)
     # What is largest comes now.
     release_memory()
-    done[down] = calibrated(down, feedback(inner, group_size))
+    weight, back = load_weight(source, down), feedback(inner, group_size, counts)
+    done[down] = gptq(weight, back, bits[down], group_size, pull=pull(weight, back, drifted))
     if not outputs:
         return _stored(done), None
     return _stored(done), formula.project(inner, done[down].dequantize(bits[down]), topk_weights)
+
+
+def _drift_inside(
+    source: Checkpoint, first: Sequence[ExpertMatrix], formula: Formula, inputs: Tensor, inner: Tensor, counts: Tensor
+) -> Tensor:
+    """The ``drift`` of what an expert's first matrices give down, now ``inner``."""
+    weights = [load_weight(source, matrix) for matrix in first]
+    return drift(inner, lambda some: formula.inner(inputs[some], weights), counts)
 
 
 def _stored(done: Mapping[ExpertMatrix, Quantized]) -> dict[str, Tensor]:

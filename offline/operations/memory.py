@@ -14,6 +14,7 @@ from offline.model.sampling import MAX_PREDICTIONS
 from offline.model.text import CONTEXT_TOKENS
 from offline.operations.plan import Job
 from offline.progress import format_bytes
+from offline.quantizers.drift import tells_all
 from offline.sensitivity.propagation import TOKENS
 from offline.source.architectures import experts_per_token, text_config
 from offline.threads import choose_workers
@@ -85,10 +86,11 @@ def peak_bytes(shapes: Shapes, workers: int, tokens: int = 0, length: int = 0, p
     if propagated:
         phases.append(passing(TOKENS, _PROPAGATED * shapes.matrix + TOKENS * shapes.share * (2 * vector + 4 * inner)))
     if tokens:
-        reached, side = tokens * shapes.share, max(shapes.hidden, shapes.inner)
-        phases.append(
-            passing(tokens, reached * (2 * vector + inner) + side**2 * _ITEMSIZE + _QUANTIZED * shapes.matrix)
-        )
+        reached = tokens * shapes.share
+        # Of the factor of gate's and up's inputs, or of down's, beside what became of these.
+        inside = shapes.inner**2 * (2 if tells_all(int(reached), shapes.inner) else 1)
+        square = max(shapes.hidden**2, inside) * _ITEMSIZE
+        phases.append(passing(tokens, reached * (2 * vector + inner) + square + _QUANTIZED * shapes.matrix))
     return round(max(phases))
 
 

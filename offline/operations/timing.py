@@ -19,6 +19,7 @@ from offline.model.passes import passed
 from offline.model.sampling import predictions_held
 from offline.model.text import CONTEXT_TOKENS
 from offline.operations.plan import Job, pieces
+from offline.quantizers.drift import FEW, tells_all
 from offline.quantizers.gptq import Feedback, gptq
 from offline.quantizers.quantize import quantize
 from offline.sensitivity.matrices import describe
@@ -114,6 +115,11 @@ def _gptq_seconds(job: Job, num_bits: int, tokens: int) -> float:
     # Half of X^T X, a Cholesky factor of it, and what errors of columns do to the others.
     operations = sum(tokens * size**2 + size**3 / 3 for size in (columns, first[-1].shape[1]))
     operations += sum(matrix.shape[0] * matrix.shape[1] ** 2 for matrix in first)
+    # What the first matrices made of tokens, and what down has to make up for.
+    *into, (out_features, inner) = (matrix.shape for matrix in first)
+    whole = tells_all(tokens, inner)
+    operations += 2 * (tokens if whole else min(tokens, FEW)) * sum(rows * columns for rows, columns in into)
+    operations += out_features * inner**2 + (2 * (tokens + out_features) * inner**2 if whole else 0)
     return operations / rate + grids * sum(matrix.numel for matrix in first)
 
 

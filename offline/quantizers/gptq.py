@@ -10,6 +10,7 @@ by what those after them cannot make up for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,21 +47,23 @@ class Feedback:
     costs: Tensor
 
 
-def feedback(inputs: Tensor, group_size: int) -> Feedback:
+def feedback(inputs: Tensor, group_size: int, counts: Tensor | None = None) -> Feedback:
     """That of the inputs of a matrix: ``factor.T @ costs.diag() @ factor = H``, where H is, in that order,
-    ``inputs.T @ inputs`` with less of what only a sample has off the diagonal, and damping on it.
+    ``inputs.T @ counts.diag() @ inputs`` with less of what only a sample has off the diagonal, and damping on it.
 
     What the largest inputs meet needs most others to make up for it. So the groups with most energy, and the columns
     with most in each, come last in the order, and are quantized first.
-    inputs: ``[tokens, in_features]`` float32; fewer tokens than features are enough.
+    inputs: ``[tokens, in_features]`` float32; fewer tokens than features are enough; counts: ``[tokens]``, how much
+    each counts, 1 if not given.
     Raises ValueError for NaN or Inf.
     """
-    order, damping = _order(inputs, group_size), DAMPING
+    counts = inputs.new_ones(len(inputs)) if counts is None else counts
+    order, damping = _order(inputs, counts, group_size), DAMPING
     while True:
-        hessian = _products(inputs, order)
+        hessian = _products(inputs, counts, order)
         diagonal = hessian.diagonal()
         squares = diagonal.clone()
-        hessian.mul_(1 - sampling_share(inputs, hessian, order))
+        hessian.mul_(1 - sampling_share(inputs, hessian, order, counts))
         added = damping * squares.mean()
         if not added:
             return Feedback(order, torch.eye(len(hessian), device=hessian.device), torch.ones_like(squares))
@@ -76,18 +79,24 @@ def feedback(inputs: Tensor, group_size: int) -> Feedback:
         damping *= DAMPING_GROWTH
 
 
-def _order(inputs: Tensor, group_size: int) -> Tensor:
+def _order(inputs: Tensor, counts: Tensor, group_size: int) -> Tensor:
     """Of ``Feedback``, by the energy of columns and of groups."""
-    energy = sum(part.square().sum(0) for part in inputs.split(_ROWS)).view(-1, group_size)  # type: ignore[union-attr]
+    energy = sum(part.square().sum(0) for part in _parts(inputs, counts)).view(-1, group_size)  # type: ignore[union-attr]
     columns = energy.argsort(1) + group_size * torch.arange(len(energy), device=inputs.device)[:, None]
     return columns[energy.sum(1).argsort()].flatten()
 
 
-def _products(inputs: Tensor, order: Tensor) -> Tensor:
-    """``inputs.T @ inputs`` of columns in an order, of which only one half is computed, and copied to the other."""
+def _parts(inputs: Tensor, counts: Tensor) -> Iterator[Tensor]:
+    """Tokens that are looked at together, so that the square of each counts as much as it shall."""
+    for part, some in zip(inputs.split(_ROWS), counts.split(_ROWS), strict=True):
+        yield part * some.sqrt()[:, None]
+
+
+def _products(inputs: Tensor, counts: Tensor, order: Tensor) -> Tensor:
+    """``inputs.T @ counts.diag() @ inputs`` of columns in an order, one half of which is computed and then copied."""
     products = inputs.new_zeros(len(order), len(order))
     blocks = [slice(start, start + _BLOCK) for start in range(0, len(order), _BLOCK)]
-    for part in inputs.split(_ROWS):
+    for part in _parts(inputs, counts):
         ordered = part[:, order]
         for block in blocks:
             products[block, block.start :].addmm_(ordered[:, block].T, ordered[:, block.start :])
@@ -96,15 +105,18 @@ def _products(inputs: Tensor, order: Tensor) -> Tensor:
     return products
 
 
-def sampling_share(inputs: Tensor, products: Tensor, order: Tensor | None = None) -> float:
+def sampling_share(
+    inputs: Tensor, products: Tensor, order: Tensor | None = None, counts: Tensor | None = None
+) -> float:
     """The share of the squared correlations between features that comes from having only these tokens: from 0, for very
     many, to 1. Without so much of each correlation their expected error is least.
 
     Schäfer and Strimmer, *A Shrinkage Approach to Large-Scale Covariance Matrix Estimation and Implications for
     Functional Genomics*, 2005, shrinking to the diagonal; moments are not centred here.
-    inputs: ``[tokens, in_features]`` float32; products: ``inputs.T @ inputs``, whose columns may be in an ``order``.
+    inputs, counts: as of ``feedback``; products: ``inputs.T @ counts.diag() @ inputs``, whose columns may be in an
+    ``order``.
     """
-    tokens = len(inputs)
+    counts = inputs.new_ones(len(inputs)) if counts is None else counts
     # A feature that is always 0 correlates with nothing.
     inverse = torch.where(products.diagonal() > 0, products.diagonal().rsqrt(), 0.0)
     squared, spread = -float((inverse > 0).sum()), 0.0
@@ -114,27 +126,41 @@ def sampling_share(inputs: Tensor, products: Tensor, order: Tensor | None = None
         squared += float(correlations.square_().sum(dtype=torch.float64))
     if order is not None:
         inverse = torch.empty_like(inverse).index_copy_(0, order, inverse)
-    for part in inputs.split(_ROWS):
+    for part in _parts(inputs, counts):
         shares = (part * inverse).square_()
         spread += float((shares.sum(1).square_() - shares.square_().sum(1)).sum(dtype=torch.float64))
+    return share_of_chance(len(inputs), squared, spread)
+
+
+def share_of_chance(tokens: int, squared: float, spread: float) -> float:
+    """The share of the squares of mean products that comes from having only so many tokens, by the sum of these squares
+    and that of the squares of the products of each token, both by the square of the number of tokens.
+    """
     if tokens < 2 or not squared > 0:
         return 1.0
     variance = (spread * tokens - squared) / (tokens - 1)
     return min(1.0, max(0.0, variance / squared))
 
 
-def gptq(weight: Tensor, back: Feedback, num_bits: int, group_size: int, improvements: int = IMPROVEMENTS) -> Quantized:
+def gptq(
+    weight: Tensor,
+    back: Feedback,
+    num_bits: int,
+    group_size: int,
+    improvements: int = IMPROVEMENTS,
+    pull: Tensor | None = None,
+) -> Quantized:
     """Quantize a matrix so that its outputs change little: the error of each column is made up for by those after it.
 
     weight: ``[out_features, in_features]``, any floating dtype; back: ``feedback`` of its inputs. The grid of a group
     is searched when its turn comes, for the least squared error of its weights as corrected until then; improvements:
-    how often the group is improved then.
+    how often the group is improved then; pull: of ``drift.pull``, which is overwritten.
     Raises ValueError for NaN or Inf and for a width or group size that the format does not have.
     """
     check_matrix(weight, [num_bits], group_size)
     top, (out_features, in_features) = 2**num_bits - 1, weight.shape
-    # Transposed, a column is contiguous.
-    errors = torch.empty(in_features, out_features, device=weight.device)
+    # Transposed, a column is contiguous. Errors take the place of what pulls at the columns before they have any.
+    errors = torch.zeros(in_features, out_features, device=weight.device) if pull is None else pull
     codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
     grids = {}
     for start in reversed(range(0, in_features, group_size)):
@@ -142,7 +168,7 @@ def gptq(weight: Tensor, back: Feedback, num_bits: int, group_size: int, improve
         order = back.order[group]
         first = int(order.min())
         block = weight[:, first : first + group_size].float().T.contiguous()[order - first]
-        moved = back.factor[group, group.stop :] @ errors[group.stop :]
+        moved = torch.addmm(errors[group], back.factor[group, group.stop :], errors[group.stop :])
         own, costs = back.factor[group, group], back.costs[group]
         rows = _ROWS_IN_CACHE if weight.device.type == "cpu" else out_features
         parts = zip(*(tensor.split(rows, 1) for tensor in (block, moved, errors[group])), strict=True)
@@ -160,7 +186,8 @@ def _round(
 ) -> Columns:
     """Round a group's columns of some rows, and write their errors, ``[group_size, rows]`` as all three.
 
-    block: the columns; moved: how those after the group move them; own, costs: of ``Feedback``, for these columns.
+    block: the columns; moved: how those after the group, and what pulls at them, move them; own, costs: of
+    ``Feedback``, for these columns.
     """
     block, corrected, found = block.contiguous(), block + moved, torch.empty_like(errors, memory_format=_CONTIGUOUS)
     columns = Columns(torch.empty_like(corrected, dtype=torch.uint8), *_grid(corrected.T.contiguous(), top), top)

@@ -56,6 +56,17 @@ def test_feedback_ends_with_what_has_most_energy():
     assert feedback(inputs, 32).order.tolist() == order
 
 
+def test_tokens_count_as_much_as_they_shall(monkeypatch):
+    monkeypatch.setattr("offline.quantizers.gptq.sampling_share", lambda *_: 0.0)
+    inputs, counts = correlated(300, 96), gaussian(300, seed=2).square()
+    back, once = feedback(inputs, 32, counts), feedback(inputs * counts.sqrt()[:, None], 32)
+    assert torch.equal(back.order, once.order)
+    torch.testing.assert_close(back.factor, once.factor)
+    torch.testing.assert_close(back.costs, once.costs)
+    nothing = feedback(inputs, 32, torch.zeros(300))
+    assert torch.equal(nothing.factor, torch.eye(96))
+
+
 def test_gptq_leaves_each_column_no_more_than_its_grid_does():
     """Errors of a column and, through the factor, of those before it add up to what rounding it has left."""
     inputs, weight = correlated(400, 128), gaussian(9, 128)

@@ -1,0 +1,77 @@
+"""What a matrix has to make up for when its own inputs have changed: down gets what quantized gate and up make.
+
+Its output for its inputs should be what it was for those before, ``(inputs + differences) @ weight.T``. A part of that
+is a matter of its weights: where an input is too large now, they should be smaller. Li et al., *GPTAQ: Efficient
+Finetuning-Free Quantization for Asymmetric Calibration*, arXiv 2504.02692, make up for all layers before in this way.
+Here it is done within an expert, where it needs no second pass, and without what only a sample shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from offline.quantizers.gptq import Feedback, share_of_chance
+
+# Tokens that are enough for what became of each feature alone.
+FEW = 2048
+# Tokens that are looked at together, and rows of a matrix.
+_TOKENS, _ROWS = 2048, 512
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def tells_all(tokens: int, features: int) -> bool:
+    """Whether so many tokens say of more than each feature alone what became of it."""
+    return tokens >= features
+
+
+def drift(inputs: Tensor, wanted: Callable[[slice], Tensor], counts: Tensor) -> Tensor:
+    """``differences.T @ counts.diag() @ inputs``, ``[in_features, in_features]``, with less of what only a sample has
+    off the diagonal; or the diagonal, ``[in_features]``, from ``FEW`` tokens, where it takes more to ``tells_all``.
+
+    inputs: ``[tokens, in_features]`` float32, as they are; wanted: some of them as they were; counts: as of
+    ``feedback``.
+    """
+    tokens, features = inputs.shape
+    parts = [slice(start, start + _TOKENS) for start in range(0, tokens, _TOKENS)]
+    energy = sum(counts[part] @ inputs[part].square() for part in parts)
+    if not tells_all(tokens, features):
+        few = slice(0, tokens, -(-tokens // FEW))
+        given = inputs[few] * counts[few, None]
+        before, now = (wanted(few) * given).sum(0), (inputs[few] * given).sum(0)
+        return torch.where(now > 0, before / now - 1, 0.0) * energy
+    products = inputs.new_zeros(features, features)
+    change, spread, own = (inputs.new_zeros(features) for _ in range(3))
+    inverse = energy.clamp(min=_TINY).reciprocal()  # type: ignore[union-attr]
+    for part in parts:
+        given, some = inputs[part], counts[part, None]
+        differences = wanted(part) - given
+        products.addmm_((differences * some).T, given)
+        given, differences = given.square().mul_(some), differences.square_().mul_(some)
+        change += differences.sum(0)
+        spread += (given @ inverse) @ differences
+        own += given.mul_(differences).sum(0)
+    # As of ``sampling_share``, of correlations between the differences and the inputs.
+    diagonal, changed = products.diagonal().clone(), change.clamp(min=_TINY).reciprocal()
+    squares = torch.cat([part.square() @ inverse for part in products.split(_ROWS)]) - diagonal.square() * inverse
+    share = share_of_chance(tokens, float(squares @ changed), float((spread - own * inverse) @ changed))
+    products.mul_(1 - share)
+    products.diagonal().copy_(diagonal)
+    return products
+
+
+def pull(weight: Tensor, back: Feedback, drifted: Tensor) -> Tensor:
+    """How far each column should be from its weights for the sake of what its inputs were: ``[in_features,
+    out_features]`` float32, in the order of ``back``.
+
+    With E the errors of the weights, ``E @ H @ E.T + 2 * E @ drifted.T @ weight.T`` is to be least. It is the sum of
+    ``costs`` times the square of ``factor @ E.T + pull``.
+    weight: ``[out_features, in_features]``; drifted: of ``drift``.
+    """
+    weight, order = weight.float(), back.order
+    found = (weight * drifted).T[order] if drifted.ndim == 1 else drifted.T[order] @ weight.T
+    for part in found.split(_ROWS, 1):
+        part.copy_(torch.linalg.solve_triangular(back.factor.T, part, upper=False, unitriangular=True))
+    return found.div_(back.costs[:, None])

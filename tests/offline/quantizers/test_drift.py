@@ -1,0 +1,108 @@
+"""What down makes up for: what quantized gate and up make of their inputs."""
+
+import pytest
+import torch
+
+from alphaq_vllm.packing import dequantize
+from offline.quantizers import drift as module
+from offline.quantizers.drift import drift, pull
+from offline.quantizers.gptq import feedback, gptq
+from tests.offline.quantizers.test_gptq import correlated, gaussian
+
+
+def changed(tokens, features, strength=0.3):
+    """Inputs as they were and as they are: with noise of their own, and with something of each other."""
+    before = correlated(tokens, features)
+    mixing = torch.eye(features) + strength * gaussian(features, features, seed=3) / features**0.5
+    return before, before @ mixing + strength * gaussian(tokens, features, seed=4)
+
+
+def drifted(before, now, counts=None):
+    return drift(now, lambda some: before[some], torch.ones(len(now)) if counts is None else counts)
+
+
+@pytest.fixture
+def believing(monkeypatch):
+    """No sample is shrunk, so that all is as the formula says."""
+    monkeypatch.setattr(module, "share_of_chance", lambda *_: 0.0)
+    monkeypatch.setattr("offline.quantizers.gptq.sampling_share", lambda *_: 0.0)
+
+
+# More tokens than are looked at together.
+def test_drift_is_the_product_of_differences_and_inputs(believing):
+    before, now = changed(5000, 96)
+    counts = gaussian(5000, seed=5).square()
+    expected = (before - now).double().T @ (counts[:, None] * now).double()
+    torch.testing.assert_close(drifted(before, now, counts).double(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_drift_of_fewer_tokens_than_features_is_what_became_of_each(monkeypatch):
+    before, now = changed(90, 96)
+    expected = ((before - now) * now).double().sum(0)
+    torch.testing.assert_close(drifted(before, now).double(), expected, rtol=1e-4, atol=1e-3)
+    # Some of the tokens, by the energy of all.
+    monkeypatch.setattr(module, "FEW", 40)
+    some = slice(0, 90, 3)
+    expected = ((before - now) * now)[some].sum(0) / now[some].square().sum(0) * now.square().sum(0)
+    torch.testing.assert_close(drifted(before, now), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("tokens", "strength"), [(20, 0.3), (200, 0.3), (2000, 1.0)])
+def test_drift_is_shrunk_by_the_variance_of_its_correlations_by_their_squares(tokens, strength):
+    before, now = changed(tokens, 16, strength)
+    differences, inputs = (before - now).double(), now.double()
+    differences /= differences.square().mean(0).sqrt()
+    inputs /= inputs.square().mean(0).sqrt()
+    products = differences[:, :, None] * inputs[:, None, :]
+    correlations = products.mean(0)
+    variances = (products - correlations).square().sum(0) / (tokens * (tokens - 1))
+    others = ~torch.eye(16, dtype=bool)
+    share = min(1.0, float(variances[others].sum() / correlations[others].square().sum()))
+    whole, found = (before - now).T @ now, drifted(before, now)
+    assert 0 < share < 1
+    torch.testing.assert_close(found[others], (1 - share) * whole[others], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.diagonal(), whole.diagonal(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [60, 3000])
+def test_features_and_tokens_that_are_nothing_change_nothing(tokens):
+    before, now = changed(tokens, 96)
+    before[:, 7] = now[:, 7] = 0
+    assert drifted(before, now).isfinite().all()
+    assert not drifted(before, now, torch.zeros(tokens)).any()
+    assert not drifted(now, now).any()
+
+
+def test_pull_completes_the_square(believing):
+    """``E @ H @ E.T + 2 * E @ drifted.T @ weight.T`` is the sum of squares but for what no E changes."""
+    before, now = changed(2000, 96)
+    weight, back = gaussian(5, 96), feedback(now, 32)
+    found, moved = drifted(before, now), pull(weight, back, drifted(before, now))
+    factor, costs = back.factor.double(), back.costs.double()
+
+    def both(errors):
+        ordered = errors[:, back.order].double()
+        products = (factor.T * costs) @ factor
+        one = (ordered @ products * ordered).sum() + 2 * (errors.double() @ found.T.double() * weight).sum()
+        return float(one), float((costs[:, None] * (factor @ ordered.T + moved.double()).square()).sum())
+
+    (first, other), (nothing, constant) = both(gaussian(5, 96, seed=9)), both(torch.zeros(5, 96))
+    assert nothing == 0
+    assert other - constant == pytest.approx(first, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_bits", [2, 3, 8])
+@pytest.mark.parametrize("tokens", [200, 20_000])
+def test_outputs_are_nearer_to_what_they_were(num_bits, tokens):
+    """Also those for other tokens, and with the diagonal alone."""
+    (before, now), weight = changed(tokens + 2000, 256), gaussian(70, 256)
+    past, present = before[:tokens], now[:tokens]
+    back = feedback(present, 128)
+
+    def error(quantized):
+        outputs = now[tokens:] @ dequantize(quantized.packed, quantized.scale, quantized.zero_point, num_bits).T
+        return float((outputs - before[tokens:] @ weight.T).square().mean())
+
+    plain = gptq(weight, back, num_bits, 128)
+    better = gptq(weight, back, num_bits, 128, pull=pull(weight, back, drifted(past, present)))
+    assert error(better) < (0.9 if tokens > 256 else 0.98) * error(plain)
