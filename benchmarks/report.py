@@ -236,8 +236,7 @@ def serving(rows: list[Row], directory: Path) -> list[str]:
             "",
             f"`vllm serve {' '.join(one['serve_args'])}` driven by `vllm bench serve`, random prompts of "
             f"{one['input']} tokens, answers of {one['output']}; vLLM {one['vllm']}, {one['gpu'] or one['cpu']}, "
-            f"{one['cores']} cores. "
-            + ("" if one["gpu"] else "On a CPU AlphaQ's experts run in torch: no figure of the GPU's kernels. "),
+            f"{one['cores']} cores.",
             "",
             *plot_serving(measured, directory / f"serving-{number}.png"),
             *table(

@@ -2,13 +2,18 @@
 
     python -m benchmarks.serving MODEL --text FILE --formats bf16,alphaq:2.5,alphaq:3.5,gptq=DIR,awq=DIR
         [--concurrency 1,8,32,128] [--input 128] [--output 64] [--serve-args=ARGUMENTS]
+    python -m benchmarks.serving MODEL --formats alphaq=OUT --unchecked
 
 One ``vllm serve`` process per format, driven by vLLM's own ``vllm bench serve`` with random prompts; ``alphaq:BITS`` is
-converted first, a ``NAME=DIRECTORY`` is a checkpoint of MODEL by llm-compressor (``benchmarks.peer_checkpoint``). One
-JSON line per format and concurrency goes to ``benchmarks/results/serving.jsonl``. Figures count only where the server's
-log-probabilities of the text are those of transformers on the dequantized weights; otherwise, and where vLLM does not
-serve the format on this machine, or the answers did not stream token by token, the line holds the reason (``error``)
-in the place of figures.
+converted first, ``alphaq=DIRECTORY`` has been, and another ``NAME=DIRECTORY`` is a checkpoint of MODEL by
+llm-compressor (``benchmarks.peer_checkpoint``). One JSON line per format and concurrency goes to
+``benchmarks/results/serving.jsonl``.
+
+Figures count only where the server's log-probabilities of the text are those of transformers on the dequantized
+weights; otherwise, and where vLLM does not serve the format on this machine, or the answers did not stream token by
+token, the line holds the reason (``error``) in the place of figures. ``--unchecked`` leaves the comparison out, for
+models that this machine cannot run in full precision, and the line says so. On a CPU vLLM computes on all cores:
+otherwise it leaves one to the rest of the server.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from benchmarks.fidelity import compare, reference_logprobs, served_logprobs, wi
 from benchmarks.machine import machine
 from benchmarks.memory import children_bytes
 from benchmarks.server import CPU_ENVIRONMENT, vllm_server
+from offline.source.alphaq import check_alphaq
 from offline.source.checkpoint import open_checkpoint
 
 RESULTS = Path(__file__).parent / "results" / "serving.jsonl"
@@ -44,13 +50,14 @@ CACHE_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 # A server that cannot keep up sends several tokens at once, and the time between them is then no client's.
 MIN_STREAMED = 0.95
 MIN_REQUESTS = 16
+ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
 # Not the hints of vLLM that quote an error.
 ERROR_LINE = re.compile(r"(?<!`)\b(\w+Error: .+)")
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to store the model; checkpoint: by another tool."""
+    """A way to store the model; checkpoint: where it is stored so already."""
 
     name: str
     bits: str | None = None
@@ -68,8 +75,15 @@ class Format:
         if match := re.fullmatch(r"alphaq:(\d+(?:\.\d+)?)", text):
             return cls("alphaq", bits=match[1])
         if match := re.fullmatch(r"(\w+)=(.+)", text):
-            return cls(match[1], checkpoint=Path(match[2]))
+            checkpoint = Path(match[2])
+            return cls(match[1], _average_bits(checkpoint) if match[1] == "alphaq" else None, checkpoint)
         raise ValueError(f"--formats: expected bf16, alphaq:BITS or NAME=DIRECTORY, got {text!r}")
+
+
+def _average_bits(checkpoint: Path) -> str:
+    widths = check_alphaq(open_checkpoint(str(checkpoint)))
+    total = sum(matrix.numel for matrix in widths)
+    return f"{sum(matrix.numel * bits for matrix, bits in widths.items()) / total:.4g}"
 
 
 @dataclass(frozen=True)
@@ -82,18 +96,26 @@ class Load:
     rounds: int
 
 
-def prepare(model: Path, wanted: Format, work: Path) -> tuple[Path, Path]:
-    """The checkpoint to serve and an ordinary one of the same values, for transformers."""
+def stored(model: Path, wanted: Format, work: Path) -> Path:
+    """The checkpoint to serve."""
     if wanted.name == "bf16":
-        return model, model
-    plain = work / "plain"
+        return model
     if wanted.checkpoint:
-        write_plain(wanted.checkpoint, plain, open_checkpoint(str(model)))
-        return wanted.checkpoint, plain
-    checkpoint = work / "alphaq"
-    _run("offline.convert", str(model), str(checkpoint), "--bits", str(wanted.bits))
-    _run("offline.dequantize", str(checkpoint), str(plain))
-    return checkpoint, plain
+        return wanted.checkpoint
+    _run("offline.convert", str(model), str(work / "alphaq"), "--bits", str(wanted.bits))
+    return work / "alphaq"
+
+
+def plain(model: Path, wanted: Format, checkpoint: Path, work: Path) -> Path:
+    """An ordinary checkpoint of the same values, for transformers."""
+    if wanted.name == "bf16":
+        return model
+    out = work / "plain"
+    if wanted.name == "alphaq":
+        _run("offline.dequantize", str(checkpoint), str(out))
+    else:
+        write_plain(checkpoint, out, open_checkpoint(str(model)))
+    return out
 
 
 def _run(*arguments: str) -> None:
@@ -101,25 +123,29 @@ def _run(*arguments: str) -> None:
 
 
 def measure(
-    model: Path, wanted: Format, load: Load, text: str, bound: float, serve_args: list[str], work: Path
+    model: Path, wanted: Format, load: Load, text: str | None, bound: float, serve_args: list[str], work: Path
 ) -> Iterator[dict[str, Any]]:
-    """One row for each concurrency, or one with an error."""
-    checkpoint, plain = prepare(model, wanted, work)
+    """One row for each concurrency, or one with an error; text: None to compare nothing."""
+    checkpoint = stored(model, wanted, work)
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    prompts = windows(plain, text, 2048)
-    expected = reference_logprobs(plain, prompts, torch.bfloat16)
+    if text is not None:
+        ordinary = plain(model, wanted, checkpoint, work)
+        prompts = windows(ordinary, text, 2048)
+        expected = reference_logprobs(ordinary, prompts, torch.bfloat16)
     arguments = ["--dtype", "bfloat16", "--max-model-len", "1024", "--no-enable-prefix-caching", *serve_args]
     arguments += ["--quantization", "alphaq"] if wanted.name == "alphaq" else []
     log, start = work / "server.log", time.monotonic()
     try:
-        with vllm_server(checkpoint, arguments, log=log) as base_url:
+        with vllm_server(checkpoint, arguments, log=log, environment=ALL_CORES) as base_url:
             common = {"checkpoint_bytes": size, "load_seconds": time.monotonic() - start, **_memory(log)}
-            found = compare(served_logprobs(base_url, prompts), expected)
-            common |= {"logprob_difference": found.mean_abs_difference}
-            # Not "greater than": nan must not pass.
-            if not found.mean_abs_difference <= bound:
-                yield {**common, "error": f"log-probabilities off by {found.mean_abs_difference:.3f} on average"}
-                return
+            difference = None
+            if text is not None:
+                difference = compare(served_logprobs(base_url, prompts), expected).mean_abs_difference
+                # Not "greater than": nan must not pass.
+                if not difference <= bound:
+                    yield {**common, "error": f"log-probabilities off by {difference:.3f} on average"}
+                    return
+            common |= {"logprob_difference": difference}
             for concurrency in load.concurrency:
                 yield {**common, "concurrency": concurrency, **_bench(base_url, checkpoint, load, concurrency, work)}
     except RuntimeError:
@@ -176,7 +202,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="for the check of log-probabilities")
+    check = parser.add_mutually_exclusive_group(required=True)
+    check.add_argument("--text", type=Path, metavar="FILE", help="for the check of log-probabilities")
+    check.add_argument("--unchecked", action="store_true", help="compare no log-probabilities")
     parser.add_argument("--formats", default="bf16,alphaq:3.5", help="default: %(default)s")
     parser.add_argument("--concurrency", default="1,8,32,128", help="clients at once (default %(default)s)")
     parser.add_argument("--input", type=int, default=128, help="tokens of a prompt (default %(default)s)")
@@ -200,11 +228,10 @@ def main() -> None:
         parser.error(str(error))
     load = Load(tuple(map(int, args.concurrency.split(","))), args.input, args.output, args.rounds)
     settings = {"model": args.model.name, "input": args.input, "output": args.output, "serve_args": args.serve_args}
+    text = None if args.unchecked else args.text.read_text()
     for wanted in formats:
         with tempfile.TemporaryDirectory(prefix="alphaq-serving-") as work:
-            for figures in measure(
-                args.model, wanted, load, args.text.read_text(), args.bound, args.serve_args, Path(work)
-            ):
+            for figures in measure(args.model, wanted, load, text, args.bound, args.serve_args, Path(work)):
                 row = {**settings, "format": wanted.name, "bits": wanted.bits and float(wanted.bits), **figures}
                 row |= {**machine(), "vllm": version("vllm")}
                 with args.results.open("a") as file:
