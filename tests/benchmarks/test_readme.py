@@ -13,8 +13,10 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README, QUALITY, BENCHMARKS = "README.md", "docs/quality.md", "docs/benchmarks.md"
 # Predictions that a column is about.
-TOKENS = {"docs-moe": 29952, "stdlib-mixtral-2": 20480, "stdlib-mixtral-3": 20480, "stdlib-mixtral": 19968}
-MACHINES = {"AMD EPYC": ("AMD EPYC", []), "Intel Xeon with AMX": ("Intel(R) Xeon(R) Processor", ["--enforce-eager"])}
+TOKENS = {"docs-moe": 29952, "stdlib-mixtral-3": 20480, "stdlib-mixtral": 19968}
+MACHINES = {"AMD EPYC": "AMD EPYC", "Intel Xeon with AMX": "Intel(R) Xeon(R) Processor"}
+# Names of generated checkpoints.
+SERVED = {"all 24 layers": "qwen1.5-moe-a2.7b", "4 layers": "qwen1.5-moe-a2.7b-4-layers"}
 
 
 def results(name):
@@ -117,15 +119,14 @@ def test_defaults_by_way_in():
             assert cell == " / ".join(figures), (how, column)
 
 
-def serving(machine, kind, clients):
-    """The line of a format such as ``alphaq, 3.5 bits``."""
-    cpu, arguments = MACHINES[machine.split(", `")[0]]
+def serving(model, kind, clients):
+    """The last line of a format such as ``alphaq, 3.5 bits``."""
     name, _, bits = kind.partition(", ")
-    (row,) = (
+    (*_, row) = (
         row
         for row in results("serving.jsonl")
         if "error" not in row
-        and (row["cpu"], row["serve_args"]) == (cpu, arguments)
+        and row["model"] == SERVED[model]
         and (row["format"], row["bits"]) == (name, float(bits.split()[0]) if bits else None)
         and row["concurrency"] == int(clients)
     )
@@ -181,18 +182,18 @@ def test_kernels_on_a_gpu():
 
 def test_serving():
     ((head, rows),) = by_column(BENCHMARKS, "format", "clients", "first token")
-    assert head == ["machine", "format", "clients", "first token", "next token", "tokens a second"]
-    assert len(rows) == 17
-    for machine, kind, clients, *cells in rows:
-        row = serving(machine, kind, clients)
-        figures = [f"{row['mean_ttft_ms']:.0f} ms", f"{row['mean_tpot_ms']:.1f} ms", f"{row['output_throughput']:.0f}"]
-        assert cells == figures, (machine, kind, clients)
+    assert head == ["layers", "format", "clients", "first token", "next token", "tokens a second"]
+    assert len(rows) == 6
+    for model, kind, clients, *cells in rows:
+        row = serving(model, kind, clients)
+        figures = [f"{row['mean_ttft_ms']:.0f} ms", f"{row['mean_tpot_ms']:.1f} ms", f"{row['output_throughput']:.1f}"]
+        assert cells == figures, (model, kind, clients)
 
 
 def conversions(what, machine, date):
     """Source, seconds and memory of the runs of a day, as they are written."""
     for row in results("convert.jsonl"):
-        if (row.get("tool"), row["cpu"], row["date"][:10]) == (what, MACHINES[machine][0], date):
+        if (row.get("tool"), row["cpu"], row["date"][:10]) == (what, MACHINES[machine], date):
             yield [f"{row['source_bytes'] / 1e6:.1f} MB", f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e6:.0f} MB"]
 
 
@@ -211,7 +212,7 @@ def conversions_of_shapes(layers, machine, date):
         if "shape" not in row:
             continue
         run = (row["shape"], str(row["layers"]), row["cpu"], row["date"][:10], row["arguments"])
-        if run == ("qwen1.5-moe-a2.7b", layers, MACHINES[machine][0], date, ""):
+        if run == ("qwen1.5-moe-a2.7b", layers, MACHINES[machine], date, ""):
             size, peak = (f"{row[key] / 1e9:.2f} GB" for key in ("source_bytes", "peak_bytes"))
             yield [size, f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}", peak]
 
