@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from offline.quantizers.gptq import Feedback, share_of_chance
+from offline.quantizers.gptq import NOT_FINITE, Feedback, share_of_chance
 
 # Tokens that are enough for what became of each feature alone.
 FEW = 2048
@@ -32,16 +32,15 @@ def drift(inputs: Tensor, wanted: Callable[[slice], Tensor], counts: Tensor) -> 
     off the diagonal; or the diagonal, ``[in_features]``, from ``FEW`` tokens, where it takes more to ``tells_all``.
 
     inputs: ``[tokens, in_features]`` float32, as they are; wanted: some of them as they were; counts: as of
-    ``feedback``.
+    ``feedback``. Raises ValueError for NaN or Inf.
     """
     tokens, features = inputs.shape
     parts = [slice(start, start + _TOKENS) for start in range(0, tokens, _TOKENS)]
-    energy = sum(counts[part] @ inputs[part].square() for part in parts)
     if not tells_all(tokens, features):
         few = slice(0, tokens, -(-tokens // FEW))
-        given = inputs[few] * counts[few, None]
-        before, now = (wanted(few) * given).sum(0), (inputs[few] * given).sum(0)
-        return torch.where(now > 0, before / now - 1, 0.0) * energy
+        given, times = inputs[few], counts.sum() / counts[few].sum().clamp(_TINY)
+        return _finite(counts[few] @ (wanted(few) - given).mul_(given) * times)
+    energy = sum(counts[part] @ inputs[part].square() for part in parts)
     products = inputs.new_zeros(features, features)
     change, spread, own = (inputs.new_zeros(features) for _ in range(3))
     inverse = energy.clamp(min=_TINY).reciprocal()  # type: ignore[union-attr]
@@ -54,12 +53,18 @@ def drift(inputs: Tensor, wanted: Callable[[slice], Tensor], counts: Tensor) -> 
         spread += (given @ inverse) @ differences
         own += given.mul_(differences).sum(0)
     # As of ``sampling_share``, of correlations between the differences and the inputs.
-    diagonal, changed = products.diagonal().clone(), change.clamp(min=_TINY).reciprocal()
+    diagonal, changed = _finite(products.diagonal().clone()), change.clamp(min=_TINY).reciprocal()
     squares = torch.cat([part.square() @ inverse for part in products.split(_ROWS)]) - diagonal.square() * inverse
     share = share_of_chance(tokens, float(squares @ changed), float((spread - own * inverse) @ changed))
     products.mul_(1 - share)
     products.diagonal().copy_(diagonal)
     return products
+
+
+def _finite(diagonal: Tensor) -> Tensor:
+    if not bool(diagonal.isfinite().all()):
+        raise ValueError(NOT_FINITE)
+    return diagonal
 
 
 def pull(weight: Tensor, back: Feedback, drifted: Tensor) -> Tensor:

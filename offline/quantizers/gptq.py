@@ -30,6 +30,7 @@ _ROWS, _BLOCK = 2048, 512
 # Rows of a group that are improved together, so that a CPU has them in its cache.
 _ROWS_IN_CACHE = 512
 _CONTIGUOUS = torch.contiguous_format
+NOT_FINITE = "calibration: expected finite activations, got NaN or Inf: the source is damaged"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def feedback(inputs: Tensor, group_size: int, counts: Tensor | None = None) -> F
         if not added:
             return Feedback(order, torch.eye(len(hessian), device=hessian.device), torch.ones_like(squares))
         if not bool(added.isfinite()):
-            raise ValueError("calibration: expected finite activations, got NaN or Inf: the source is damaged")
+            raise ValueError(NOT_FINITE)
         diagonal.copy_(squares + added)
         # Columns lie as LAPACK wants them, so that the factor takes the place of the matrix.
         lower, info = hessian.mT, torch.empty((), dtype=torch.int32, device=hessian.device)

@@ -40,11 +40,11 @@ def test_drift_of_fewer_tokens_than_features_is_what_became_of_each(monkeypatch)
     before, now = changed(90, 96)
     expected = ((before - now) * now).double().sum(0)
     torch.testing.assert_close(drifted(before, now).double(), expected, rtol=1e-4, atol=1e-3)
-    # Some of the tokens, by the energy of all.
+    # Some of the tokens, for all.
     monkeypatch.setattr(module, "FEW", 40)
-    some = slice(0, 90, 3)
-    expected = ((before - now) * now)[some].sum(0) / now[some].square().sum(0) * now.square().sum(0)
-    torch.testing.assert_close(drifted(before, now), expected, rtol=1e-4, atol=1e-3)
+    counts, some = gaussian(90, seed=5).square(), slice(0, 90, 3)
+    expected = counts[some] @ ((before - now) * now)[some] * counts.sum() / counts[some].sum()
+    torch.testing.assert_close(drifted(before, now, counts), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(("tokens", "strength"), [(20, 0.3), (200, 0.3), (2000, 1.0)])
@@ -71,6 +71,15 @@ def test_features_and_tokens_that_are_nothing_change_nothing(tokens):
     assert drifted(before, now).isfinite().all()
     assert not drifted(before, now, torch.zeros(tokens)).any()
     assert not drifted(now, now).any()
+
+
+@pytest.mark.parametrize("tokens", [60, 3000])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_drift_refuses_what_is_not_finite(tokens, bad):
+    before, now = changed(tokens, 96)
+    before[3, 4] = bad
+    with pytest.raises(ValueError, match="calibration: expected finite activations"):
+        drifted(before, now)
 
 
 def test_pull_completes_the_square(believing):
