@@ -199,20 +199,23 @@ def conversions(what, machine, date):
 
 def test_conversion():
     (_, peers), (_, shapes) = by_column(BENCHMARKS, "peak memory", "seconds")
-    assert (len(peers), len(shapes)) == (8, 2)
+    assert (len(peers), len(shapes)) == (8, 3)
     for what, *cells, machine, date in peers:
         assert cells in list(conversions(what, machine, date)), what
-    for layers, *cells, machine, date in shapes:
-        assert cells in list(conversions_of_shapes(layers, machine, date)), layers
+    for model, layers, *cells, machine, date in shapes:
+        assert cells in list(conversions_of_shapes(CONVERTED[model], layers, machine, date)), (model, layers)
 
 
-def conversions_of_shapes(layers, machine, date):
+CONVERTED = {"Qwen1.5-MoE-A2.7B": "qwen1.5-moe-a2.7b", "Mixtral-8x7B": "mixtral-8x7b"}
+
+
+def conversions_of_shapes(shape, layers, machine, date):
     """Source, seconds, CPU seconds and memory of the runs of a day by default, as they are written."""
     for row in results("convert.jsonl"):
         if "shape" not in row:
             continue
         run = (row["shape"], str(row["layers"]), row["cpu"], row["date"][:10], row["arguments"])
-        if run == ("qwen1.5-moe-a2.7b", layers, MACHINES[machine], date, ""):
+        if run == (shape, layers, MACHINES[machine], date, ""):
             size, peak = (f"{row[key] / 1e9:.2f} GB" for key in ("source_bytes", "peak_bytes"))
             yield [size, f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}", peak]
 
