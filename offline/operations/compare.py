@@ -16,7 +16,7 @@ from offline.operations.plan import Job, plan
 from offline.progress import Progress
 from offline.quantizers.symmetric import largest_mse
 from offline.source.checkpoint import Checkpoint
-from offline.source.families import ExpertMatrix, find_drafts, find_experts, load_weight
+from offline.source.families import ExpertMatrix, by_expert, find_drafts, find_experts, load_weight
 from offline.source.linear import LinearLayer, stored_linear_layers
 from offline.source.selection import of_modules
 from offline.source.stored import LazyTensor
@@ -92,21 +92,27 @@ def _compare_matrices(
 ) -> dict[int, WidthError]:
     count, error, energy = ({num_bits: 0.0 for num_bits in sorted(set(widths.values()))} for _ in range(3))
     with Progress("compare", sum(matrix.numel for matrix in widths)) as progress:
-        for matrix, num_bits in widths.items():
-            weight = load_weight(source, matrix).cpu()
-            packed, scale, zero = (checkpoint.load(f"{matrix.name}.{suffix}") for suffix in (PACKED, SCALE, ZERO))
-            stored = packing.dequantize(packed, scale, zero, num_bits)
-            mse = float((stored - weight).double().square().mean())
-            allowed = greatest_mse(weight, num_bits, spec.group_size)
-            if not mse <= allowed:
-                raise ValueError(
-                    f"{matrix.name}: expected a mean squared error of at most {allowed:.3g} at {num_bits} bits, got "
-                    f"{mse:.3g}: this is not what conversion of {source.path} gives: convert it again"
-                )
-            count[num_bits] += 1
-            error[num_bits] += mse * matrix.numel
-            energy[num_bits] += float(weight.double().square().sum())
-            progress.advance(matrix.numel)
+        for expert in by_expert(tuple(widths)):
+            # Of what its first matrices give down, which is fitted to that.
+            change = 0.0
+            for matrix in expert:
+                num_bits = widths[matrix]
+                weight = load_weight(source, matrix).cpu()
+                packed, scale, zero = (checkpoint.load(f"{matrix.name}.{suffix}") for suffix in (PACKED, SCALE, ZERO))
+                stored = packing.dequantize(packed, scale, zero, num_bits)
+                mse, square = (float(part.double().square().mean()) for part in (stored - weight, weight))
+                allowed = greatest_mse(weight, num_bits, spec.group_size)
+                allowed += change * square if matrix is expert[-1] else 0.0
+                if not mse <= allowed:
+                    raise ValueError(
+                        f"{matrix.name}: expected a mean squared error of at most {allowed:.3g} at {num_bits} bits, "
+                        f"got {mse:.3g}: this is not what conversion of {source.path} gives: convert it again"
+                    )
+                change += mse / square if square else 0.0
+                count[num_bits] += 1
+                error[num_bits] += mse * matrix.numel
+                energy[num_bits] += square * matrix.numel
+                progress.advance(matrix.numel)
     return {b: WidthError(int(count[b]), error[b] / energy[b] if energy[b] else 0.0) for b in count}
 
 

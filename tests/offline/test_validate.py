@@ -14,8 +14,10 @@ from alphaq_vllm.checksums import SUMS, check_sums, render_sums, sums_size
 from alphaq_vllm.format import PACKED, SCALE, ZERO
 from offline.operations.compare import greatest_mse
 from offline.quantizers.quantize import quantize
+from offline.source.alphaq import check_alphaq
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
+from tests.conftest import MODEL
 
 SHARD = "model-00001-of-00001.safetensors"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
@@ -229,6 +231,33 @@ def test_validate_accepts_every_width_and_group_size(tiny_model, tmp_path, model
     bits = {matrix.name: 1 + i % 8 for i, matrix in enumerate(matrices)}
     convert(source, tmp_path / "out", bit_map=bits, group_size=group_size, max_shard_size=100_000, quantizer="mse")
     assert len(validate(str(tmp_path / "out"), source)["errors"]) == 8
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A conversion of docs-moe by gptq, whose down matrices are fitted to what others of few bits give them."""
+    out = tmp_path_factory.mktemp("fitted") / "out"
+    convert(MODEL, out, bits=4.5, candidate_bits=(2, 8), calibration_tokens=1024)
+    return out
+
+
+def test_validate_accepts_down_that_is_fitted_to_quantized_gate_and_up(fitted):
+    assert sorted(validate(str(fitted), str(MODEL))["errors"]) == [2, 8]
+
+
+def test_validate_finds_down_of_another_expert(fitted, tmp_path):
+    out = shutil.copytree(fitted, tmp_path / "out")
+    widths = check_alphaq(open_checkpoint(str(out)))
+    down = [matrix.name for matrix, num_bits in widths.items() if matrix.name.endswith("down_proj") and num_bits == 2]
+
+    def swap(tensors):
+        for suffix in (PACKED, SCALE, ZERO):
+            first, second = (f"{name}.{suffix}" for name in down[:2])
+            tensors[first], tensors[second] = tensors[second], tensors[first]
+
+    edit_tensors(out, swap)
+    with pytest.raises(ValueError, match=r"down_proj: expected a mean squared error of at most .* at 2 bits, got"):
+        validate(str(out), str(MODEL))
 
 
 def test_validate_accepts_what_was_excluded(tiny_model, tmp_path):
