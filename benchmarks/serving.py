@@ -40,6 +40,7 @@ from benchmarks.fidelity import compare, reference_logprobs, served_logprobs, wi
 from benchmarks.machine import machine
 from benchmarks.memory import children_bytes
 from benchmarks.server import CPU_ENVIRONMENT, vllm_server
+from offline.allocation.bit_map import average_bits
 from offline.source.alphaq import check_alphaq
 from offline.source.checkpoint import open_checkpoint
 
@@ -82,8 +83,7 @@ class Format:
 
 def _average_bits(checkpoint: Path) -> str:
     widths = check_alphaq(open_checkpoint(str(checkpoint)))
-    total = sum(matrix.numel for matrix in widths)
-    return f"{sum(matrix.numel * bits for matrix, bits in widths.items()) / total:.4g}"
+    return f"{average_bits({matrix.name: bits for matrix, bits in widths.items()}, list(widths)):.4g}"
 
 
 @dataclass(frozen=True)

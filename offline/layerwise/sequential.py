@@ -211,8 +211,8 @@ def _quantize_expert(
         plain = {matrix: quantize(load_weight(source, matrix), width, group_size) for matrix, width in bits.items()}
         return _stored(plain), inputs if outputs else None
 
-    # The layer's output has the squares of errors times the squares of these. So few tokens would have a say then.
     *first, down = bits
+    # Their squares are what errors of the layer's output have, but then few tokens would decide.
     counts = topk_weights.abs()
     back = feedback(inputs, group_size, counts)
     done = {matrix: gptq(load_weight(source, matrix), back, bits[matrix], group_size) for matrix in first}

@@ -76,7 +76,7 @@ def pull(weight: Tensor, back: Feedback, drifted: Tensor) -> Tensor:
     weight: ``[out_features, in_features]``; drifted: of ``drift``.
     """
     weight, order = weight.float(), back.order
-    found = (weight * drifted).T[order] if drifted.ndim == 1 else drifted.T[order] @ weight.T
+    found = ((weight * drifted).T if drifted.ndim == 1 else drifted.T @ weight.T)[order]
     for part in found.split(_ROWS, 1):
         part.copy_(torch.linalg.solve_triangular(back.factor.T, part, upper=False, unitriangular=True))
     return found.div_(back.costs[:, None])

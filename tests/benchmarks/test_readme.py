@@ -188,6 +188,9 @@ def test_serving():
         row = serving(model, kind, clients)
         figures = [f"{row['mean_ttft_ms']:.0f} ms", f"{row['mean_tpot_ms']:.1f} ms", f"{row['output_throughput']:.1f}"]
         assert cells == figures, (model, kind, clients)
+    one, eight = (serving("all 24 layers", "alphaq, 3.5 bits", clients)["output_throughput"] for clients in (1, 8))
+    text = " ".join((ROOT / README).read_text().split())
+    assert f"gives one client {one:.1f} tokens a second, eight {eight:.1f}" in text
 
 
 def conversions(what, machine, date):

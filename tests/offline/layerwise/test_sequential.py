@@ -19,6 +19,7 @@ from offline.quantizers.quantize import quantize
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts, load_weight
 from offline.threads import one_thread
+from tests.conftest import MODEL
 
 
 @pytest.fixture
@@ -126,6 +127,39 @@ def test_layers_are_calibrated_on_what_the_quantized_model_computes(
     assert layers == len(experts.modules)
     for layer, routes in enumerate(seen):
         torch.testing.assert_close(routes.inputs, torch.cat(expected[layer::layers]), rtol=1e-4, atol=1e-5)
+
+
+@one_thread()
+def test_down_is_fitted_to_what_quantized_gate_and_up_give_it_by_router_weights(monkeypatch):
+    """Experts of a trained model are nearer to what they were than without that."""
+    source, experts = open_model(MODEL)
+    seen, counted = [], []
+    route, back = sequential.route, sequential.feedback
+    monkeypatch.setattr(sequential, "route", lambda *arguments: seen.append(route(*arguments)) or seen[-1])
+    monkeypatch.setattr(sequential, "feedback", lambda *given: counted.append(given[2]) or back(*given))
+
+    def error():
+        stored = {}
+        seen.clear()
+        run(MODEL, Calibration(tokens=4096, length=512), stored, {matrix.name: 3 for matrix in experts.matrices})
+        total = 0.0
+        for expert, matrices in enumerate(experts.of(experts.modules[0])):
+            tokens, topk_weights = seen[0].of(expert)
+            inputs, formula = seen[0].inputs[tokens], seen[0].formula.of(expert)
+            now, before = (
+                formula.project(formula.inner(inputs, first), down, topk_weights)
+                for *first, down in (
+                    [restore(stored, matrix, 3) for matrix in matrices],
+                    [load_weight(source, matrix) for matrix in matrices],
+                )
+            )
+            total += float((now - before).square().sum())
+        return total
+
+    fitted = error()
+    assert torch.equal(counted[0], seen[0].of(0)[1])
+    monkeypatch.setattr(sequential, "pull", lambda weight, *_: torch.zeros(weight.shape[::-1]))
+    assert fitted < 0.97 * error()
 
 
 def test_an_expert_without_tokens_is_quantized_without_data_and_counted(
