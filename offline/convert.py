@@ -39,7 +39,7 @@ _EXAMPLES = """\
   python -m offline.convert ./model ./model-paper --preset paper --bits 3
   python -m offline.convert ./model ./model-alphaq --stats stats.csv --bits 3
   python -m offline.convert ./model ./model-alphaq --bit-map bit_map.json
-  python -m offline.convert ./model ./model-alphaq --bits 3 --linear-bits 4"""
+  python -m offline.convert ./model ./model-alphaq --bits 3 --linear-bits 4 --head-bits 8"""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -86,6 +86,12 @@ def build_parser() -> Parser:
         type=int,
         choices=(16, *reversed(LINEAR_BITS)),
         help="of attention, shared experts and dense layers (default 16: left alone)",
+    )
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=(16, *reversed(LINEAR_BITS)),
+        help="of the matrix that predicts tokens (default 16: left alone)",
     )
     parser.add_argument("--tp-size", type=int, metavar="N", help="refuse what N ranks could not share (default 1)")
     parser.add_argument(

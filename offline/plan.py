@@ -34,6 +34,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--linear-bits", type=int, choices=(16, *reversed(LINEAR_BITS)), help="of other linear layers (default 16)"
     )
+    parser.add_argument(
+        "--head-bits", type=int, choices=(16, *reversed(LINEAR_BITS)), help="of what predicts tokens (default 16)"
+    )
     add_group_size(parser)
     add_revision(parser)
     add_json_option(parser)

@@ -40,6 +40,7 @@ try:
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsWNA16
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.model_executor.models.utils import WeightsMapper
     from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
@@ -63,6 +64,7 @@ __all__ = [
     "LinearMethodBase",
     "ModelRegistry",
     "PackedvLLMParameter",
+    "ParallelLMHead",
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RoutedExperts",

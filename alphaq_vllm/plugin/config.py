@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from alphaq_vllm._offline import check_offline
-from alphaq_vllm.format import QUANT_METHOD, SCALE, AlphaQSpec, shard_ids
+from alphaq_vllm.format import QUANT_METHOD, SCALE, AlphaQSpec, LinearFormat, shard_ids
 
 if TYPE_CHECKING:
     from alphaq_vllm.plugin._compat import RoutedExperts, WeightsMapper
@@ -141,17 +141,23 @@ class AlphaQConfig(QuantizationConfig):
         Raises ValueError for a linear layer whose scales the model would load under a name of another method.
         """
         self.num_bits = hf_to_vllm_mapper.apply_dict(self.num_bits)
-        for name in self.linear:
-            if not all(renamed.endswith(f".{SCALE}") for renamed in hf_to_vllm_mapper.apply_list([f"{name}.{SCALE}"])):
+        from alphaq_vllm.plugin.linear import option_of
+
+        linear: dict[str, LinearFormat] = {}
+        for name, linear_format in self.linear.items():
+            # As tensors are renamed: some rules end in a dot, which the name of a head is not followed by.
+            renamed = hf_to_vllm_mapper.apply_list([f"{name}.{SCALE}"])
+            if not all(new.endswith(f".{SCALE}") for new in renamed):
                 raise ValueError(
                     f"{name}: vLLM's model for this device renames {SCALE} as for weights in fp8, and would not load "
-                    "this quantized linear layer: serve on a GPU, or convert with --linear-bits 16"
+                    f"this quantized linear layer: serve on a GPU, or convert with {option_of(name)} 16"
                 )
-        self.linear = hf_to_vllm_mapper.apply_dict(self.linear)
+            linear |= {new.removesuffix(f".{SCALE}"): linear_format for new in renamed}
+        self.linear = linear
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """AlphaQ for the experts and linear layers that the config names; the rest stays as it is in the checkpoint."""
-        from alphaq_vllm.plugin._compat import LinearBase, RoutedExperts, UnquantizedLinearMethod
+        from alphaq_vllm.plugin._compat import LinearBase, ParallelLMHead, RoutedExperts, UnquantizedLinearMethod
 
         method: AlphaQMoEMethod | AlphaQLinearMethod | None = None
         if isinstance(layer, RoutedExperts):
@@ -160,6 +166,8 @@ class AlphaQConfig(QuantizationConfig):
             method = self._linear_method(prefix)
             if method is None:
                 return UnquantizedLinearMethod()
+        elif isinstance(layer, ParallelLMHead):
+            method = self._linear_method(prefix)
         if method:
             method.report, method.dummy = self.report, self.dummy
             self.report.expect(method.prefix)

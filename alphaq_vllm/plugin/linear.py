@@ -29,6 +29,15 @@ DTYPES = {PACKED: PACKED_DTYPE, SCALE: SCALE_DTYPE}
 QKV: dict[Any, Any] = {"q": 0, "k": 1, "v": 2}
 
 
+def option_of(name: str) -> str:
+    """The converter's option that decides the width of a linear layer.
+
+    >>> option_of("language_model.lm_head")
+    '--head-bits'
+    """
+    return "--head-bits" if name.rpartition(".")[2] in ("lm_head", "head") else "--linear-bits"
+
+
 @register_weight_loader_v2_supported_method
 class AlphaQLinearMethod(LinearMethodBase):
     """One linear layer, possibly fused from several of the checkpoint.
@@ -83,8 +92,8 @@ class AlphaQLinearMethod(LinearMethodBase):
         except ValueError as error:
             raise ValueError(
                 f"{self.prefix}: vLLM has no kernel for a linear layer of {self.num_bits} bits with {output_size} rows "
-                f"in groups of {self.seen_group_size} on this device: convert with another --linear-bits (16 leaves "
-                f"linear layers alone) or change --tensor-parallel-size. {error}"
+                f"in groups of {self.seen_group_size} on this device: convert with another "
+                f"{option_of(self.prefix)} (16 leaves them alone) or change --tensor-parallel-size. {error}"
             ) from error
         if isinstance(self.scheme, CompressedTensorsWNA16):
             # vLLM's name for the shape before packing, which the format does not repeat.
@@ -104,7 +113,7 @@ class AlphaQLinearMethod(LinearMethodBase):
         if seen is None:
             raise ValueError(
                 f"{self.prefix}: in_features={input_size} is {input_size_per_partition} per rank, which is not "
-                f"divisible by {SHARE}: lower --tensor-parallel-size or convert with --linear-bits 16"
+                f"divisible by {SHARE}: lower --tensor-parallel-size or convert with {option_of(self.prefix)} 16"
             )
         return seen
 
@@ -112,9 +121,9 @@ class AlphaQLinearMethod(LinearMethodBase):
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(
                 f"{self.prefix}: expected bfloat16 or float16 activations for a linear layer of {self.num_bits} bits, "
-                f"got {dtype}: serve with --dtype bfloat16 or convert with --linear-bits 16"
+                f"got {dtype}: serve with --dtype bfloat16 or convert with {option_of(self.prefix)} 16"
             )
-        check_linear_kernel(self.prefix, self.num_bits)
+        check_linear_kernel(self.prefix, self.num_bits, option_of(self.prefix))
 
     def _load(
         self,

@@ -36,15 +36,16 @@ def has_cpu_int4_kernel() -> bool:
     return hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
-def check_linear_kernel(prefix: str, num_bits: int) -> None:
+def check_linear_kernel(prefix: str, num_bits: int, option: str) -> None:
     """Raise ValueError if vLLM would find out only while serving that it cannot compute a linear layer.
 
-    Where it has no kernel at all for a width it says so itself, when the layer is created.
+    option: of the converter, which decides its width. Where vLLM has no kernel at all for a width, it says so itself,
+    when the layer is created.
     """
     if num_bits == 4 and current_platform.is_cpu() and not has_cpu_int4_kernel():
         raise ValueError(
             f"{prefix}: vLLM has no kernel for 4-bit linear layers on this processor, which takes AVX-512: install a "
-            "C++ compiler for AlphaQ's own, or convert with --linear-bits 16"
+            f"C++ compiler for AlphaQ's own, or convert with {option} 16"
         )
 
 

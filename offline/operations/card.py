@@ -116,12 +116,10 @@ def _drafts(summary: Summary) -> str:
 
 
 def _linear(summary: Summary) -> str:
-    if not summary.linear_layers:
-        return ""
-    return (
-        f", and {summary.linear_layers} linear layers of attention, shared experts and dense MLPs at "
-        f"{summary.linear_bits} bits,"
-    )
+    layers = f"{summary.linear_layers} linear layers of attention, shared experts and dense MLPs"
+    parts = [f"{layers} at {summary.linear_bits} bits"] if summary.linear_layers else []
+    parts += [f"the head at {summary.head_bits} bits"] if summary.head_bits < 16 else []
+    return f", and {' and '.join(parts)}," if parts else ""
 
 
 def _front_matter(card: Path) -> dict[str, str]:

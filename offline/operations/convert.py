@@ -26,7 +26,7 @@ from offline.model.runnable import can_run
 from offline.model.text import Calibration
 from offline.operations.choosing import choose_widths
 from offline.operations.memory import fit
-from offline.operations.options import UNQUANTIZED, ConvertOptions, with_options
+from offline.operations.options import ConvertOptions, with_options
 from offline.operations.plan import Job
 from offline.operations.summary import Summary
 from offline.operations.timing import expect
@@ -36,7 +36,7 @@ from offline.sensitivity.propagation import LENGTH, TOKENS
 from offline.sensitivity.stats import read_statistics
 from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import Experts, find_drafts, find_experts
-from offline.source.linear import choose_formats, find_linear_layers
+from offline.source.linear import UNQUANTIZED, linear_formats
 from offline.source.selection import Selection
 from offline.source.splitting import check_group_size
 from offline.threads import WORTH_PROCESSES
@@ -80,8 +80,7 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     experts = selection.quantized(every_expert)
     check_group_size(group_size, experts.matrices, options.tp_size)
     fixed = _check_widths(widths, experts, selection, room)
-    layers = find_linear_layers(source, experts) if options.linear_bits < UNQUANTIZED else []
-    linear = choose_formats(layers, options.linear_bits, group_size, options.tp_size)
+    linear = linear_formats(source, experts, options.linear_bits, options.head_bits, group_size, options.tp_size)
     every_draft = find_drafts(source)
     drafts = dict.fromkeys(every_draft.matrices if options.mtp_bits < UNQUANTIZED else (), options.mtp_bits)
     check_group_size(group_size, tuple(drafts), options.tp_size)

@@ -14,13 +14,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from alphaq_vllm.format import LINEAR_BITS, SUPPORTED_BITS
+from alphaq_vllm.format import SUPPORTED_BITS
 from offline.allocation.bit_map import check_widths, read_bit_map
 from offline.allocation.widths import Budget
 from offline.model.text import Calibration
 from offline.operations.width_options import BUDGET_FIELDS, WidthOptions, default_noise, size_of, widths_of
 from offline.quantizers.grids import GRIDS
 from offline.quantizers.quantize import QUANTIZERS
+from offline.source.linear import UNQUANTIZED, check_linear_bits
 from offline.source.selection import Selection
 from offline.writing.writer import DEFAULT_SHARD_BYTES
 
@@ -31,8 +32,6 @@ Second = TypeVar("Second")
 Result = TypeVar("Result")
 
 MANUAL = "manual"
-# Bits of what is left alone.
-UNQUANTIZED = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,7 @@ class ConvertOptions(WidthOptions):
         mtp_bits: Of the experts of layers for multi-token prediction, where vLLM serves these quantized; 16 leaves them
             alone.
         linear_bits: Of linear layers outside the experts: 16 leaves them alone, 8 or 4.
+        head_bits: Of the matrix that predicts tokens: 16 leaves it alone, 8 or 4.
         revision: Of a model on the Hub: a branch, a tag or a commit; by default its main branch.
         family: A type of model in the table of families whose experts have the same names; by default found by the
             model's own type, or else by the names.
@@ -78,7 +78,8 @@ class ConvertOptions(WidthOptions):
     calibration_length: int | None = None
     group_size: int = 128
     mtp_bits: int = 4
-    linear_bits: int = 16
+    linear_bits: int = UNQUANTIZED
+    head_bits: int = UNQUANTIZED
     revision: str | None = None
     family: str | None = None
     tp_size: int = 1
@@ -99,8 +100,8 @@ class ConvertOptions(WidthOptions):
             raise ValueError(f"`quantizer`: expected one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
         if self.mtp_bits not in (*SUPPORTED_BITS, UNQUANTIZED):
             raise ValueError(f"`mtp_bits`: expected one of 1 to 8 or 16, got {self.mtp_bits!r}")
-        if self.linear_bits not in (UNQUANTIZED, *LINEAR_BITS):
-            raise ValueError(f"`linear_bits`: expected one of 16, 8, 4, got {self.linear_bits!r}")
+        for field in ("linear_bits", "head_bits"):
+            check_linear_bits(field, getattr(self, field))
 
     def widths(self, propagates: bool = False) -> Budget | dict[str, int]:
         """The bit map, or else the budget; propagates: see ``budget``."""

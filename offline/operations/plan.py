@@ -35,7 +35,7 @@ from offline.source.architectures import with_plain_dtypes, without_code
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, code_bits, load_weight
 from offline.source.hub import snapshot_of
-from offline.source.linear import LinearLayer
+from offline.source.linear import UNQUANTIZED, LinearLayer, is_head
 from offline.source.quantized.method import without_quantization
 from offline.threads import compute_device
 from offline.writing.output import Output
@@ -199,6 +199,8 @@ def _summary(job: Job, choice: Choice, shards: Sequence[Shard]) -> Summary:
     specs = quantized_specs(experts.matrices, choice.bits, job.group_size)
     experts_after = sum(spec.nbytes for spec in specs.values())
     quantization = job.source.quantization
+    head = [stored.num_bits for layer, stored in job.linear.items() if is_head(layer.name)]
+    layers = [stored.num_bits for layer, stored in job.linear.items() if not is_head(layer.name)]
     return Summary(
         source=job.model,
         family=experts.model_type,
@@ -223,8 +225,9 @@ def _summary(job: Job, choice: Choice, shards: Sequence[Shard]) -> Summary:
         gap=choice.gap,
         drafts=len(job.drafts),
         draft_bits=next(iter(job.drafts.values()), 16),
-        linear_layers=len(job.linear),
-        linear_bits=next((stored.num_bits for stored in job.linear.values()), 16),
+        linear_layers=len(layers),
+        linear_bits=next(iter(layers), UNQUANTIZED),
+        head_bits=next(iter(head), UNQUANTIZED),
         code=job.source.beside.code,
         left=job.source.beside.left,
         source_method=quantization.method if quantization else None,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alphaq_vllm.format import LINEAR_BITS, SUPPORTED_GROUP_SIZES, stored_bits_per_weight
+from alphaq_vllm.format import SUPPORTED_GROUP_SIZES, stored_bits_per_weight
 from offline.model.check import check_source
 from offline.model.runnable import can_run
 from offline.operations.options import ConvertOptions
@@ -18,7 +18,7 @@ from offline.operations.timing import seconds_without_weights
 from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import find_drafts, find_experts
 from offline.source.hub import NAME
-from offline.source.linear import choose_formats, find_linear_layers
+from offline.source.linear import UNQUANTIZED, check_linear_bits, linear_formats
 from offline.source.outline import outline
 from offline.source.recognition import taken_for
 from offline.source.splitting import check_group_size
@@ -34,7 +34,8 @@ def plan(
     bits: float | str = 3.5,
     gpus: str | None = None,
     group_size: int | None = None,
-    linear_bits: int = 16,
+    linear_bits: int = UNQUANTIZED,
+    head_bits: int = UNQUANTIZED,
     revision: str | None = None,
 ) -> dict[str, Any]:
     """Say what converting and serving a model will take. No tensor is read, and none downloaded.
@@ -45,6 +46,7 @@ def plan(
         gpus: What is to serve it, as ``2x24GiB``.
         group_size: Input columns that share a scale and a zero point; by default the most that fit, up to 128.
         linear_bits: Of linear layers outside the experts: 16 leaves them alone, 8 or 4.
+        head_bits: Of the matrix that predicts tokens: 16 leaves it alone, 8 or 4.
         revision: Of a model on the Hub: a branch, a tag or a commit; by default its main branch.
 
     Returns:
@@ -58,12 +60,12 @@ def plan(
     average, machine = _average(bits), parse_gpus(gpus) if gpus is not None else None
     if group_size not in (None, *SUPPORTED_GROUP_SIZES):
         raise ValueError(f"`group_size`: expected one of {SUPPORTED_GROUP_SIZES}, got {group_size!r:.80}")
-    if linear_bits not in (16, *LINEAR_BITS):
-        raise ValueError(f"`linear_bits`: expected one of 16, 8, 4, got {linear_bits!r:.80}")
+    check_linear_bits("linear_bits", linear_bits)
+    check_linear_bits("head_bits", head_bits)
     with _found(str(model), revision) as (directory, commit):
         result = {"model": str(model), "commit": commit}
         try:
-            job = _job(str(model), open_checkpoint(str(directory)), group_size, linear_bits)
+            job = _job(str(model), open_checkpoint(str(directory)), group_size, linear_bits, head_bits)
         except ValueError as error:
             return {**result, "covered": False, "reason": _named(error, directory, str(model))}
         except FileNotFoundError as error:
@@ -101,7 +103,7 @@ def _named(error: Exception, directory: Path, model: str) -> str:
     return str(error).replace(str(directory), model)
 
 
-def _job(model: str, source: Checkpoint, group_size: int | None, linear_bits: int) -> Job:
+def _job(model: str, source: Checkpoint, group_size: int | None, linear_bits: int, head_bits: int) -> Job:
     """What would be converted, layers that draft to their default width. Raises ValueError for what cannot be."""
     experts = find_experts(source)
     check_source(source, experts)
@@ -111,8 +113,7 @@ def _job(model: str, source: Checkpoint, group_size: int | None, linear_bits: in
         sizes = {matrix.shape[1] for matrix in matrices}
         group_size = max((g for g in SUPPORTED_GROUP_SIZES if all(n % g == 0 for n in sizes)), default=128)
     check_group_size(group_size, matrices)
-    layers = find_linear_layers(source, experts) if linear_bits < 16 else []
-    linear = choose_formats(layers, linear_bits, group_size)
+    linear = linear_formats(source, experts, linear_bits, head_bits, group_size)
     workers = choose_workers(None, experts.numel)
     return Job(model, source, experts, group_size, workers=workers, linear=linear, drafts=drafts)
 

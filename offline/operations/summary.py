@@ -24,7 +24,8 @@ class Summary:
     them itself, and starved, the experts that none of them reached, None before they are counted; size_before and
     size_after: of the weights' files; total_size: of all files; loaded_size: of all tensors; widths: number of matrices
     by width; mode, noise, alpha, gamma and gap: see ``Choice``; drafts: how many matrices of experts that only draft
-    are quantized, to draft_bits; linear_layers: how many outside the experts are quantized, to linear_bits; code: the
+    are quantized, to draft_bits; linear_layers: how many outside the experts are quantized, to linear_bits; head_bits:
+    of the matrix that predicts tokens; code: the
     source's files of Python that are taken along; left: what lies beside its weights and stays behind; room: the limit
     that the sizes keep to; seconds: that it took, or will take about if it is a dry run; phases: how many of them by
     phase, and expected, what they were thought to be before the work began; found: what a user should know of the
@@ -53,6 +54,7 @@ class Summary:
     draft_bits: int = 16
     linear_layers: int = 0
     linear_bits: int = 16
+    head_bits: int = 16
     code: Sequence[str] = ()
     left: Sequence[str] = ()
     quantizer: str = "mse"
@@ -100,6 +102,7 @@ class Summary:
             *([("to draft", f"{self.drafts} expert matrices at {self.draft_bits} bits, by {self.data_free}")]
               if self.drafts else []),
             *([("linear layers", f"{self.linear_layers} at {self.linear_bits} bits")] if self.linear_layers else []),
+            *([("head", f"{self.head_bits} bits")] if self.head_bits < 16 else []),
         ]  # fmt: skip
         sizes = f"{self.total_size} bytes, {format_bytes(self.loaded_size)} when loaded"
         rest = [("all files", sizes), *([("room", self.room)] if self.room else [])]

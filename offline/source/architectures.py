@@ -42,7 +42,7 @@ class Family:
     because it has the config alone, or saves other names than it loads, or has no causal language model of it;
     own_code: whether the config's code comes with the model, because neither transformers nor vLLM has it, or vLLM
     reads more than transformers' class keeps; unnamed: what in a layer vLLM builds of linear layers without names, so
-    that it cannot ask how they are quantized.
+    that it cannot ask how they are quantized; plain_head: whether it builds the head so, or does not ask for it at all.
     """
 
     block: str
@@ -57,6 +57,7 @@ class Family:
     unbuilt: bool = False
     own_code: bool = False
     unnamed: str = ""
+    plain_head: bool = False
 
     @property
     def module(self) -> str:
@@ -157,11 +158,11 @@ FAMILIES = {
     "mixtral": _W1_W3_W2,
     "qwen2_moe": _MLP,
     "qwen3_moe": _MLP,
-    "qwen3_next": replace(_MLP, drafts=_MTP_MLP),
+    "qwen3_next": replace(_MLP, drafts=_MTP_MLP, plain_head=True),
     "qwen3_vl_moe": replace(_VISION, fused=FusedLayout(transposed=True), individual=False),
     "qwen3_5_moe": replace(_VISION, drafts=_MTP_MLP),
     "qwen3_5_moe_text": replace(_TEXT_OF_VISION, drafts=_MTP_MLP),
-    "qwen3_omni_moe": Family(r"thinker\.model\.layers\.\d+\.mlp", unbuilt=True),
+    "qwen3_omni_moe": Family(r"thinker\.model\.layers\.\d+\.mlp", unbuilt=True, plain_head=True),
     "olmoe": _MLP,
     "flex_olmo": _MLP,
     "deepseek_v2": _MLP,
@@ -188,12 +189,12 @@ FAMILIES = {
     "granitemoehybrid": _GRANITE,
     "granitemoe_swa": replace(_GRANITE, fused=FusedLayout()),
     "lfm2_moe": replace(_FEED_FORWARD, projections=("w1", "w3", "w2")),
-    "jamba": _FEED_FORWARD,
+    "jamba": replace(_FEED_FORWARD, plain_head=True),
     "ernie4_5_moe": _MLP,
     "hunyuan_v1_moe": _MLP,
     "hy_v3": _MLP_AND_DRAFTS,
-    "afmoe": _MLP,
-    "exaone_moe": _MLP,
+    "afmoe": replace(_MLP, plain_head=True),
+    "exaone_moe": replace(_MLP, plain_head=True),
     "cohere2_moe": _MLP,
     "solar_open": _MLP,
     "mellum": _MLP,
@@ -218,6 +219,7 @@ FAMILIES = {
         fused=FusedLayout(transposed=True, interleaved=True),
         individual=False,
         kept=("experts.gate_up_proj_bias", "experts.down_proj_bias"),
+        plain_head=True,
     ),
     "nemotron_h": _NEMOTRON,
     "nemotron_h_omni": _NEMOTRON_OMNI,

@@ -1,7 +1,7 @@
 """Linear layers outside the experts: which of them can be quantized, how each is stored, and their values.
 
-vLLM's own kernels serve them, so one width holds for all, and layers that vLLM fuses are stored alike. Everything else
-(routers, norms, embeddings, the output head, linear attention, layers for multi-token prediction) stays as it is.
+vLLM's own kernels serve them, so one width holds for all but the head, and layers that vLLM fuses are stored alike.
+Everything else (routers, norms, embeddings, linear attention, layers for multi-token prediction) stays as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from alphaq_vllm.format import PACKED, LinearFormat, TensorSpec, linear_tensors
+from alphaq_vllm.format import LINEAR_BITS, PACKED, LinearFormat, TensorSpec, linear_tensors
 from alphaq_vllm.ranks import SHARE, fitting_ranks, shared_group_size
 from offline.messages import some
 from offline.source.architectures import num_layers
@@ -18,6 +18,8 @@ from offline.source.checkpoint import Checkpoint
 from offline.source.families import SOURCE_DTYPES, Experts
 from offline.source.recognition import family_of
 
+# Bits of what is left alone.
+UNQUANTIZED = 16
 # Attention, also with latent vectors; shared experts and dense layers; Granite's shared experts; all of Nemotron's;
 # DeepSeek-V4's, without `wo_a`, which vLLM multiplies by its own code.
 _NAMES = (
@@ -27,6 +29,8 @@ _NAMES = (
     r"|mixer\.(?:[qkvo]_proj|(?:shared_experts\.)?(?:up|down)_proj|fc[12]_latent_proj)"
     r"|attn\.(?:wq_[ab]|wkv|wo_b)|ffn\.shared_experts\.w[123]"
 )
+# The head, beside the decoder or around it: `head` is DeepSeek-V4's.
+_HEADS = ("lm_head", "head")
 # What vLLM makes one layer of.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
           ("wq_a", "wkv"), ("w1", "w3"))  # fmt: skip
@@ -68,6 +72,54 @@ def find_linear_layers(source: Checkpoint, experts: Experts) -> list[LinearLayer
             f"{source.path}: expected linear layers of attention or MLPs in {layers}*, got none: use `linear_bits=16`"
         )
     return [LinearLayer(match[1], _shape(source, match[0])) for match in matches]
+
+
+def find_head(source: Checkpoint, experts: Experts) -> LinearLayer:
+    """The matrix that makes predictions of the last hidden states.
+
+    Raises ValueError if there is none that vLLM would load quantized, and for impossible shapes and dtypes.
+    """
+    if family_of(source).plain_head:
+        raise ValueError(
+            f"{source.path}: vLLM loads the head of {experts.model_type} in full precision alone: use `head_bits=16`"
+        )
+    parents = experts.modules[0].partition("layers.")[0].split(".")[:-1]
+    around = [".".join([*parents[:count], head]) for count in range(len(parents), -1, -1) for head in _HEADS]
+    found = next((name for name in around if f"{name}.weight" in source.tensors), None)
+    if found is None:
+        raise ValueError(
+            f"{source.path}: expected a head of its own, such as lm_head.weight, got none, because the model uses its "
+            "embeddings, which stay as they are: use `head_bits=16`"
+        )
+    return LinearLayer(found, _shape(source, f"{found}.weight"))
+
+
+def linear_formats(
+    source: Checkpoint, experts: Experts, linear_bits: int, head_bits: int, group_size: int, tp_size: int = 1
+) -> dict[LinearLayer, LinearFormat]:
+    """The layers that are quantized and how each is stored, with 16 for widths that leave them alone.
+
+    Raises ValueError as ``find_linear_layers``, ``find_head`` and ``choose_formats`` do.
+    """
+    layers = find_linear_layers(source, experts) if linear_bits < UNQUANTIZED else []
+    head = [find_head(source, experts)] if head_bits < UNQUANTIZED else []
+    formats = choose_formats(layers, linear_bits, group_size, tp_size)
+    return formats | choose_formats(head, head_bits, group_size, tp_size)
+
+
+def check_linear_bits(field: str, bits: object) -> None:
+    """Raise ValueError for a width that linear layers cannot have; field: the option that says it."""
+    if bits not in (UNQUANTIZED, *LINEAR_BITS):
+        raise ValueError(f"`{field}`: expected one of 16, 8, 4, got {bits!r:.80}")
+
+
+def is_head(name: str) -> bool:
+    """Whether a linear layer is a head.
+
+    >>> is_head("language_model.lm_head"), is_head("model.layers.0.self_attn.q_proj")
+    (True, False)
+    """
+    return name.rpartition(".")[2] in _HEADS
 
 
 def choose_formats(

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from offline.__main__ import main
+from offline.source.checkpoint import open_checkpoint
+from offline.source.recognition import family_of
 from tests.offline import own_code
 
 COMMON = {
@@ -363,6 +365,12 @@ def rename(folder, model_type):
         save_file(tensors, weights, {"format": "pt"})
     # vLLM gives some of transformers' classes another type.
     settings.write_text(json.dumps({**config, "model_type": model_type}))
+
+
+def has_head(source):
+    """Whether a model has a head that can be quantized."""
+    opened = open_checkpoint(str(source))
+    return not family_of(opened).plain_head and any(name.endswith("head.weight") for name in opened.tensors)
 
 
 def publish(folder, settings):

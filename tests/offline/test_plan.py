@@ -84,8 +84,9 @@ def test_plan_stops_reading_where_the_hub_knows_no_ranges(hub, planned, tiny_mod
 
 
 def test_plan_names_sizes_that_conversion_writes(tiny_model, tmp_path):
-    result = plan(tiny_model("qwen2_moe"), bits=3, linear_bits=8)
-    convert(tiny_model("qwen2_moe"), tmp_path / "out", bits=3, mode="uniform", quantizer="mse", linear_bits=8)
+    result = plan(tiny_model("qwen2_moe"), bits=3, linear_bits=8, head_bits=4)
+    options = {"mode": "uniform", "quantizer": "mse", "linear_bits": 8, "head_bits": 4}
+    convert(tiny_model("qwen2_moe"), tmp_path / "out", bits=3, **options)
     (shard,) = (tmp_path / "out").glob("*.safetensors")
     written = sum(tensor.nbytes for tensor in load_file(shard).values())
     assert {row["bits"]: row["size"] for row in result["budgets"]}[3] == written

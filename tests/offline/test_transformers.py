@@ -15,6 +15,7 @@ import alphaq_vllm.transformers  # noqa: F401
 from alphaq_vllm import convert, dequantize
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
+from tests.offline.conftest import has_head
 
 FAMILIES = (
     "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text",
@@ -34,7 +35,16 @@ def quantized(tiny_model, tmp_path_factory):
             source, out = tiny_model(model_type), tmp_path_factory.mktemp("quantized") / model_type
             names = sorted(matrix.name for matrix in find_experts(open_checkpoint(str(source))).matrices)
             widths = {name: 1 + i % 8 for i, name in enumerate(names)}
-            convert(source, out, bit_map=widths, group_size=32, linear_bits=linear_bits, quantizer="mse")
+            head_bits = linear_bits if has_head(source) else 16
+            convert(
+                source,
+                out,
+                bit_map=widths,
+                group_size=32,
+                linear_bits=linear_bits,
+                head_bits=head_bits,
+                quantizer="mse",
+            )
             made[model_type, linear_bits] = out
         return made[model_type, linear_bits]
 

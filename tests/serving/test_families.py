@@ -11,7 +11,7 @@ from offline.source import architectures
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts
 from tests.offline import own_code
-from tests.offline.conftest import COMMON, CONFIGS, WRITTEN_AS, publish, rename, transposed
+from tests.offline.conftest import COMMON, CONFIGS, WRITTEN_AS, has_head, publish, rename, transposed
 from tests.serving.scoring import PROMPT, score, score_with_code, score_without_gate
 
 ON_GPU = torch.cuda.is_available()
@@ -120,6 +120,7 @@ def test_vllm_gives_the_log_probabilities_of_the_dequantized_model(model_type, v
         bit_map={matrix.name: 2 + i % 7 for i, matrix in enumerate(matrices)},
         group_size=64,
         quantizer="mse",
+        head_bits=8 if has_head(source) else 16,
     )
     dequantize(str(checkpoint), dequantized, dtype="float32")
     dtype = "float16" if ON_GPU else "bfloat16" if model_type in BFLOAT16 else "float32"

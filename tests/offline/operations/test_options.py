@@ -29,6 +29,7 @@ EVERY = {
     "calibration_length": ("32", 32),
     "group_size": ("64", 64),
     "linear_bits": ("8", 8),
+    "head_bits": ("4", 4),
     "tp_size": ("2", 2),
     "max_shard_size": ("2GiB", 2**31),
     "workers": ("3", 3),
@@ -37,7 +38,10 @@ EVERY = {
 
 def meaning(options):
     """What an operation reads of options."""
-    plain = {name: getattr(options, name) for name in ("stats", "quantizer", "group_size", "linear_bits", "tp_size")}
+    plain = {
+        name: getattr(options, name)
+        for name in ("stats", "quantizer", "group_size", "linear_bits", "head_bits", "tp_size")
+    }
     read = options.widths(), options.room(), options.selection(), options.text(), options.shard_bytes()
     return plain, read, (options.dry_run, options.resume, options.workers)
 
@@ -160,6 +164,7 @@ def test_rooms_selection_and_text(tmp_path):
         ({"quantizer": "best"}, "`quantizer`: expected one of mse, rtn, hqq, gptq, got 'best'"),
         ({"quantizer": "mse", "calibration": "x"}, "`calibration`: expected `quantizer=gptq`, got mse"),
         ({"linear_bits": 5}, "`linear_bits`: expected one of 16, 8, 4, got 5"),
+        ({"head_bits": 3}, "`head_bits`: expected one of 16, 8, 4, got 3"),
         ({"calibration_length": 0}, "`calibration_length`: expected a number of tokens from 1 up"),
     ],
 )

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,8 +9,9 @@ from alphaq_vllm.format import AlphaQSpec, LinearFormat
 from offline.source.alphaq import check_alphaq
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
-from offline.source.linear import LinearLayer, choose_formats, find_linear_layers
+from offline.source.linear import LinearLayer, choose_formats, find_head, find_linear_layers
 
+MODEL = Path(__file__).parents[2] / "models" / "docs-moe"
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 LATENT = {"kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
@@ -103,6 +106,53 @@ def test_choose_formats_leaves_groups_whole_that_ranks_can_share():
 def test_choose_formats_refuses(layers, tp_size, message):
     with pytest.raises(ValueError, match=message):
         choose_formats(layers, 4, 128, tp_size)
+
+
+HEADS = {
+    "mixtral": "lm_head",
+    "llama4": "language_model.lm_head",
+    "qwen3_vl_moe": "lm_head",
+    "minimax_m3_vl": "language_model.lm_head",
+    "deepseek_v4": "head",
+}
+
+
+@pytest.mark.parametrize("model_type", HEADS)
+def test_find_head_knows_where_families_have_it(tiny_model, model_type):
+    source = open_checkpoint(str(tiny_model(model_type)))
+    head = find_head(source, find_experts(source))
+    assert head == LinearLayer(HEADS[model_type], source.spec(f"{HEADS[model_type]}.weight").shape)
+
+
+def test_find_head_refuses_embeddings_in_its_place():
+    source = open_checkpoint(str(MODEL))
+    with pytest.raises(ValueError, match=r"docs-moe: expected a head of its own, such as lm_head\.weight, got none"):
+        find_head(source, find_experts(source))
+
+
+def test_find_head_refuses_families_whose_head_vllm_does_not_quantize(tiny_model):
+    source = open_checkpoint(str(tiny_model("gpt_oss")))
+    with pytest.raises(ValueError, match="vLLM loads the head of gpt_oss in full precision alone: use `head_bits=16`"):
+        find_head(source, find_experts(source))
+
+
+def test_convert_quantizes_the_head_alone(tiny_model, tmp_path):
+    model, out, plain = tiny_model("qwen2_moe"), tmp_path / "out", tmp_path / "plain"
+    summary = convert(model, out, **BUDGET, head_bits=8)
+    result = open_checkpoint(str(out))
+    assert AlphaQSpec.from_dict(result.config["quantization_config"]).linear == {"lm_head": LinearFormat(8, 128)}
+    assert (summary.linear_layers, summary.linear_bits, summary.head_bits) == (0, 16, 8)
+    assert "head:           8 bits" in str(summary)
+    assert (
+        "- everything but the experts of 2 layers, and the head at 8 bits, is unchanged"
+        in (out / "README.md").read_text()
+    )
+    assert "lm_head.weight" not in result.tensors
+    validate(str(out), str(model))
+    dequantize(str(out), plain)
+    weight = open_checkpoint(str(model)).load("lm_head.weight").float()
+    restored = open_checkpoint(str(plain)).load("lm_head.weight").float()
+    assert (restored - weight).square().sum() < 1e-4 * weight.square().sum()
 
 
 @pytest.fixture(scope="module", params=[4, 8])
