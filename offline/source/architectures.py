@@ -176,7 +176,7 @@ FAMILIES = {
     "glm_moe_dsa": _MLP_AND_DRAFTS,
     "gemma4": replace(_GEMMA4, block=r"model\.language_model\.layers\.\d+", prefixes=()),
     "gemma4_text": _GEMMA4,
-    "phimoe": _W1_W3_W2,
+    "phimoe": replace(_W1_W3_W2, plain_head=True),
     "minimax_m2": _W1_W3_W2,
     "minimax_m3_vl": replace(
         _W1_W3_W2,
