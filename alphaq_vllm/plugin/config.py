@@ -167,7 +167,7 @@ class AlphaQConfig(QuantizationConfig):
             if method is None:
                 return UnquantizedLinearMethod()
         elif isinstance(layer, ParallelLMHead):
-            method = self._linear_method(prefix)
+            method = self._linear_method(self._head(prefix))
         if method:
             method.report, method.dummy = self.report, self.dummy
             self.report.expect(method.prefix)
@@ -218,6 +218,11 @@ class AlphaQConfig(QuantizationConfig):
             f"{others[0]}: vLLM calls these experts {prefix}, which the bit map does not have: this model "
             "cannot be served with --quantization alphaq yet"
         )
+
+    def _head(self, prefix: str) -> str:
+        """The config's name for the head that vLLM calls ``prefix``: models that draft have names of their own."""
+        _, _, name = prefix.rpartition(".")
+        return next((head for head in self.linear if head.rpartition(".")[2] == name), prefix)
 
     def _linear_method(self, prefix: str) -> AlphaQLinearMethod | None:
         from alphaq_vllm.plugin.linear import AlphaQLinearMethod

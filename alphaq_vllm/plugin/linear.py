@@ -35,7 +35,7 @@ def option_of(name: str) -> str:
     >>> option_of("language_model.lm_head")
     '--head-bits'
     """
-    return "--head-bits" if name.rpartition(".")[2] in ("lm_head", "head") else "--linear-bits"
+    return "--head-bits" if name.rpartition(".")[2] == "lm_head" else "--linear-bits"
 
 
 @register_weight_loader_v2_supported_method

@@ -168,7 +168,9 @@ FAMILIES = {
     "deepseek_v2": _MLP,
     "deepseek_v3": _MLP_AND_DRAFTS,
     "deepseek_v32": _MLP_AND_DRAFTS,
-    "deepseek_v4": Family(r"layers\.\d+\.ffn", projections=("w1", "w3", "w2"), drafts=r"mtp\.\d+\.ffn", unbuilt=True),
+    "deepseek_v4": Family(
+        r"layers\.\d+\.ffn", projections=("w1", "w3", "w2"), drafts=r"mtp\.\d+\.ffn", unbuilt=True, plain_head=True
+    ),
     "kimi_k2": replace(_MLP, built_as="deepseek_v3"),
     "kimi_linear": replace(_W1_W3_W2, dense="mlp"),
     "glm4_moe": _MLP_AND_DRAFTS,
@@ -183,6 +185,7 @@ FAMILIES = {
         block=rf"language_model\.{_W1_W3_W2.block}",
         drafts=r"language_model\.model\.mtp\.layers\.\d+\.transformer_layer\.block_sparse_moe",
         unbuilt=True,
+        plain_head=True,
     ),
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,

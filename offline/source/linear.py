@@ -29,8 +29,8 @@ _NAMES = (
     r"|mixer\.(?:[qkvo]_proj|(?:shared_experts\.)?(?:up|down)_proj|fc[12]_latent_proj)"
     r"|attn\.(?:wq_[ab]|wkv|wo_b)|ffn\.shared_experts\.w[123]"
 )
-# The head, beside the decoder or around it: `head` is DeepSeek-V4's.
-_HEADS = ("lm_head", "head")
+# Of the head, beside the decoder or around it.
+_HEAD = "lm_head"
 # What vLLM makes one layer of.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"),
           ("wq_a", "wkv"), ("w1", "w3"))  # fmt: skip
@@ -84,7 +84,7 @@ def find_head(source: Checkpoint, experts: Experts) -> LinearLayer:
             f"{source.path}: vLLM loads the head of {experts.model_type} in full precision alone: use `head_bits=16`"
         )
     parents = experts.modules[0].partition("layers.")[0].split(".")[:-1]
-    around = [".".join([*parents[:count], head]) for count in range(len(parents), -1, -1) for head in _HEADS]
+    around = [".".join([*parents[:count], _HEAD]) for count in range(len(parents), -1, -1)]
     found = next((name for name in around if f"{name}.weight" in source.tensors), None)
     if found is None:
         raise ValueError(
@@ -119,7 +119,7 @@ def is_head(name: str) -> bool:
     >>> is_head("language_model.lm_head"), is_head("model.layers.0.self_attn.q_proj")
     (True, False)
     """
-    return name.rpartition(".")[2] in _HEADS
+    return name.rpartition(".")[2] == _HEAD
 
 
 def choose_formats(

@@ -370,7 +370,7 @@ def rename(folder, model_type):
 def has_head(source):
     """Whether a model has a head that can be quantized."""
     opened = open_checkpoint(str(source))
-    return not family_of(opened).plain_head and any(name.endswith("head.weight") for name in opened.tensors)
+    return not family_of(opened).plain_head and any(name.endswith("lm_head.weight") for name in opened.tensors)
 
 
 def publish(folder, settings):

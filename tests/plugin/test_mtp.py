@@ -17,6 +17,7 @@ from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 from offline.source.architectures import FAMILIES
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
+from tests.offline.conftest import has_head
 from tests.plugin.drafting import DRAFTING, check_scales, left, load_both, load_without_device, methods
 from tests.plugin.test_gpu_families import DSA, V4
 
@@ -43,11 +44,11 @@ def modules_apart(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
-def converted(model_type, folder, **options):
-    """A checkpoint of a tiny model that drafts, in default widths, and its tensors."""
+def converted(model_type, folder, head=False, **options):
+    """A checkpoint of a tiny model that drafts, in default widths, and its tensors; head: whether that is quantized."""
     source, checkpoint = folder / "source", folder / "checkpoint"
     DRAFTING[model_type].write(model_type, source, **options)
-    summary = convert(source, checkpoint, bits=3, quantizer="mse")
+    summary = convert(source, checkpoint, bits=3, quantizer="mse", head_bits=8 if head and has_head(source) else 16)
     matrices = 4 * len(FAMILIES[model_type].projections)
     assert (summary.drafts, summary.draft_bits, summary.bits) == (matrices, 4, 3)
     (weights,) = checkpoint.glob("*.safetensors")
@@ -58,7 +59,7 @@ def converted(model_type, folder, **options):
     ("model_type", "fused"), [*((name, False) for name in HERE), *((name, True) for name in FUSED)]
 )
 def test_layers_that_draft_load_quantized(model_type, fused, tmp_path, sight):
-    checkpoint, stored = converted(model_type, tmp_path, fused=fused)
+    checkpoint, stored = converted(model_type, tmp_path, head=True, fused=fused)
     model, draft = load_both(checkpoint, tmp_path)
     assert methods(model) == methods(draft) == {AlphaQMoEMethod}
     check_scales(draft, stored, DRAFTING[model_type].module, FAMILIES[model_type].projections)
@@ -73,7 +74,7 @@ def test_vllm_on_gpus_loads_layers_that_draft(model_type, places, tmp_path, monk
     if model_type == "deepseek_v4":
         # Which kernel multiplies by `wo_a` in fp8, by the GPU.
         monkeypatch.setattr("vllm.models.deepseek_v4.nvidia.flashmla.compute_fp8_einsum_recipe", lambda: (None, False))
-    checkpoint, stored = converted(model_type, tmp_path)
+    checkpoint, stored = converted(model_type, tmp_path, head=True)
     model, draft = load_without_device(checkpoint, tmp_path, places)
     assert methods(model) == methods(draft) == {AlphaQMoEMethod}
     assert left(draft) == UNUSED.get(model_type, set())

@@ -112,8 +112,6 @@ HEADS = {
     "mixtral": "lm_head",
     "llama4": "language_model.lm_head",
     "qwen3_vl_moe": "lm_head",
-    "minimax_m3_vl": "language_model.lm_head",
-    "deepseek_v4": "head",
 }
 
 
