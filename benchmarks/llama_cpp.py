@@ -1,7 +1,7 @@
 """The speed of llama.cpp on a processor, with the layers of a generated Qwen2-MoE checkpoint.
 
     python -m benchmarks.llama_cpp MODEL OUT.gguf --type Q3_K_M     write a GGUF file
-    python -m benchmarks.llama_cpp OUT.gguf --threads 2             measure it: one line of JSON
+    python -m benchmarks.llama_cpp OUT.gguf --threads 2             measure it
 
 MODEL comes from ``python -m benchmarks.generate qwen1.5-moe-a2.7b MODEL``. The first command writes all matrices to a
 file next to OUT.gguf, tensor by tensor, which llama.cpp then quantizes and which is deleted at the end; with
@@ -9,7 +9,8 @@ file next to OUT.gguf, tensor by tensor, which llama.cpp then quantizes and whic
 no multiple of 256, as in the down projections of Qwen1.5-MoE's experts (1408), it takes a type of more bits.
 
 The second command feeds token ids drawn at random and no tokenizer: a prompt, then one token after another for one
-client, then for several clients in one batch, each after the same prompt. Nothing about quality can be learned.
+client, then for several clients in one batch, each after the same prompt. Nothing about quality can be learned. A line
+of JSON is printed and appended to ``benchmarks/results/llama_cpp.jsonl``.
 
 llama.cpp is compiled for the processor that it is installed on, in an environment of its own that needs no torch:
 
@@ -37,10 +38,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from alphaq_vllm.cores import available_cores
+from benchmarks.machine import commit, processor
 
 if TYPE_CHECKING:
     import numpy as np
 
+RESULTS = Path(__file__).parent / "results" / "llama_cpp.jsonl"
 TYPES = ("Q3_K_M", "Q4_K_M")
 # Of a checkpoint's names: a layer's number is {0}, and a matrix of all experts is one tensor in a GGUF file.
 NAMES = {
@@ -265,7 +268,9 @@ def measure(path: Path, threads: int, prompt: int, output: int, clients: int, re
         "llama_cpp_python": version("llama-cpp-python"),
         "gguf": version("gguf"),
         "system": llama_cpp.llama_print_system_info().decode().strip(" |"),
+        "cpu": processor(),
         "cores": available_cores(),
+        "commit": commit(),
         "load": os.getloadavg()[0],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -283,6 +288,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=int, default=32, help="tokens for each client")
     parser.add_argument("--clients", type=int, default=8, help="in one batch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="where the line is appended")
     return parser
 
 
@@ -298,7 +304,10 @@ def main() -> None:
             intermediate.unlink(missing_ok=True)
         return
     speeds = measure(args.model, args.threads, args.prompt, args.output, args.clients, args.repeats)
-    print(json.dumps({"benchmark": "llama_cpp", "file": args.model.name, **sizes(args.model), **speeds}))
+    line = json.dumps({"file": args.model.name, **sizes(args.model), **speeds})
+    print(line)
+    with args.results.open("a") as file:
+        print(line, file=file)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from alphaq_vllm.cores import available_cores
 
 
 def machine() -> dict[str, Any]:
     """What every line of results says of itself."""
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    # Not everything that is measured runs where torch is.
+    import torch
+
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
+        "commit": commit(),
+        "cpu": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": available_cores(),
         "load": os.getloadavg()[0],
@@ -33,7 +33,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def processor() -> str:
+    """The name of the processor."""
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return model[0].partition(":")[2].strip() if model else platform.processor()
+
+
+def commit() -> str:
     """The commit, with ``-dirty`` where anything but results differs from it."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,6 +47,6 @@ def _commit() -> str:
             ["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
         )
 
-    commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+    head = git("rev-parse", "--short", "HEAD").stdout.strip()
     changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results").returncode
-    return f"{commit}-dirty" if commit and changed else commit
+    return f"{head}-dirty" if head and changed else head

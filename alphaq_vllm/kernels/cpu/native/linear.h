@@ -45,12 +45,13 @@ inline void multiply_rows(const Linear& weights, const LinearCall& call, const v
     const Operand operand = operands[unit / units];
     const Ready ready(operand);
     const int64_t first = unit % units * per_unit, last = std::min(first + per_unit, blocks);
-    for (int64_t block = first; block < last; block += 2) {
-      const int64_t count = std::min<int64_t>(last - block, 2);
-      alignas(64) float products[2][ROUTES_AT_ONCE * ROWS];
-      float* const to[] = {products[0], products[1]};
-      const Block pair[] = {weights.block(block), weights.block(block + count - 1)};
-      multiply(pair, count, operand, to);
+    for (int64_t block = first; block < last; block += BLOCKS_AT_ONCE) {
+      const int64_t count = std::min<int64_t>(last - block, BLOCKS_AT_ONCE);
+      alignas(64) float products[BLOCKS_AT_ONCE][ROUTES_AT_ONCE * ROWS];
+      float* to[BLOCKS_AT_ONCE];
+      Block together[BLOCKS_AT_ONCE];
+      for (int64_t b = 0; b < count; ++b) to[b] = products[b], together[b] = weights.block(block + b);
+      multiply(together, count, operand, to);
       for (int64_t b = 0; b < count; ++b) {
         for (int64_t i = 0; i < piece.count; ++i) {
           for (int row = 0; row < ROWS; row += LANES) {

@@ -55,7 +55,7 @@ struct Call {
 
 // hidden [routes, N of w13] of a dtype = activated products of x with gate and up, or with up alone.
 //
-// Two blocks are multiplied together: gate's and up's of the same rows, or two of up.
+// Blocks are multiplied together: gate's and up's of the same rows, or those of up.
 template <bool GATED>
 void multiply_first(const Experts& w13, const Call& call, const Routes& routes, const Operands& x, Dtype hidden_dtype,
                     void* hidden) {
@@ -67,26 +67,31 @@ void multiply_first(const Experts& w13, const Call& call, const Routes& routes, 
     const Operand operand = x[unit / units];
     const Ready ready(operand);
     const int64_t first = unit % units * per_unit, last = std::min(first + per_unit, blocks);
-    for (int64_t block = first; block < last; block += GATED ? 1 : 2) {
-      const int64_t count = GATED ? 2 : std::min<int64_t>(last - block, 2);
-      const int64_t other = GATED ? block : block + count - 1;
-      const Block pair[] = {w13.block(piece.expert, 0, block), w13.block(piece.expert, GATED, other)};
-      alignas(64) float products[2][ROUTES_AT_ONCE * ROWS], biases[2][ROWS];
-      float* const to[] = {products[0], products[1]};
-      multiply(pair, count, operand, to);
-      w13.load_bias(piece.expert, 0, block, biases[0]);
-      w13.load_bias(piece.expert, GATED, other, biases[1]);
+    constexpr int64_t STEMS = GATED ? 2 : 1;
+    for (int64_t block = first; block < last; block += BLOCKS_AT_ONCE / STEMS) {
+      const int64_t count = std::min<int64_t>(last - block, BLOCKS_AT_ONCE / STEMS);
+      alignas(64) float products[BLOCKS_AT_ONCE][ROUTES_AT_ONCE * ROWS], biases[BLOCKS_AT_ONCE][ROWS];
+      float* to[BLOCKS_AT_ONCE];
+      Block together[BLOCKS_AT_ONCE];
+      for (int64_t b = 0; b < count * STEMS; ++b) {
+        const int64_t projection = b % STEMS, index = block + b / STEMS;
+        to[b] = products[b];
+        together[b] = w13.block(piece.expert, projection, index);
+        w13.load_bias(piece.expert, projection, index, biases[b]);
+      }
+      multiply(together, count * STEMS, operand, to);
       for (int64_t i = 0; i < piece.count; ++i) {
         const float weight = call.weight_on_input ? routes.weight[piece.first + i] : 1;
         const int64_t at = (piece.first + i) * w13.N + block * ROWS;
         auto product = [&](int64_t b, int row) INLINE_LAMBDA {
           return load<F32>(products[b] + i * ROWS + row) * weight + load<F32>(biases[b] + row);
         };
-        for (int row = 0; row < ROWS; row += LANES) {
-          if constexpr (GATED) {
-            store_as(hidden_dtype, hidden, at + row, call.gate.apply(product(0, row), product(1, row)));
-          } else {
-            for (int64_t b = 0; b < count; ++b) {
+        for (int64_t b = 0; b < count; ++b) {
+          for (int row = 0; row < ROWS; row += LANES) {
+            if constexpr (GATED) {
+              const F32 value = call.gate.apply(product(2 * b, row), product(2 * b + 1, row));
+              store_as(hidden_dtype, hidden, at + b * ROWS + row, value);
+            } else {
               store_as(hidden_dtype, hidden, at + b * ROWS + row, call.gate.activate(product(b, row)));
             }
           }
@@ -96,12 +101,13 @@ void multiply_first(const Experts& w13, const Call& call, const Routes& routes, 
   });
 }
 
-// Add to `sums` [tokens, N of w2] what one or two blocks have for one piece's tokens.
+// Add to `sums` [tokens, N of w2] what up to BLOCKS_AT_ONCE blocks have for one piece's tokens.
 inline void add_down(const Experts& w2, const Call& call, const Routes& routes, const Routes::Piece& piece,
                      const Operand& hidden, int64_t first, int64_t count, float* sums) {
-  alignas(64) float products[2][ROUTES_AT_ONCE * ROWS], bias[ROWS];
-  float* const to[] = {products[0], products[1]};
-  const Block blocks[] = {w2.block(piece.expert, 0, first), w2.block(piece.expert, 0, first + count - 1)};
+  alignas(64) float products[BLOCKS_AT_ONCE][ROUTES_AT_ONCE * ROWS], bias[ROWS];
+  float* to[BLOCKS_AT_ONCE];
+  Block blocks[BLOCKS_AT_ONCE];
+  for (int64_t b = 0; b < count; ++b) to[b] = products[b], blocks[b] = w2.block(piece.expert, 0, first + b);
   multiply(blocks, count, hidden, to);
   for (int64_t block = 0; block < count; ++block) {
     w2.load_bias(piece.expert, 0, first + block, bias);
@@ -132,8 +138,9 @@ inline void multiply_down(const Experts& w2, const Call& call, const Routes& rou
     for (size_t piece = 0; piece < routes.pieces.size(); ++piece) {
       const Operand operand = hidden[piece];
       const Ready ready(operand);
-      for (int64_t block = first; block < last; block += 2) {
-        add_down(w2, call, routes, routes.pieces[piece], operand, block, std::min<int64_t>(last - block, 2), sums);
+      for (int64_t block = first; block < last; block += BLOCKS_AT_ONCE) {
+        const int64_t count = std::min<int64_t>(last - block, BLOCKS_AT_ONCE);
+        add_down(w2, call, routes, routes.pieces[piece], operand, block, count, sums);
       }
     }
     for (int64_t token = 0; token < num_tokens; ++token) {

@@ -26,6 +26,14 @@ constexpr int tokens_at_once(int digits) {
   return sums / digits >= 8 ? 8 : sums / digits >= 4 ? 4 : sums / digits >= 2 ? 2 : 1;
 }
 
+// Blocks that many tokens are multiplied with together. Where one instruction makes a product, loads of x are as many as
+// products, and a load for several blocks is worth its registers. With AMX there are two: see tiles.h.
+#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+constexpr int BLOCKS_AT_ONCE = 4;
+#else
+constexpr int BLOCKS_AT_ONCE = 2;
+#endif
+
 // Bytes by which words are fetched ahead of their use: across the pages at which processors stop doing so themselves.
 constexpr int PREFETCHED = 4096;
 
@@ -151,5 +159,61 @@ void multiply_many(const Block& block, const Digits& x, const int32_t* rows, int
     for (; t < count; ++t) multiply_tile<BITS, DIGITS, 1>(tile, block, group, x, rows + t, out + t * ROWS);
   }
 }
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+// A group's part for TOKENS tokens and BLOCKS blocks, from codes that were taken out of their words.
+template <int DIGITS, int BLOCKS, int TOKENS>
+INLINE void multiply_tiles_of(const uint8_t (*tiles)[LARGEST_GROUP * ROWS], const Block* blocks, int64_t group,
+                              const Digits& x, const int32_t* rows, int64_t first, float* const* out) {
+  const int8_t* digits[TOKENS];
+  const float* factors[TOKENS];
+#pragma GCC unroll 4
+  for (int t = 0; t < TOKENS; ++t) {
+    digits[t] = x.row(rows[first + t]) + group * DIGITS * x.group_size;
+    factors[t] = x.row_factors(rows[first + t]) + group * 2;
+  }
+  for (int part = 0; part < PARTS; ++part) {
+    I32 sums[BLOCKS][TOKENS * DIGITS] = {};
+    for (int64_t unit = 0; unit < x.group_size / UNIT; ++unit) {
+      const int8_t* from[TOKENS];
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t) from[t] = digits[t] + unit * DIGITS * UNIT;
+      auto code = [&](int b, int q) INLINE_LAMBDA {
+        return load<U16>(tiles[b] + (unit * VECTORS + q) * VECTOR + part * WIDTH);
+      };
+      multiply_units<DIGITS, BLOCKS, TOKENS * DIGITS>(code, from, sums);
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) {
+      const F32 scale = widen_bfloat16(blocks[b].scales + group * ROWS + part * LANES);
+      const F32 zero = zero_point(blocks[b], group, part);
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t) {
+        float* at = out[b] + (first + t) * ROWS + part * LANES;
+        F32 sum = load<F32>(at);
+        add_group_sum<DIGITS>(sums[b] + t * DIGITS, factors[t], scale, zero, sum);
+        store(at, sum);
+      }
+    }
+  }
+}
+
+// The same as multiply_many of several blocks, of any widths.
+template <int DIGITS, int BLOCKS>
+void multiply_together(const Block* blocks, const Digits& x, const int32_t* rows, int64_t count, float* const* out) {
+  alignas(64) uint8_t tiles[BLOCKS][LARGEST_GROUP * ROWS];
+  for (int b = 0; b < BLOCKS; ++b) std::memset(out[b], 0, count * ROWS * sizeof **out);
+  for (int64_t group = 0; group < x.groups(); ++group) {
+    for (int b = 0; b < BLOCKS; ++b) unpack_group(blocks[b], group, x.group_size, tiles[b]);
+    // The registers hold 24 sums beside what they are made of, 12 where a register has half a code vector.
+    constexpr int MOST = 6 * (WIDTH / 16) / (DIGITS * BLOCKS) >= 4 ? 4 : 2;
+    int64_t t = 0;
+    for (; t + MOST <= count; t += MOST) multiply_tiles_of<DIGITS, BLOCKS, MOST>(tiles, blocks, group, x, rows, t, out);
+    for (; t < count; ++t) multiply_tiles_of<DIGITS, BLOCKS, 1>(tiles, blocks, group, x, rows, t, out);
+  }
+}
+
+#endif
 
 }  // namespace alphaq

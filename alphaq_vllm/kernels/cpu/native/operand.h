@@ -34,6 +34,15 @@ INLINE void multiply_block(const Block& block, const Operand& x, float* out) {
   functions[block.bits - 1](block, x, out);
 }
 
+// Up to two tokens, and what is left of blocks, are multiplied one block after the other.
+template <int DIGITS, int BLOCKS>
+INLINE void multiply_digits(const Block* blocks, const Operand& x, float* const* out) {
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+  if (BLOCKS > 1 && x.count > 2) return multiply_together<DIGITS, BLOCKS>(blocks, x.x, x.rows, x.count, out);
+#endif
+  for (int b = 0; b < BLOCKS; ++b) multiply_block<DIGITS>(blocks[b], x, out[b]);
+}
+
 template <int BLOCKS>
 INLINE void multiply_blocks(const Block* blocks, const Operand& x, float* const* out) {
 #if defined(__AMX_INT8__)
@@ -44,16 +53,20 @@ INLINE void multiply_blocks(const Block* blocks, const Operand& x, float* const*
     return multiply_tiles<3, BLOCKS>(blocks, *x.tiles, out);
   }
 #endif
-  for (int b = 0; b < BLOCKS; ++b) {
-    if (x.x.count == 1) multiply_block<1>(blocks[b], x, out[b]);
-    if (x.x.count == 2) multiply_block<2>(blocks[b], x, out[b]);
-    if (x.x.count == 3) multiply_block<3>(blocks[b], x, out[b]);
-  }
+  if (x.x.count == 1) multiply_digits<1, BLOCKS>(blocks, x, out);
+  if (x.x.count == 2) multiply_digits<2, BLOCKS>(blocks, x, out);
+  if (x.x.count == 3) multiply_digits<3, BLOCKS>(blocks, x, out);
 }
 
-// out [count][tokens, ROWS] = the operand times the transposes of one or two blocks. Of a thread that is Ready for it.
+// out [count][tokens, ROWS] = the operand times the transposes of up to BLOCKS_AT_ONCE blocks. Of a thread that is Ready
+// for it.
 INLINE void multiply(const Block* blocks, int64_t count, const Operand& x, float* const* out) {
-  count == 2 ? multiply_blocks<2>(blocks, x, out) : multiply_blocks<1>(blocks, x, out);
+  int64_t done = 0;
+  for (; done + BLOCKS_AT_ONCE <= count; done += BLOCKS_AT_ONCE) {
+    multiply_blocks<BLOCKS_AT_ONCE>(blocks + done, x, out + done);
+  }
+  for (; done + 2 <= count; done += 2) multiply_blocks<2>(blocks + done, x, out + done);
+  if (done < count) multiply_blocks<1>(blocks + done, x, out + done);
 }
 
 // Readies a thread for products with an operand while it lives.

@@ -166,6 +166,23 @@ INLINE void multiply_unit(Code code, const int8_t* const (&x)[SUMS / DIGITS], I3
   }
 }
 
+// The same of several blocks: sums[b][s] of code(b, q). Each piece of x is loaded once for all of them.
+template <int DIGITS, int BLOCKS, int SUMS, typename Code>
+INLINE void multiply_units(Code code, const int8_t* const (&x)[SUMS / DIGITS], I32 (&sums)[BLOCKS][SUMS]) {
+#pragma GCC unroll 8
+  for (int q = 0; q < VECTORS; ++q) {
+    U16 codes[BLOCKS];
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) codes[b] = code(b, q);
+#pragma GCC unroll 12
+    for (int s = 0; s < SUMS; ++s) {
+      const int32_t four = four_bytes(x[s / DIGITS] + s % DIGITS * UNIT + 4 * q);
+#pragma GCC unroll 4
+      for (int b = 0; b < BLOCKS; ++b) sums[b][s] = add_fours(sums[b][s], codes[b], four);
+    }
+  }
+}
+
 #elif defined(__AVX2__)
 
 #if defined(__AVX512BW__)
