@@ -14,7 +14,7 @@ WORKERS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
 PYTEST = .venv-test/bin/python -m pytest
 SIDE_BY_SIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo bench test test-oldest test-newest test-kernels test-long test-gpu lint
+.PHONY: demo bench test test-oldest test-newest test-kernels test-kernels-cpu test-kernels-gpu test-long test-gpu lint
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/python -m benchmarks.demo "$(MODEL)" --bits $(BITS) --serve-args="$(SERVE_ARGS)"
@@ -41,9 +41,16 @@ test-newest: .venv-newest/.installed
 	$(NEWEST) -m pytest $(INTERFACE)
 
 # All of what the kernels compute and compile to. To be run, and its PASSED committed, when they changed.
-test-kernels: .venv-test/.installed
-	$(PYTEST) -n $(WORKERS) -m "kernels or not kernels" tests/kernels tests/emulator --ignore tests/kernels/test_digest.py
-	.venv-test/bin/python -m tests.kernels.digest --write
+ALL_CASES = -n $(WORKERS) -m "kernels or not kernels" --ignore tests/kernels/test_digest.py
+test-kernels: test-kernels-cpu test-kernels-gpu
+
+test-kernels-cpu: .venv-test/.installed
+	$(PYTEST) $(ALL_CASES) tests/kernels --ignore tests/kernels/triton
+	.venv-test/bin/python -m tests.kernels.digest --write cpu
+
+test-kernels-gpu: .venv-test/.installed
+	$(PYTEST) $(ALL_CASES) tests/kernels tests/emulator --ignore tests/kernels/cpu
+	.venv-test/bin/python -m tests.kernels.digest --write gpu
 
 test-long: .venv-test/.installed
 	$(PYTEST) -n $(WORKERS) -m long --timeout 7200

@@ -41,8 +41,6 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 GROUP_SIZES = (128, 64, 32)
 # Of a map.
 WIDTHS = (2, 3, 4)
-# Predictions that are compared, spread over the text: those of a large vocabulary cost more than the layers.
-COMPARED = 512
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,9 @@ class Slice:
 class Network:
     """A model on one text: what enters each layer, and what it predicts."""
 
-    def __init__(self, path: Path, gguf: str | None, texts: list[str], windows: int, context: int) -> None:
+    def __init__(
+        self, path: Path, gguf: str | None, texts: list[str], windows: int, context: int, compared: int
+    ) -> None:
         options = {"gguf_file": gguf} if gguf else {}
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
@@ -75,7 +75,8 @@ class Network:
         if tokenizer.bos_token_id is not None:
             chosen = torch.cat([torch.full_like(chosen[:, :1], tokenizer.bos_token_id), chosen], 1)
         self.tokens = chosen
-        self.places = torch.linspace(1, chosen[:, :-1].numel() - 1, COMPARED).round().long()
+        # Predictions of a large vocabulary cost more than the layers.
+        self.places = torch.linspace(1, chosen[:, :-1].numel() - 1, compared).round().long()
         self.calls: list[tuple[Tensor, dict[str, Any]]] = []
         with self._recorded(), torch.inference_mode():
             self.model(input_ids=chosen[:, :-1], use_cache=False, logits_to_keep=1)
@@ -103,7 +104,7 @@ class Network:
 
     @torch.inference_mode()
     def predictions(self, layer: int, hidden: Tensor | None = None) -> Tensor:
-        """Log-probabilities at the compared places, ``[COMPARED, vocabulary]``, from a layer on; hidden: its output."""
+        """Log-probabilities at the compared places, ``[places, vocabulary]``, from a layer on; hidden: its output."""
         hidden = self.after(layer) if hidden is None else hidden
         for later in range(layer + 1, len(self.layers)):
             hidden = self.after(later, hidden)
@@ -258,6 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--maps", default="2.5,3", help="budgets of maps (default 2.5,3)")
     parser.add_argument("--windows", type=int, default=4, help="of the text (default 4)")
     parser.add_argument("--context", type=int, default=256, help="tokens in a window (default 256)")
+    parser.add_argument("--compared", type=int, default=256, help="predictions, spread over the text (default 256)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="where the line is appended")
     return parser
 
@@ -265,8 +267,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """The command."""
     args = build_parser().parse_args()
-    network = Network(args.model, args.gguf, [file.read_text() for file in args.text], args.windows, args.context)
-    print(f"perplexity {network.perplexity:.2f} at {COMPARED} places")
+    texts = [file.read_text() for file in args.text]
+    network = Network(args.model, args.gguf, texts, args.windows, args.context, args.compared)
+    print(f"perplexity {network.perplexity:.2f} at {args.compared} places")
     matrices = network.slices(args.slices)
     figures = measure(network, matrices, args.bits)
     found = correlations(matrices, figures)
@@ -277,7 +280,7 @@ def main() -> None:
         "slices": args.slices,
         "bits": args.bits,
         "tokens": network.tokens[:, :-1].numel(),
-        "compared": COMPARED,
+        "compared": args.compared,
         "perplexity": network.perplexity,
         "kl": [float(value) for value in np.quantile(figures["kl"], [0, 0.25, 0.5, 0.75, 1])],
         "correlations": found,

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from tests.kernels.digest import PASSED, digest
+from tests.kernels.digest import OTHERS, digest, passed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Triton comes with torch, and the GPU runs every case")
-def test_whole_grids_passed_for_these_sources():
-    passed = PASSED.read_text() if PASSED.exists() else "nothing"
-    assert passed == digest(), "the kernels, their tests or Triton changed: run `make test-kernels` and commit PASSED"
+@pytest.mark.parametrize("device", OTHERS)
+def test_whole_grids_passed_for_these_sources(device):
+    assert passed().get(device) == digest(device), (
+        f"the kernels, their tests or Triton changed: run `make test-kernels-{device}` and commit PASSED"
+    )
