@@ -119,14 +119,17 @@ def test_defaults_by_way_in():
             assert cell == " / ".join(figures), (how, column)
 
 
-def serving(model, kind, clients):
-    """The last line of a format such as ``alphaq, 3.5 bits``."""
+WITH_AMX, WITHOUT_AMX = "Intel(R) Xeon(R) Processor", "Intel(R) Xeon(R) Processor @ 2.50GHz"
+
+
+def serving(model, kind, clients, cpu=WITH_AMX):
+    """The last line of a format such as ``alphaq, 3.5 bits`` on a processor."""
     name, _, bits = kind.partition(", ")
     (*_, row) = (
         row
         for row in results("serving.jsonl")
         if "error" not in row
-        and row["model"] == SERVED[model]
+        and (row["model"], row["cpu"]) == (SERVED[model], cpu)
         and (row["format"], row["bits"]) == (name, float(bits.split()[0]) if bits else None)
         and row["concurrency"] == int(clients)
     )
@@ -191,6 +194,21 @@ def test_serving():
     one, eight = (serving("all 24 layers", "alphaq, 3.5 bits", clients)["output_throughput"] for clients in (1, 8))
     text = " ".join((ROOT / README).read_text().split())
     assert f"gives one client {one:.1f} tokens a second, eight {eight:.1f}" in text
+
+
+def test_serving_beside_llama_cpp():
+    ((_, rows),) = by_column(BENCHMARKS, "program", "one client")
+    (theirs,) = results("llama_cpp.jsonl")
+    one, eight = (serving("all 24 layers", "alphaq, 3.5 bits", clients, WITHOUT_AMX) for clients in (1, 8))
+    assert theirs["cpu"] == one["cpu"] == eight["cpu"]
+    speeds = theirs["tokens_per_second"]
+    figures = [
+        [one["checkpoint_bytes"], one["bits"] + 0.25, one["input"] / one["mean_ttft_ms"] * 1e3]
+        + [clients / row["mean_tpot_ms"] * 1e3 for clients, row in ((1, one), (8, eight))],
+        [theirs["file_bytes"], theirs["expert_bits"], *(speeds[key] for key in ("prefill", "decode_1", "decode_8"))],
+    ]
+    for (_, *cells), (size, bits, *tokens) in zip(rows, figures, strict=True):
+        assert cells == [f"{size / 1e9:.2f} GB", f"{bits:.2f}", *(f"{speed:.1f}" for speed in tokens)]
 
 
 def conversions(what, machine, date):
