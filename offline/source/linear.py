@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from alphaq_vllm.format import LINEAR_BITS, PACKED, LinearFormat, TensorSpec, linear_tensors
 from alphaq_vllm.ranks import SHARE, fitting_ranks, shared_group_size
 from offline.messages import some
-from offline.source.architectures import num_layers
+from offline.source.architectures import num_layers, text_config
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import SOURCE_DTYPES, Experts
 from offline.source.recognition import family_of
@@ -86,7 +86,9 @@ def find_head(source: Checkpoint, experts: Experts) -> LinearLayer:
     parents = experts.modules[0].partition("layers.")[0].split(".")[:-1]
     around = [".".join([*parents[:count], _HEAD]) for count in range(len(parents), -1, -1)]
     found = next((name for name in around if f"{name}.weight" in source.tensors), None)
-    if found is None:
+    tied = source.config.get("tie_word_embeddings", text_config(source.config).get("tie_word_embeddings")) is True
+    if found is None or tied:
+        # Some are stored with a copy of the embeddings, which vLLM does not load.
         raise ValueError(
             f"{source.path}: expected a head of its own, such as lm_head.weight, got none, because the model uses its "
             "embeddings, which stay as they are: use `head_bits=16`"

@@ -10,6 +10,7 @@ from offline.source.alphaq import check_alphaq
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts
 from offline.source.linear import LinearLayer, choose_formats, find_head, find_linear_layers
+from tests.offline.source.test_families import edit_config
 
 MODEL = Path(__file__).parents[2] / "models" / "docs-moe"
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -125,6 +126,13 @@ def test_find_head_knows_where_families_have_it(tiny_model, model_type):
 def test_find_head_refuses_embeddings_in_its_place():
     source = open_checkpoint(str(MODEL))
     with pytest.raises(ValueError, match=r"docs-moe: expected a head of its own, such as lm_head\.weight, got none"):
+        find_head(source, find_experts(source))
+
+
+def test_find_head_refuses_a_copy_of_the_embeddings(model):
+    edit_config(model, tie_word_embeddings=True)
+    source = open_checkpoint(str(model))
+    with pytest.raises(ValueError, match="expected a head of its own"):
         find_head(source, find_experts(source))
 
 
