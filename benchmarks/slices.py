@@ -22,6 +22,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alphaq_vllm.ranks import shared_group_size
 from benchmarks.machine import machine
-from offline.allocation.knapsack import allocate, auto_gamma, importance
+from offline.allocation.knapsack import auto_gamma, importance
+from offline.allocation.modes import least_cost, uniform
 from offline.quantizers.quantize import quantize
 from offline.sensitivity.reach import reaches
 from offline.sensitivity.spectra import choose_block_size, hill_alpha
 
 RESULTS = Path(__file__).parent / "results" / "slices.jsonl"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-GROUP_SIZES = (128, 64, 32)
 # Of a map.
 WIDTHS = (2, 3, 4)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slice:
     """One matrix of one slice; ``part`` is a view of the layer's own, float32, and ``original`` a copy of it."""
 
@@ -53,9 +55,22 @@ class Slice:
     part: Tensor
     original: Tensor
 
+    @property
+    def name(self) -> str:
+        """As of an expert's matrix."""
+        return f"{self.layer}.{self.number}.{PROJECTIONS[self.projection]}"
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.original.numel()
+
+    @cache  # noqa: B019 - it lives as long as the process
     def quantized(self, num_bits: int) -> Tensor:
-        """Its weights as they would be restored."""
-        size = next(size for size in GROUP_SIZES if self.part.shape[1] % size == 0)
+        """Its weights as they would be restored. Raises ValueError for columns that no group size divides."""
+        size = shared_group_size(self.original.shape[1], 128)
+        if size is None:
+            raise ValueError(f"--slices: expected columns in groups of 32 or more, got {self.original.shape[1]}")
         return quantize(self.original, num_bits, size, "mse").dequantize(num_bits)
 
 
@@ -213,7 +228,7 @@ def maps(
 ) -> dict[str, Any]:
     """The KL divergence of maps of widths at a budget, and of the same widths shuffled; num_bits: of the figures."""
     errors = np.array([[float((m.original - m.quantized(b)).square().mean()) for b in WIDTHS] for m in matrices])
-    numel = np.array([matrix.original.numel() for matrix in matrices])
+    numel = np.array([matrix.numel for matrix in matrices])
     variance = np.array([float(matrix.original.var(correction=0)) for matrix in matrices])
     alphas = -figures["small alpha"]
     measured = errors[:, WIDTHS.index(num_bits)]
@@ -234,12 +249,10 @@ def maps(
         return kl
 
     found: dict[str, Any] = {}
-    low, high = int(bits), int(-(-bits // 1))
-    alternating = [low if i % 2 else high for i in range(len(matrices))]
-    found["uniform"] = {"kl": score(alternating)}
+    found["uniform"] = {"kl": score(uniform(matrices, WIDTHS, bits).tolist())}
     for name, sensitivity in sensitivities.items():
         costs = (sensitivity * numel)[:, None] * errors
-        widths = allocate(costs, numel, WIDTHS, bits).bits.tolist()
+        widths = least_cost(matrices, costs, WIDTHS, bits, "projection")[0].tolist()
         controls = [score(random.Random(seed).sample(widths, len(widths))) for seed in range(3)]
         found[name] = {"kl": score(widths), "control_kl": controls, "widths": {w: widths.count(w) for w in WIDTHS}}
         print(f"{bits:g} bits  {name:20} {found[name]['kl']:.4f}  at random {np.mean(controls):.4f}", flush=True)

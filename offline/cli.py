@@ -13,13 +13,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from alphaq_vllm.format import SUPPORTED_GROUP_SIZES
+from alphaq_vllm.format import LINEAR_BITS, SUPPORTED_GROUP_SIZES
 from offline.allocation.modes import GRANULARITIES
 from offline.allocation.widths import MODES, NOISE_KINDS
 from offline.model.text import FEW_PER_FEATURE, MANY_TOKENS, MAX_TOKENS, TOKENS_PER_FEATURE, Calibration
 from offline.operations.options import MANUAL
 from offline.operations.width_options import PRESETS
 from offline.quantizers.quantize import QUANTIZERS
+from offline.source.linear import UNQUANTIZED
 
 _NOISE = (
     "error to minimise: propagated (default where the converter can run the model, or the statistics have it), of the "
@@ -150,6 +151,13 @@ def add_family(parser: argparse.ArgumentParser) -> None:
 def add_group_size(parser: argparse.ArgumentParser) -> None:
     """Add the group size."""
     parser.add_argument("--group-size", type=int, choices=SUPPORTED_GROUP_SIZES, help="default 128")
+
+
+def add_linear_bits(parser: argparse.ArgumentParser) -> None:
+    """Add the widths of what is no expert."""
+    widths = (UNQUANTIZED, *reversed(LINEAR_BITS))
+    for name, what in (("linear", "attention, shared experts and dense layers"), ("head", "what predicts tokens")):
+        parser.add_argument(f"--{name}-bits", type=int, choices=widths, help=f"of {what} (default 16: left alone)")
 
 
 def run(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> NoReturn:

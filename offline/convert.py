@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from alphaq_vllm.format import LINEAR_BITS, SUPPORTED_BITS
+from alphaq_vllm.format import SUPPORTED_BITS
 from offline.cli import (
     Parser,
     add_choice_options,
     add_family,
     add_group_size,
+    add_linear_bits,
     add_output_options,
     add_quantizer_options,
     add_revision,
@@ -81,18 +82,7 @@ def build_parser() -> Parser:
         help="of the experts of layers for multi-token prediction, where vLLM serves these quantized (default 4; 16: "
         "left alone)",
     )
-    parser.add_argument(
-        "--linear-bits",
-        type=int,
-        choices=(16, *reversed(LINEAR_BITS)),
-        help="of attention, shared experts and dense layers (default 16: left alone)",
-    )
-    parser.add_argument(
-        "--head-bits",
-        type=int,
-        choices=(16, *reversed(LINEAR_BITS)),
-        help="of the matrix that predicts tokens (default 16: left alone)",
-    )
+    add_linear_bits(parser)
     parser.add_argument("--tp-size", type=int, metavar="N", help="refuse what N ranks could not share (default 1)")
     parser.add_argument(
         "--dry-run",

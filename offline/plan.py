@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alphaq_vllm.format import LINEAR_BITS
-from offline.cli import Parser, add_group_size, add_json_option, add_revision, given, run
+from offline.cli import Parser, add_group_size, add_json_option, add_linear_bits, add_revision, given, run
 from offline.operations.prospect import plan
 from offline.progress import format_bytes, format_seconds
 
@@ -31,12 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("model", help="directory of a Hugging Face checkpoint, or name of a model on the Hub")
     parser.add_argument("--bits", metavar="AVERAGE", help="of the expert matrices (default 3.5)")
     parser.add_argument("--gpus", metavar="NxSIZE", help="what is to serve it, such as 2x24GiB")
-    parser.add_argument(
-        "--linear-bits", type=int, choices=(16, *reversed(LINEAR_BITS)), help="of other linear layers (default 16)"
-    )
-    parser.add_argument(
-        "--head-bits", type=int, choices=(16, *reversed(LINEAR_BITS)), help="of what predicts tokens (default 16)"
-    )
+    add_linear_bits(parser)
     add_group_size(parser)
     add_revision(parser)
     add_json_option(parser)
