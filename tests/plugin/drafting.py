@@ -170,8 +170,6 @@ DRAFTING = {
 def engine(checkpoint):
     """The config of an engine that drafts."""
     options = {"max_model_len": 64, "skip_tokenizer_init": True, "speculative_config": SPECULATIVE}
-    # Without AMX vLLM turns it off itself for latent attention, after it has chosen the blocks of Ling's Mamba by it.
-    options["enable_prefix_caching"] = False
     options["trust_remote_code"] = "auto_map" in json.loads((checkpoint / "config.json").read_bytes())
     return engine_config(checkpoint, verify=False, **options)
 

@@ -44,7 +44,10 @@ def one_rank(folder):
 
 def engine_config(checkpoint, verify, **arguments):
     """What ``vllm serve`` decides before it starts its workers; verify: whether it compares checksums."""
-    arguments = {"enforce_eager": True, "max_model_len": 128, "use_tqdm_on_load": False, **arguments}
+    # Prefix caching: on a CPU without AMX vLLM turns it off itself for latent attention, but only after it has chosen
+    # the blocks of Mamba layers by it, and then refuses them (Kimi-Linear, Ling).
+    defaults = {"enforce_eager": True, "max_model_len": 128, "use_tqdm_on_load": False, "enable_prefix_caching": False}
+    arguments = {**defaults, **arguments}
     with patch.dict(os.environ, {VERIFY: str(int(verify))}):
         check_files.cache_clear()
         return EngineArgs(str(checkpoint), quantization="alphaq", **arguments).create_engine_config()
