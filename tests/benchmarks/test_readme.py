@@ -211,8 +211,8 @@ def test_serving_beside_llama_cpp():
         assert cells == [f"{size / 1e9:.2f} GB", f"{bits:.2f}", *(f"{speed:.1f}" for speed in tokens)]
     (*_, ours, ours_of_eight), (*_, llama, llama_of_eight) = rows
     text = " ".join((ROOT / README).read_text().split())
-    assert f"answers come at {ours} tokens a second, eight at {ours_of_eight}" in text
-    assert f"llama.cpp's at {llama} and {llama_of_eight}" in text
+    assert f"one client gets {ours} tokens a second of an answer, eight {ours_of_eight};" in text
+    assert f"from llama.cpp {llama} and {llama_of_eight}" in text
 
 
 def conversions(what, machine, date):

@@ -12,7 +12,6 @@ from vllm.distributed import (
     ensure_model_parallel_initialized,
     init_distributed_environment,
 )
-from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe import config as fused_moe_config
 from vllm.model_executor.model_loader import get_model
 
@@ -25,7 +24,7 @@ from tests.offline.conftest import PUBLISHED as RENAMED
 from tests.offline.conftest import publish, save_tiny_model
 from tests.plugin.test_gpu_families import PUBLISHED
 from tests.plugin.test_published_names import STEP
-from tests.reliability.loading import reload
+from tests.reliability.loading import engine_config, reload
 from tests.serving.test_families import save_model
 
 SETTINGS = {**PUBLISHED, "step3p5": STEP}
@@ -53,10 +52,7 @@ def vllm(tmp_path_factory):
 
 def load(folder, **options):
     """vLLM's model, without an engine around it, and its config."""
-    arguments = EngineArgs(
-        str(folder), skip_tokenizer_init=True, quantization="alphaq", enforce_eager=True, max_model_len=64, **options
-    )
-    config = arguments.create_engine_config()
+    config = engine_config(folder, verify=True, skip_tokenizer_init=True, max_model_len=64, **options)
     with set_current_vllm_config(config):
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = f"{os.environ['ALPHAQ_CACHE']}-store"
