@@ -1,8 +1,9 @@
 """The AlphaQ checkpoint format: names, shapes, dtypes and configuration. Nothing else defines it.
 
-A quantized weight ``[out_features, in_features]`` is stored as three tensors (see ``matrix_tensors``), and
-means ``weight_scale * (code - weight_zero_point)`` with one scale and one zero point per output row and group of
-``group_size`` consecutive input columns. The order of the codes inside ``weight_packed`` is in ``packing``.
+A quantized weight ``[out_features, in_features]`` is stored as three tensors (see ``matrix_tensors``), and means
+``weight_scale * step * (code - zero_point)``. There is a scale for each output row. Each row and group of
+``group_size`` consecutive input columns has a step and a zero point, four bits each, in one byte of ``weight_grid``:
+see ``packing``, which also has the order of the codes inside ``weight_packed``.
 
 Linear layers outside the experts may be quantized too, for the kernels that vLLM has: ``linear_tensors`` stores them in
 the layout of compressed-tensors' ``pack-quantized`` format, signed codes with a scale and no zero point.
@@ -27,11 +28,11 @@ LINEAR_BITS = (4, 8)
 WEIGHTS_FILE = "transformers_weights"
 NO_WEIGHTS_FILE = "import alphaq_vllm.transformers before from_pretrained"
 
-PACKED, SCALE, ZERO = "weight_packed", "weight_scale", "weight_zero_point"
+PACKED, SCALE, GRID = "weight_packed", "weight_scale", "weight_grid"
 PACKED_DTYPE = torch.int32
-# bfloat16 has the range of any weight; a zero point is measured in codes, so it needs precision and no range.
+# The range of any weight.
 SCALE_DTYPE = torch.bfloat16
-ZERO_DTYPE = torch.float16
+GRID_DTYPE = torch.uint8
 
 # What each family calls the projections of an expert, and the shard id that vLLM gives them.
 SHARD_IDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2"}
@@ -57,15 +58,20 @@ class TensorSpec:
 def matrix_tensors(out_features: int, in_features: int, num_bits: int, group_size: int) -> dict[str, TensorSpec]:
     """The tensors that store one matrix, by name suffix.
 
-    A slice of rows, or of whole groups of columns, of each tensor stores that slice of the matrix.
+    A slice of rows, or of whole groups of columns, of each tensor stores that slice of the matrix; columns share the
+    scales.
 
     >>> {name: spec.shape for name, spec in matrix_tensors(256, 512, 3, 128).items()}
-    {'weight_packed': (256, 48), 'weight_scale': (256, 4), 'weight_zero_point': (256, 4)}
+    {'weight_packed': (256, 48), 'weight_scale': (256, 1), 'weight_grid': (256, 4)}
 
     Raises ValueError if ``in_features`` is not a multiple of ``group_size``.
     """
-    stored = linear_tensors(out_features, in_features, num_bits, group_size)
-    return {**stored, ZERO: TensorSpec(stored[SCALE].shape, ZERO_DTYPE)}
+    codes, groups = linear_tensors(out_features, in_features, num_bits, group_size).values()
+    return {
+        PACKED: codes,
+        SCALE: TensorSpec((out_features, 1), SCALE_DTYPE),
+        GRID: TensorSpec(groups.shape, GRID_DTYPE),
+    }
 
 
 def linear_tensors(out_features: int, in_features: int, num_bits: int, group_size: int) -> dict[str, TensorSpec]:
@@ -107,12 +113,12 @@ def shard_ids(projections: Iterable[str]) -> dict[str, str]:
 
 
 def stored_bits_per_weight(num_bits: float, group_size: int) -> float:
-    """Bits on disk and in memory for one weight: its code and its share of scale and zero point.
+    """Bits on disk and in memory for one weight: its code and its share of a grid, without the scale of its row.
 
     >>> stored_bits_per_weight(3.5, 128)
-    3.75
+    3.5625
     """
-    return num_bits + 8 * (SCALE_DTYPE.itemsize + ZERO_DTYPE.itemsize) / group_size
+    return num_bits + 8 * GRID_DTYPE.itemsize / group_size
 
 
 @dataclass(frozen=True)

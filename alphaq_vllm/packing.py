@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits in 32-bit words, without a wasted bit.
+"""Codes of 1 to 8 bits in 32-bit words, without a wasted bit, and what they mean.
 
 A row is cut into units of 32 consecutive codes; a unit of b-bit codes fills b consecutive words. b is written as a sum
 of powers of two, largest first (7 = 4 + 2 + 1). Each power p is a *plane* of p words that holds p bits of each of the
@@ -7,6 +7,11 @@ plane, starting at bit ``16 * (k % 2) + (k // 2) * p % 16``.
 
 Even codes fill the low half of every word and odd codes the high half at the same places, so one mask yields two
 neighbours, one in each half of a register: the operand layout of 16-bit matrix instructions.
+
+A grid is a byte. Its lower half is the step less one: from 1 to 16, in scales of the row. Steps that are equally far
+apart lose as much of every group, and most groups have large ones. Its upper half is the zero point in parts of a 32nd
+of the number of codes, from the 6th to the 21st: about the middle, where those of weights are. Some of them are codes,
+so that 0 can be a value of a grid, and others lie between two codes.
 """
 
 from __future__ import annotations
@@ -69,22 +74,40 @@ def unpack(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
     return pairs.view(torch.int16).flatten(-2).to(torch.uint8)
 
 
+def grid_steps(grid: torch.Tensor) -> torch.Tensor:
+    """The steps of grids, in scales of their rows: float32.
+
+    >>> grid_steps(torch.tensor([0x00, 0x80, 0x0F], dtype=torch.uint8)).tolist()
+    [1.0, 1.0, 16.0]
+    """
+    return (grid & 15).float() + 1
+
+
+def grid_zero_points(grid: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """The zero points of grids, in codes: float32.
+
+    >>> grid_zero_points(torch.tensor([0x00, 0x80, 0xF0], dtype=torch.uint8), 3).tolist()
+    [1.5, 3.5, 5.25]
+    """
+    return ((grid >> 4).float() + 6) * 2.0 ** (num_bits - 5)
+
+
 def dequantize(
     packed: torch.Tensor,
     scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    grid: torch.Tensor,
     num_bits: int,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The weight that a stored matrix means: ``scale * (code - zero_point)``, computed in float32.
+    """The weight that a stored matrix means: ``scale * (step * (code - zero_point))``, computed in float32.
 
-    packed: ``[out_features, words]`` int32; scale, zero_point: ``[out_features, groups]``.
+    packed: ``[out_features, words]`` int32; scale: ``[out_features, 1]``; grid: ``[out_features, groups]`` uint8.
     Returns ``[out_features, in_features]``, rounded once to ``dtype``.
     """
     codes = unpack(packed, num_bits)
-    grouped = codes.view(*scale.shape, codes.shape[-1] // scale.shape[-1]).float()
-    weight = (grouped - zero_point.float()[..., None]) * scale.float()[..., None]
-    return weight.flatten(-2).to(dtype)
+    grouped = codes.view(*grid.shape, codes.shape[-1] // grid.shape[-1]).float()
+    weight = (grouped - grid_zero_points(grid, num_bits)[..., None]) * grid_steps(grid)[..., None]
+    return (weight.flatten(-2) * scale.float()).to(dtype)
 
 
 def _field_offsets(p: int, device: torch.device) -> torch.Tensor:

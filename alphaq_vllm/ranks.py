@@ -1,7 +1,7 @@
 """How ranks of tensor parallelism share the columns of a matrix, whatever its groups.
 
 A rank's share may begin or end within a stored group. The rank then sees smaller groups, of which several have the
-scale and zero point of one stored group. So ranks on both sides of the cut have them, and the checkpoint is left alone.
+grid of one stored group. So ranks on both sides of the cut have them, and the checkpoint is left alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def fitting_ranks(columns: int) -> list[int]:
 
 
 def in_smaller_groups(values: torch.Tensor, stored: int, seen: int) -> torch.Tensor:
-    """Scales or zero points ``[..., groups]`` of groups of ``stored`` columns, for groups of ``seen`` columns.
+    """Values ``[..., groups]`` of groups of ``stored`` columns, for groups of ``seen`` columns.
 
     Returns ``[..., groups * stored / seen]``.
     """

@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from alphaq_vllm import linear_packing, packing
-from alphaq_vllm.format import PACKED, QUANT_METHOD, SCALE, WEIGHTS_FILE, ZERO, AlphaQSpec
+from alphaq_vllm.format import GRID, PACKED, QUANT_METHOD, SCALE, WEIGHTS_FILE, AlphaQSpec
 
 if TYPE_CHECKING:
     from offline.source.fused import FusedPart
@@ -160,10 +160,10 @@ class DequantizeExperts(ConversionOps):
         fused = torch.empty(parameter.shape, dtype=parameter.dtype, device=input_dict[source_patterns[0]][0].device)
         for i, part in enumerate(self.parts):
             tensors = zip(*(input_dict.pop(pattern) for pattern in source_patterns[3 * i : 3 * i + 3]), strict=True)
-            for expert, (packed, scale, zero_point) in enumerate(tensors):
+            for expert, (packed, scale, grid) in enumerate(tensors):
                 matrix = part.view(fused[expert])
                 num_bits = 32 * packed.shape[1] // matrix.shape[1]
-                matrix.copy_(packing.dequantize(packed, scale, zero_point, num_bits, fused.dtype))
+                matrix.copy_(packing.dequantize(packed, scale, grid, num_bits, fused.dtype))
         return {full_layer_name: fused}
 
 
@@ -191,5 +191,5 @@ class DequantizeLinear(ConversionOps):
 def _stored(*projections: str) -> list[str]:
     """Patterns of the names of the stored tensors of projections of experts."""
     return [
-        rf"\.experts\.\d+\.{projection}\.{suffix}$" for projection in projections for suffix in (PACKED, SCALE, ZERO)
+        rf"\.experts\.\d+\.{projection}\.{suffix}$" for projection in projections for suffix in (PACKED, SCALE, GRID)
     ]

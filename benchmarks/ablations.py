@@ -22,15 +22,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from alphaq_vllm.format import stored_bits_per_weight
 from benchmarks.alternatives import (
     GROUP_SIZE,
     alternating_grid,
     balanced,
-    coarse_grid,
+    coarse,
     column_scales,
+    fine,
     restored,
+    restored_from,
     rotated,
-    symmetric_grid,
+    symmetric,
 )
 from benchmarks.quality import RESULTS, Bench, Variant, record
 from offline.allocation.knapsack import allocate, auto_gamma, importance
@@ -45,15 +48,7 @@ WIDTHS = (2, 3, 4)
 # Made-up inputs of each layer for the sensitivities from weights alone, and what an expert that none reaches counts.
 TOKENS, FLOOR = 2048, 0.01
 # Scale and zero point in bits, and the group size.
-STORAGE = (
-    (8, 8, 128),
-    (6, 4, 128),
-    (4, 4, 128),
-    (8, 8, 64),
-    (6, 4, 64),
-    (8, 8, 32),
-    (6, 4, 32),
-)
+STORAGE = ((8, 8, 128), (6, 4, 128), (4, 4, 128), (8, 8, 64), (6, 4, 64), (4, 4, 64))
 
 
 class Matrices:
@@ -63,6 +58,15 @@ class Matrices:
         self.source = source
         self.experts = experts.matrices
         self.weights = {matrix.name: load_weight(source, matrix) for matrix in experts.matrices}
+
+    @property
+    def columns(self) -> int:
+        """Of the first matrix: inputs of the layer."""
+        return next(iter(self.weights.values())).shape[1]
+
+    def stored_bits(self, bits: float) -> float:
+        """Of a weight, as the format stores it, with its share of the scale of its row."""
+        return stored_bits_per_weight(bits, GROUP_SIZE) + 16 / self.columns
 
     @cached_property
     def mse(self) -> np.ndarray:
@@ -142,7 +146,7 @@ def grids(matrices: Matrices) -> Iterator[Restored]:
     for bits in WIDTHS:
         restore = partial(restored, num_bits=bits, find_grid=mse)
         alternating = partial(restored, num_bits=bits, find_grid=alternating_grid)
-        stored = bits + 32 / GROUP_SIZE
+        stored = matrices.stored_bits(bits)
         yield "alternating least squares", stored, partial(matrices.each, alternating)
         yield "mse, columns evened out", stored, partial(matrices.balanced, restore)
         yield "mse, rotated", stored, partial(matrices.each, partial(rotated, restore=restore))
@@ -150,19 +154,16 @@ def grids(matrices: Matrices) -> Iterator[Restored]:
 
 def storage(matrices: Matrices) -> Iterator[Restored]:
     """What a scale and a zero point may cost; a row's own scale is 16 bits more."""
-    columns = next(iter(matrices.weights.values())).shape[1]
     for bits in WIDTHS:
         for size in (64, 128):
-            symmetric = partial(restored, num_bits=bits, find_grid=symmetric_grid, group_size=size)
-            yield f"16-bit scale, no zero, groups of {size}", bits + 16 / size, partial(matrices.each, symmetric)
-        for scale_bits, zero_bits, size in STORAGE:
-
-            def restore(weight: Tensor, bits=bits, scale=scale_bits, zero=zero_bits, size=size) -> Tensor:
-                return restored(weight, bits, coarse_grid(scale, zero, len(weight)), size)
-
-            name = f"{scale_bits}-bit scale, {zero_bits}-bit zero, groups of {size}"
-            stored = bits + (scale_bits + zero_bits) / size + 16 / columns
-            yield name, stored, partial(matrices.each, restore)
+            kinds = {"16-bit scale, no zero": (symmetric, 16 / size), "16-bit scale and zero": (fine, 32 / size)}
+            for scale_bits, zero_bits, of_size in STORAGE:
+                if of_size == size:
+                    each = (scale_bits + zero_bits) / size + 16 / matrices.columns
+                    kinds[f"{scale_bits}-bit scale, {zero_bits}-bit zero"] = (coarse(scale_bits, zero_bits), each)
+            for name, (stored, overhead) in kinds.items():
+                restore = partial(restored_from, num_bits=bits, stored=stored, group_size=size)
+                yield f"{name}, groups of {size}", bits + overhead, partial(matrices.each, restore)
 
 
 def sensitivity(matrices: Matrices) -> Iterator[Restored]:
@@ -182,7 +183,7 @@ def sensitivity(matrices: Matrices) -> Iterator[Restored]:
             kinds[f"by alpha, blocks of {size}, tail {tail:g}"] = matrices.by_alpha(size, tail)
     for bits in (2.5, 3.5):
         for name, values in kinds.items():
-            yield name, bits + 32 / GROUP_SIZE, partial(matrices.allocated, values, bits)
+            yield name, matrices.stored_bits(bits), partial(matrices.allocated, values, bits)
 
 
 ABLATIONS = {"grids": grids, "storage": storage, "sensitivity": sensitivity}

@@ -38,7 +38,7 @@ from benchmarks.peers import PEERS
 from benchmarks.sass import compile_gemm
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
-GROUP_SIZE = 128
+GROUP_SIZE = 64
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)
 # Shares of the widths 2, 3 and 4.
 SHARES = {2.5: (4, 1, 1), 3.0: (1, 1, 1), 3.5: (1, 1, 4), 4.0: (0, 0, 1)}
@@ -84,14 +84,13 @@ def random_experts(
     bits = [dealt[i : i + projections] for i in range(0, count, projections)]
     offsets, words = expert_offsets(bits, N, K)
     num_bits = torch.tensor(bits, dtype=torch.int32, device=device)
-    groups = (num_experts, projections, N, K // GROUP_SIZE)
-    levels = (2.0**num_bits)[..., None, None]
-    scales = (torch.rand(groups, device=device) + 0.5) * 3 / levels / K**0.5
-    zero_points = (torch.rand(groups, device=device) * 0.4 + 0.3) * (levels - 1)
+    rows = (num_experts, projections, N)
+    # Steps are 8.5 on average.
+    scales = (torch.rand(*rows, 1, device=device) + 0.5) * 3 / 8.5 / (2.0**num_bits)[..., None, None] / K**0.5
     return PackedExperts(
         torch.randint(-(2**31), 2**31, (words,), dtype=torch.int32, device=device),
         scales.bfloat16(),
-        zero_points.half(),
+        torch.randint(0, 256, (*rows, K // GROUP_SIZE), dtype=torch.uint8, device=device),
         num_bits,
         torch.tensor(offsets, device=device),
         GROUP_SIZE,

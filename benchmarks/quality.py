@@ -93,7 +93,8 @@ PRESETS = {
     },
     # What a bit is best spent on.
     "groups": {
-        f"uniform, mse, groups of {n}": f"--mode uniform --quantizer mse --group-size {n}" for n in (32, 64, 128)
+        **{f"uniform, mse, groups of {n}": f"--mode uniform --quantizer mse --group-size {n}" for n in (32, 64, 128)},
+        **{f"default, groups of {n}": f"--group-size {n}" for n in (32, 64, 128)},
     },
 }
 

@@ -23,7 +23,7 @@ POINTERS = {
     "out_ptr": "*fp32",
     "packed_ptr": "*i32",
     "scales_ptr": "*bf16",
-    "zero_points_ptr": "*fp16",
+    "grids_ptr": "*u8",
     "num_bits_ptr": "*i32",
     "offsets_ptr": "*i64",
     "expert_ids_ptr": "*i32",

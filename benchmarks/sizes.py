@@ -3,7 +3,7 @@
     python -m benchmarks.sizes
 
 Computed from the numbers of their published configs, without any download. A size is that of all tensors of the
-checkpoint: codes, scales and zero points of the routed experts, and 16 bits for each other parameter, with what sees
+checkpoint: codes, grids and scales of the routed experts, and 16 bits for each other parameter, with what sees
 images, where the checkpoint has it. The experts of layers for multi-token prediction have their default width.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alphaq_vllm.format import SUPPORTED_GROUP_SIZES, stored_bits_per_weight
+from alphaq_vllm.format import SCALE_DTYPE, SUPPORTED_GROUP_SIZES, stored_bits_per_weight
 from alphaq_vllm.ranks import fitting_ranks
 from offline.operations.options import ConvertOptions
 
@@ -49,15 +49,18 @@ class Model:
 
     @property
     def group_size(self) -> int:
-        """The greatest that divides the rows of all expert matrices."""
-        return max(size for size in SUPPORTED_GROUP_SIZES if self._fits(size))
+        """The default, or the greatest below it that divides the rows of all expert matrices."""
+        return max(size for size in SUPPORTED_GROUP_SIZES if size <= ConvertOptions.group_size and self._fits(size))
 
     def nbytes(self, bits: float, group_size: int) -> int:
         """All tensors with experts of ``bits`` on average in groups of ``group_size``."""
         experts, drafts = self.num_expert_weights, self.draft_layers * self._layer_weights
         stored = experts * stored_bits_per_weight(bits, group_size)
         stored += drafts * stored_bits_per_weight(ConvertOptions.mtp_bits, group_size)
-        return round(stored / 8) + 2 * (self.num_parameters - experts - drafts)
+        # A scale for each row of gate, up and down.
+        layers = self.layers + self.draft_layers
+        scales = layers * self.num_experts * (2 * self.intermediate_size + self.hidden_size) * SCALE_DTYPE.itemsize
+        return round(stored / 8) + scales + 2 * (self.num_parameters - experts - drafts)
 
     @property
     def max_ranks(self) -> int:

@@ -150,7 +150,7 @@ def add_family(parser: argparse.ArgumentParser) -> None:
 
 def add_group_size(parser: argparse.ArgumentParser) -> None:
     """Add the group size."""
-    parser.add_argument("--group-size", type=int, choices=SUPPORTED_GROUP_SIZES, help="default 128")
+    parser.add_argument("--group-size", type=int, choices=SUPPORTED_GROUP_SIZES, help="of experts (default 64)")
 
 
 def add_linear_bits(parser: argparse.ArgumentParser) -> None:

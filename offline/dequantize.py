@@ -13,8 +13,8 @@ from offline.progress import format_bytes
 
 _DESCRIPTION = """Turn an AlphaQ checkpoint back into an ordinary one, so that any other program can check it.
 
-A weight is scale * (code - zero_point), computed in float32. With --dtype float32 it is stored as computed; float16
-and bfloat16 round it once. All other tensors are copied unchanged."""
+A weight is scale * step * (code - zero_point), computed in float32. With --dtype float32 it is stored as computed;
+float16 and bfloat16 round it once. All other tensors are copied unchanged."""
 
 _EXAMPLES = """\
   python -m offline.dequantize ./model-alphaq ./model-dequantized

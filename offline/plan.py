@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offline.cli import Parser, add_group_size, add_json_option, add_linear_bits, add_revision, given, run
+from offline.operations.options import ConvertOptions
 from offline.operations.prospect import plan
 from offline.progress import format_bytes, format_seconds
 
@@ -44,6 +45,7 @@ def _text(result: Mapping[str, Any]) -> str:
     if not result["covered"]:
         return f"{model}\ncannot be converted: {result['reason']}"
     how = "propagated errors and gptq" if result["runs"] else "errors of the weights and mse"
+    size = result["group_size"]
     lines = [
         model,
         f"family:     {result['model_type']}, covered; by default converted with {how}",
@@ -56,8 +58,8 @@ def _text(result: Mapping[str, Any]) -> str:
             if result["drafts"]
             else []
         ),
-        f"groups:     {result['group_size']} columns"
-        + ("" if result["group_size"] == 128 else f": convert with --group-size {result['group_size']}"),
+        f"groups:     {size} columns"
+        + ("" if size == ConvertOptions.group_size else f": convert with --group-size {size}"),
         "",
         "   bits  as stored      experts  all weights",
     ]

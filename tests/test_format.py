@@ -134,7 +134,8 @@ def test_from_dict_refuses(config, message):
 def test_matrix_tensors_take_the_stated_bits(num_bits, group_size):
     tensors = matrix_tensors(96, 384, num_bits, group_size)
     stored = 8 * sum(spec.nbytes for spec in tensors.values())
-    assert stored == 96 * 384 * stored_bits_per_weight(num_bits, group_size)
+    # And a scale for each row.
+    assert stored == 96 * 384 * stored_bits_per_weight(num_bits, group_size) + 96 * 16
     assert tensors["weight_packed"].dtype == torch.int32
 
 

@@ -20,8 +20,8 @@ import logging, torch
 logging.basicConfig(format="%(levelname)s %(message)s")
 from alphaq_vllm.kernels import PackedExperts, prepare_
 from alphaq_vllm.packing import pack
-scale = torch.ones(16, 1)
-matrix = pack(torch.zeros(16, 32, dtype=torch.uint8), 3), scale.bfloat16(), scale.half(), 3
+grid = torch.zeros(16, 1, dtype=torch.uint8)
+matrix = pack(torch.zeros(16, 32, dtype=torch.uint8), 3), torch.ones(16, 1).bfloat16(), grid, 3
 for _ in range(2):
     print(prepare_(PackedExperts.from_matrices([[matrix]])).order)
 """

@@ -73,10 +73,18 @@ def test_planes_refuses_other_widths(num_bits):
 def test_dequantize_applies_each_group_to_its_columns(group_size):
     codes = torch.randint(0, 8, (3, 128), dtype=torch.uint8)
     groups = 128 // group_size
-    scale = torch.rand(3, groups).bfloat16()
-    zero_point = (torch.rand(3, groups) * 8).half()
-    weight = dequantize(pack(codes, 3), scale, zero_point, 3)
+    scale = torch.rand(3, 1).bfloat16()
+    grid = torch.randint(0, 256, (3, groups), dtype=torch.uint8)
+    weight = dequantize(pack(codes, 3), scale, grid, 3)
     for column in range(128):
-        group = column // group_size
-        expected = scale[:, group].float() * (codes[:, column].float() - zero_point[:, group].float())
-        assert torch.equal(weight[:, column], expected)
+        byte = grid[:, column // group_size].double()
+        step, zero_point = byte % 16 + 1, ((byte / 16).floor() + 6) / 4
+        expected = scale[:, 0].double() * step * (codes[:, column].double() - zero_point)
+        assert torch.equal(weight[:, column].double(), expected)
+
+
+@pytest.mark.parametrize("num_bits", range(1, 9))
+def test_0_is_a_value_of_a_grid_with_its_zero_point_in_the_middle(num_bits):
+    codes = torch.full((1, 32), 2 ** (num_bits - 1), dtype=torch.uint8)
+    grid = torch.tensor([[0xA0]], dtype=torch.uint8)
+    assert not dequantize(pack(codes, num_bits), torch.ones(1, 1), grid, num_bits).any()

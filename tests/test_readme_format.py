@@ -30,9 +30,14 @@ def decode_unit(words, bits):
     return codes
 
 
-def decode_row(packed, scale, zero_point, bits, group_size):
+def decode_row(packed, scale, grid, bits, group_size):
     codes = [code for start in range(0, len(packed), bits) for code in decode_unit(packed[start : start + bits], bits)]
-    return [np.float32(scale[c // group_size]) * (code - zero_point[c // group_size]) for c, code in enumerate(codes)]
+    weights = []
+    for c, code in enumerate(codes):
+        byte = grid[c // group_size]
+        step, zero_point = byte % 16 + 1, (byte // 16 + 6) / 32 * 2**bits
+        weights.append(np.float32(scale * step * (code - zero_point)))
+    return weights
 
 
 def test_example_is_by_the_rule():
@@ -56,18 +61,19 @@ def test_documented_decoder_agrees_with_dequantize(mixed_checkpoint, dequantized
             for projection, digits in projections.items():
                 for expert, digit in enumerate(digits):
                     name = f"{module}.{expert}.{projection}"
-                    packed, scale, zero_point = (
+                    packed, scale, grid = (
                         file.get_tensor(f"{name}.{suffix}")
-                        for suffix in ("weight_packed", "weight_scale", "weight_zero_point")
+                        for suffix in ("weight_packed", "weight_scale", "weight_grid")
                     )
                     weight = plain.get_tensor(f"{name}.weight")
-                    assert packed.dtype == torch.int32
+                    assert (packed.dtype, scale.dtype, grid.dtype) == (torch.int32, torch.bfloat16, torch.uint8)
+                    assert scale.shape == (weight.shape[0], 1)
                     assert packed.shape == (weight.shape[0], weight.shape[1] * int(digit) // 32)
                     for row in (0, weight.shape[0] - 1):
                         values = decode_row(
                             packed[row].tolist(),
-                            scale[row].float().numpy(),
-                            zero_point[row].float().numpy(),
+                            scale[row].item(),
+                            grid[row].tolist(),
                             int(digit),
                             config["group_size"],
                         )

@@ -11,9 +11,9 @@ import torch
 from alphaq_vllm.format import PACKED_DTYPE, SUPPORTED_GROUP_SIZES
 from alphaq_vllm.packing import UNIT, dequantize
 
-# (packed, scale, zero_point, num_bits) of one matrix, as a checkpoint stores it.
+# (packed, scale, grid, num_bits) of one matrix, as a checkpoint stores it.
 StoredMatrix = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
-# How a matrix's words, scales and zero points are ordered: as packing.py has them, or as triton.layout or
+# How a matrix's words and grids are ordered: as packing.py has them, or as triton.layout or
 # cpu/native/layout.h do.
 Order = Literal["checkpoint", "gpu", "cpu"]
 
@@ -23,15 +23,15 @@ class PackedExperts:
     """The matrices ``[N, K]`` of E experts with P projections each (w13: gate, then up, or up alone; w2: down).
 
     packed: flat int32; the words of matrix (e, p) start at ``offsets[e, p]`` and mean ``[N, K * bits / 32]``.
-    scales: ``[E, P, N, K / group_size]`` bfloat16. zero_points: the same shape, float16.
+    scales: ``[E, P, N, 1]`` bfloat16. grids: ``[E, P, N, K / group_size]`` uint8.
     num_bits: ``[E, P]`` int32. offsets: ``[E, P]`` int64, in words, multiples of 4 (16 bytes).
     widths: at least every width that occurs in num_bits, ascending; known to the host so that nothing waits for a GPU.
-    order: of packed, scales and zero_points within a matrix; ``prepare_`` changes it.
+    order: of packed and grids within a matrix; ``prepare_`` changes it.
     """
 
     packed: torch.Tensor
     scales: torch.Tensor
-    zero_points: torch.Tensor
+    grids: torch.Tensor
     num_bits: torch.Tensor
     offsets: torch.Tensor
     group_size: int
@@ -56,12 +56,12 @@ class PackedExperts:
     @property
     def K(self) -> int:
         """Columns of a matrix: input features."""
-        return self.scales.shape[3] * self.group_size
+        return self.grids.shape[3] * self.group_size
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The tensors, in the order in which the constructor takes them."""
-        return [self.packed, self.scales, self.zero_points, self.num_bits, self.offsets]
+        return [self.packed, self.scales, self.grids, self.num_bits, self.offsets]
 
     def matrix(
         self, expert: int, projection: int, rows: slice = slice(None), dtype: torch.dtype = torch.float32
@@ -71,8 +71,8 @@ class PackedExperts:
         words_per_row = self.K * num_bits // 32
         start = int(self.offsets[expert, projection])
         packed = self.packed[start : start + self.N * words_per_row].view(self.N, words_per_row)
-        scale, zero_point = self.scales[expert, projection], self.zero_points[expert, projection]
-        return dequantize(packed[rows], scale[rows], zero_point[rows], num_bits, dtype)
+        scale, grid = self.scales[expert, projection], self.grids[expert, projection]
+        return dequantize(packed[rows], scale[rows], grid[rows], num_bits, dtype)
 
     @classmethod
     def from_matrices(cls, matrices: Sequence[Sequence[StoredMatrix]]) -> PackedExperts:
@@ -80,19 +80,19 @@ class PackedExperts:
 
         Raises ValueError if a group size results that the format does not know.
         """
-        packed, scale, _, num_bits = matrices[0][0]
+        packed, _, grid, num_bits = matrices[0][0]
         in_features = packed.shape[-1] * 32 // num_bits
-        group_size = in_features // scale.shape[-1]
+        group_size = in_features // grid.shape[-1]
         if group_size not in SUPPORTED_GROUP_SIZES:
             raise ValueError(f"group_size: expected one of {SUPPORTED_GROUP_SIZES}, got {group_size}")
         bits = [[matrix[3] for matrix in projections] for projections in matrices]
-        offsets, _ = expert_offsets(bits, scale.shape[0], in_features)
+        offsets, _ = expert_offsets(bits, grid.shape[0], in_features)
         flat = [matrix for projections in matrices for matrix in projections]
-        grid = (len(matrices), len(matrices[0]))
+        places = (len(matrices), len(matrices[0]))
         return cls(
             packed=torch.cat([matrix[0].flatten() for matrix in flat]),
-            scales=torch.stack([matrix[1] for matrix in flat]).unflatten(0, grid),
-            zero_points=torch.stack([matrix[2] for matrix in flat]).unflatten(0, grid),
+            scales=torch.stack([matrix[1] for matrix in flat]).unflatten(0, places),
+            grids=torch.stack([matrix[2] for matrix in flat]).unflatten(0, places),
             num_bits=torch.tensor(bits, dtype=torch.int32, device=packed.device),
             offsets=torch.tensor(offsets, dtype=torch.int64, device=packed.device),
             group_size=group_size,

@@ -117,8 +117,8 @@ def _fused_moe(
 
 
 def _experts(tensors: Sequence[torch.Tensor], group_size: int, widths: Sequence[int], order: Order) -> PackedExperts:
-    packed, scales, zero_points, num_bits, offsets = tensors
-    return PackedExperts(packed, scales, zero_points, num_bits, offsets, group_size, tuple(widths), order)
+    packed, scales, grids, num_bits, offsets = tensors
+    return PackedExperts(packed, scales, grids, num_bits, offsets, group_size, tuple(widths), order)
 
 
 @torch.library.impl("alphaq::fused_moe", "cpu")

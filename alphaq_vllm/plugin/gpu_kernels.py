@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from alphaq_vllm.cache import cache_directory
-from alphaq_vllm.kernels import MoEWeights, PackedExperts
+from alphaq_vllm.kernels import MoEWeights
 from alphaq_vllm.kernels.choice import KERNELS, chosen_kernels
 from alphaq_vllm.plugin._compat import FusedMoEConfig, RoutedExperts, current_platform, get_current_vllm_config, logger
 
@@ -26,42 +26,17 @@ def check_choice() -> None:
     )
 
 
-def check_range(weights: MoEWeights, prefix: str) -> None:
-    """Raise ValueError for weights that kernels cannot compute with in float16. prefix: the layer's name."""
-    from alphaq_vllm.kernels.triton.gemm import FLOAT16_FACTOR
-
-    limit = torch.finfo(torch.float16).max / FLOAT16_FACTOR.value
-    for stem in ("w13", "w2"):
-        experts: PackedExperts = getattr(weights, stem)
-        for projection in range(experts.num_projections):
-            greatest_code = (2.0 ** experts.num_bits[:, projection] - 1)[:, None, None]
-            zero_points, scales = (t[:, projection].float() for t in (experts.zero_points, experts.scales))
-            largest = float((torch.maximum(zero_points.abs(), (greatest_code - zero_points).abs()) * scales).max())
-            if largest > limit:
-                raise ValueError(
-                    f"{prefix}: {stem}: expected weights up to {limit:.5g} for float16, got one of "
-                    f"{largest:.5g}: serve with --dtype bfloat16"
-                )
-
-
 class Preparation:
     """What a layer's experts go through on a GPU, begun when they are loaded and still in the order of the checkpoint.
 
     Nothing is imported before: Triton may be absent where there is no GPU.
     """
 
-    def __init__(
-        self, moe: FusedMoEConfig, layer: RoutedExperts, prefix: str, weights: MoEWeights, made_up: bool
-    ) -> None:
-        """Raise ValueError for weights that are too large for the dtype.
-
-        prefix: the layer's name; made_up: whether the weights are vLLM's dummies, of which some may be no numbers.
-        """
+    def __init__(self, moe: FusedMoEConfig, layer: RoutedExperts, weights: MoEWeights, made_up: bool) -> None:
+        """made_up: whether the weights are vLLM's dummies, of which some may be no numbers."""
         from alphaq_vllm.kernels.triton.check import Sample, fingerprint, routing_of
 
         self.dtype = moe.in_dtype
-        if self.dtype == torch.float16 and not made_up:
-            check_range(weights, prefix)
         self.routing = routing_of(weights, moe.experts_per_token, layer.expert_map, layer.apply_router_weight_on_input)
         self.fingerprint = fingerprint(weights, self.routing, self.dtype)
         self.sample = None

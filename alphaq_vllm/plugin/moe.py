@@ -1,7 +1,7 @@
 """Routed experts of mixed widths in vLLM: parameters of exactly the stored size, their loading, and their use.
 
 Experts differ in size, so the packed words of a layer lie one matrix after the other in one flat parameter; scales and
-zero points do not depend on the width and are ordinary tensors.
+grids do not depend on the width and are ordinary tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from alphaq_vllm.format import PACKED, SCALE, ZERO, matrix_tensors
+from alphaq_vllm.format import GRID, PACKED, SCALE, matrix_tensors
 from alphaq_vllm.kernels import Gate, MoEWeights, PackedExperts, Routing, expert_offsets, fused_moe, prepare_
 from alphaq_vllm.kernels.choice import chosen_kernels
 from alphaq_vllm.kernels.experts import Order
@@ -32,7 +32,7 @@ from alphaq_vllm.plugin.report import LoadReport
 from alphaq_vllm.plugin.support import check_experts, gate_of
 from alphaq_vllm.ranks import in_smaller_groups, shared_group_size
 
-SUFFIXES = (PACKED, SCALE, ZERO)
+SUFFIXES = (PACKED, SCALE, GRID)
 # Where a shard lies: the stem of its parameters, its place among the stem's projections, the dimension of the
 # stored tensors that tensor parallelism cuts.
 SHARDS = {"w1": ("w13", 0, 0), "w3": ("w13", 1, 0), "w2": ("w2", 0, 1)}
@@ -107,7 +107,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
             tensors = {
                 PACKED: torch.empty(total, dtype=torch.int32),
                 SCALE: torch.empty(*per_matrix, *groups[SCALE].shape, dtype=groups[SCALE].dtype),
-                ZERO: torch.empty(*per_matrix, *groups[ZERO].shape, dtype=groups[ZERO].dtype),
+                GRID: torch.empty(*per_matrix, *groups[GRID].shape, dtype=groups[GRID].dtype),
             }
             for suffix, data in tensors.items():
                 param = torch.nn.Parameter(data, requires_grad=False)
@@ -162,9 +162,13 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         first: the row or column of the whole matrix, whichever ranks share, at which ``stored`` begins.
         """
         stem, _, dim = SHARDS[shard_id]
-        if suffix != PACKED:
-            stored = in_smaller_groups(stored, self.group_size, self.group_sizes[stem])
         destination = self._place(data, suffix, shard_id, expert_id, local_id)
+        if suffix == SCALE and dim == 1:
+            # Of rows, which ranks that share columns have all.
+            destination.copy_(stored)
+            return
+        if suffix == GRID:
+            stored = in_smaller_groups(stored, self.group_size, self.group_sizes[stem])
         size, share = destination.shape[dim], self.shapes[stem][dim]
         destination.copy_(stored.narrow(dim, (self.tp_rank * share - first) * size // share, size))
 
@@ -202,7 +206,7 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         self.order = "checkpoint"
         preparation = None
         if layer.w13_weight_packed.is_cuda and chosen_kernels() != "torch":
-            preparation = Preparation(self.moe, layer, self.prefix, self._put_together(layer), made_up)
+            preparation = Preparation(self.moe, layer, self._put_together(layer), made_up)
         for stem in self.shapes:
             self.order = prepare_(self._experts(layer, stem, "checkpoint")).order
         weights = self._put_together(layer)
@@ -228,15 +232,13 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
     def _check_finite(self, layer: RoutedExperts) -> None:
         for shard in self.num_bits:
             stem, projection, _ = SHARDS[shard]
-            for suffix in (SCALE, ZERO):
-                values = getattr(layer, f"{stem}_{suffix}")[:, projection]
-                finite = values.isfinite().flatten(1).all(1)
-                if not finite.all():
-                    expert_id = self.global_ids[int((~finite).nonzero()[0])]
-                    raise ValueError(
-                        f"{self._tensor_name(expert_id, shard, suffix)}: expected finite values, got NaN or Inf: "
-                        "the checkpoint is damaged, convert again"
-                    )
+            finite = getattr(layer, f"{stem}_{SCALE}")[:, projection].isfinite().flatten(1).all(1)
+            if not finite.all():
+                expert_id = self.global_ids[int((~finite).nonzero()[0])]
+                raise ValueError(
+                    f"{self._tensor_name(expert_id, shard, SCALE)}: expected finite values, got NaN or Inf: "
+                    "the checkpoint is damaged, convert again"
+                )
 
     def _log(self, layer: RoutedExperts, report: LoadReport) -> None:
         tensors = [getattr(layer, f"{stem}_{suffix}") for stem in self.shapes for suffix in SUFFIXES]
@@ -310,10 +312,10 @@ class AlphaQMoEMethod(FusedMoEMethodBase):
         return gate_of(self.moe, self.prefix)
 
     def _experts(self, layer: RoutedExperts, stem: str, order: Order) -> PackedExperts:
-        packed, scales, zero_points = (getattr(layer, f"{stem}_{suffix}") for suffix in SUFFIXES)
+        packed, scales, grids = (getattr(layer, f"{stem}_{suffix}") for suffix in SUFFIXES)
         num_bits, offsets = getattr(layer, f"{stem}_num_bits"), getattr(layer, f"{stem}_offsets")
         group_size = self.group_sizes[stem]
-        return PackedExperts(packed, scales, zero_points, num_bits, offsets, group_size, self.widths, order)
+        return PackedExperts(packed, scales, grids, num_bits, offsets, group_size, self.widths, order)
 
     def _tensor_name(self, expert_id: int, shard_id: str, suffix: str) -> str:
         return f"{self.prefix}.{expert_id}.{self.projection_names[shard_id]}.{suffix}"

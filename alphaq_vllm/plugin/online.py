@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from alphaq_vllm.cores import within_quota
-from alphaq_vllm.format import PACKED, QUANT_METHOD, SCALE, ZERO, AlphaQSpec, matrix_tensors
+from alphaq_vllm.format import GRID, PACKED, QUANT_METHOD, SCALE, AlphaQSpec, matrix_tensors
 from alphaq_vllm.plugin._compat import RoutedExperts, logger, set_weight_attrs, weight_loader
 from alphaq_vllm.plugin.moe import SHARDS, AlphaQMoEMethod
 from offline.allocation.bit_map import check_bit_map
@@ -34,7 +34,7 @@ from offline.operations.options import ConvertOptions, options_from
 from offline.operations.plan import Job, to_spec
 from offline.progress import format_bytes
 from offline.quantizers.grids import GRIDS
-from offline.quantizers.quantize import quantize
+from offline.quantizers.quantize import quantize, scales_of
 from offline.source.checkpoint import Checkpoint, open_checkpoint
 from offline.source.families import find_experts
 from offline.source.splitting import check_group_size
@@ -201,10 +201,13 @@ class OnlineMoEMethod(AlphaQMoEMethod):
         unit = self.group_size if dim == 1 else 1
         first, end = start // unit * unit, math.ceil(end / unit) * unit
         weight = loaded_weight.narrow(dim, first, end - first)
+        rows = (0, first, end - first) if dim == 0 else (0, 0, full[0])
         num_bits = self.num_bits[shard_id][expert_id]
         device = getattr(layer, f"{stem}_{PACKED}").device
         try:
-            tensors = _quantize(weight.to(device), num_bits, self.group_size, self.quantizer)
+            # Of rows that ranks share, all have the scales.
+            scales = None if weight.is_meta else scales_of(loaded_weight, num_bits, self.group_size).narrow(*rows)
+            tensors = _quantize(weight.to(device), scales, num_bits, self.group_size, self.quantizer)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         for suffix, tensor in tensors.items():
@@ -214,28 +217,32 @@ class OnlineMoEMethod(AlphaQMoEMethod):
         return True if return_success else None
 
 
-def _quantize(weight: torch.Tensor, num_bits: int, group_size: int, quantizer: str) -> dict[str, torch.Tensor]:
+def _quantize(
+    weight: torch.Tensor, scales: torch.Tensor | None, num_bits: int, group_size: int, quantizer: str
+) -> dict[str, torch.Tensor]:
     """The stored tensors of a matrix by suffix, computed on all cores of this process; rows do not depend on others."""
-    if weight.is_meta:
+    if scales is None:
         # Where vLLM loads weights again, it counts first what will be copied.
         specs = matrix_tensors(weight.shape[0], weight.shape[1], num_bits, group_size)
         return {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in specs.items()}
+    scales = scales.to(weight.device)
     if weight.device.type != "cpu":
-        parts = [quantize(weight, num_bits, group_size, quantizer)]
+        parts = [quantize(weight, num_bits, group_size, quantizer, scales)]
     else:
         threads = within_quota(torch.get_num_threads())
         work = partial(_quantize_rows, num_bits=num_bits, group_size=group_size, quantizer=quantizer)
-        parts = list(_pool(threads).map(work, weight.tensor_split(min(threads, len(weight)))))
+        pieces = min(threads, len(weight))
+        parts = list(_pool(threads).map(work, weight.tensor_split(pieces), scales.tensor_split(pieces)))
     return {
         PACKED: torch.cat([part.packed for part in parts]),
         SCALE: torch.cat([part.scale for part in parts]),
-        ZERO: torch.cat([part.zero_point for part in parts]),
+        GRID: torch.cat([part.grid for part in parts]),
     }
 
 
 @one_thread()
-def _quantize_rows(rows: torch.Tensor, num_bits: int, group_size: int, quantizer: str) -> Any:
-    return quantize(rows, num_bits, group_size, quantizer)
+def _quantize_rows(rows: torch.Tensor, scales: torch.Tensor, num_bits: int, group_size: int, quantizer: str) -> Any:
+    return quantize(rows, num_bits, group_size, quantizer, scales)
 
 
 @cache

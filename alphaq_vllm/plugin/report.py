@@ -54,7 +54,7 @@ class LoadReport:
             bits = sum(width * numel for width, numel in self.numel.items()) / sum(self.numel.values())
             logger.info(
                 "AlphaQ: loaded %d expert matrices of %d layers at %.2f bits per weight (widths %s), %.1f MiB with "
-                "scales and zero points",
+                "their grids",
                 self.matrices,
                 self.expert_layers,
                 bits,

@@ -52,7 +52,7 @@ def render_card(summary: Summary, name: str, source: Path) -> str:
         f"Converted with alphaq-vllm {VERSION}{f' from commit `{snapshot.commit}`' if snapshot else ''}.",
         "",
         f"- average bits of an expert's weight: {summary.bits:.4f} by codes, {summary.stored_bits:.4f} as stored, with "
-        f"scales and zero points of groups of {summary.group_size}",
+        f"the grids of groups of {summary.group_size}",
         f"- size of the weights: {format_bytes(summary.size_before)} before, {format_bytes(summary.size_after)} now; "
         f"experts: {format_bytes(summary.experts_before)} before, {format_bytes(summary.experts_after)} now",
         f"- widths: {_widths(summary)}",

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from alphaq_vllm.format import stored_bits_per_weight
 from offline.allocation.modes import Sized
 from offline.allocation.sizes import Room
 from offline.allocation.widths import Budget, Choice, choose
@@ -89,4 +90,6 @@ def _others_at_least(job: Job, budget: Budget, fixed: Mapping[str, int], room: R
     """Bytes of all but the experts where the least widths leave the most room."""
     bits = {**{matrix.name: budget.widths[0] for matrix in job.experts.matrices}, **fixed}
     planned = plan(job, Choice(bits), extra)
-    return planned.bytes_of(room) - planned.summary.experts_after
+    return planned.bytes_of(room) - round(
+        job.experts.numel * stored_bits_per_weight(planned.summary.bits, job.group_size) / 8
+    )

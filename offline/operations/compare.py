@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from alphaq_vllm import packing
-from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec, LinearFormat
+from alphaq_vllm.format import GRID, PACKED, SCALE, AlphaQSpec, LinearFormat
 from offline.allocation.widths import Choice
 from offline.messages import some
 from offline.operations.dequantize import dequantize_linear
 from offline.operations.plan import Job, plan
 from offline.progress import Progress
+from offline.quantizers.groups import reaching_step
 from offline.quantizers.symmetric import largest_mse
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, by_expert, find_drafts, find_experts, load_weight
@@ -22,7 +23,7 @@ from offline.source.selection import of_modules
 from offline.source.stored import LazyTensor
 from offline.threads import one_thread
 
-# A scale has 8 significant bits and a zero point 11, so no grid meets a weight more exactly than this.
+# A scale has 8 significant bits, so no grid meets a weight more exactly than this.
 _ROUNDING = 2.0**-16
 
 
@@ -67,7 +68,7 @@ def compare(checkpoint: Checkpoint, widths: Mapping[ExpertMatrix, int], source: 
     for layer, stored in linear.items():
         _compare_linear(checkpoint, layer, stored, source)
     names = (*(matrix.name for matrix in stored_bits), *spec.linear)
-    quantized = {f"{name}.{suffix}" for name in names for suffix in (PACKED, SCALE, ZERO)}
+    quantized = {f"{name}.{suffix}" for name in names for suffix in (PACKED, SCALE, GRID)}
     for piece in (piece for shard in planned.shards for piece in shard.pieces):
         if piece.compute and quantized.isdisjoint(piece.specs):
             for name, tensor in piece.compute().items():
@@ -78,13 +79,15 @@ def compare(checkpoint: Checkpoint, widths: Mapping[ExpertMatrix, int], source: 
 def greatest_mse(weight: torch.Tensor, num_bits: int, group_size: int) -> float:
     """The greatest mean squared error that a matrix of a width may have.
 
-    That is half a step in every weight for grids between the extremes of groups, which is three times what rounding to
-    nearest gives and leaves room for quantizers that minimize another error; at most the deviation from groups' means.
+    That is half a step in every weight for grids that reach 0 and the extremes of groups, which is three times what
+    rounding to nearest gives and leaves room for quantizers that minimize another error; at most the weights' square.
     """
-    groups = weight.double().view(-1, group_size)
-    step = (groups.amax(-1) - groups.amin(-1)) / (2**num_bits - 1)
-    deviation = groups.var(-1, correction=0).mean()
-    return float(torch.minimum(step.square().mean() / 4, deviation) + _ROUNDING * groups.square().mean())
+    groups = weight.double().view(len(weight), -1, group_size)
+    step = reaching_step(groups.amax(-1).clamp(min=0), -groups.amin(-1).clamp(max=0), num_bits)
+    # No step of a row is less than a 16th of the largest, and a step may be a 13th larger than asked.
+    step = torch.maximum(step * 14 / 13, step.amax(1, keepdim=True) / 16)
+    square = groups.square().mean()
+    return float(torch.minimum(step.square().mean() / 4, square) + _ROUNDING * square)
 
 
 def _compare_matrices(
@@ -98,8 +101,8 @@ def _compare_matrices(
             for matrix in expert:
                 num_bits = widths[matrix]
                 weight = load_weight(source, matrix).cpu()
-                packed, scale, zero = (checkpoint.load(f"{matrix.name}.{suffix}") for suffix in (PACKED, SCALE, ZERO))
-                stored = packing.dequantize(packed, scale, zero, num_bits)
+                packed, scale, grid = (checkpoint.load(f"{matrix.name}.{suffix}") for suffix in (PACKED, SCALE, GRID))
+                stored = packing.dequantize(packed, scale, grid, num_bits)
                 mse, square = (float(part.double().square().mean()) for part in (stored - weight, weight))
                 allowed = greatest_mse(weight, num_bits, spec.group_size)
                 allowed += change * square if matrix is expert[-1] else 0.0

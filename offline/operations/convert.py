@@ -80,7 +80,7 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     experts = selection.quantized(every_expert)
     check_group_size(group_size, experts.matrices, options.tp_size)
     fixed = _check_widths(widths, experts, selection, room)
-    linear = linear_formats(source, experts, options.linear_bits, options.head_bits, group_size, options.tp_size)
+    linear = linear_formats(source, experts, options.linear_bits, options.head_bits, options.tp_size)
     every_draft = find_drafts(source)
     drafts = dict.fromkeys(every_draft.matrices if options.mtp_bits < UNQUANTIZED else (), options.mtp_bits)
     check_group_size(group_size, tuple(drafts), options.tp_size)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from alphaq_vllm import linear_packing, packing
-from alphaq_vllm.format import PACKED, SCALE, WEIGHTS_FILE, ZERO, AlphaQSpec, LinearFormat, TensorSpec
+from alphaq_vllm.format import GRID, PACKED, SCALE, WEIGHTS_FILE, AlphaQSpec, LinearFormat, TensorSpec
 from alphaq_vllm.paths import check_path
 from offline.progress import parse_bytes
 from offline.source.alphaq import check_alphaq
@@ -103,7 +103,7 @@ def _pieces(checkpoint: Checkpoint, widths: dict[ExpertMatrix, int], dtype: torc
     formats = stored_linear_layers(checkpoint, AlphaQSpec.from_dict(checkpoint.config["quantization_config"]).linear)
     linear = {f"{layer.name}.{PACKED}": layer for layer in formats}
     quantized = [layer.name for layer in formats] + [matrix.name for matrix in widths]
-    absorbed = {f"{name}.{suffix}" for name in quantized for suffix in (PACKED, SCALE, ZERO)}
+    absorbed = {f"{name}.{suffix}" for name in quantized for suffix in (PACKED, SCALE, GRID)}
     pieces = []
     for name in checkpoint.tensors:
         if layer := linear.get(name):
@@ -122,8 +122,8 @@ def _dequantized(checkpoint: Checkpoint, widths: dict[ExpertMatrix, int], spec: 
     """The tensor of an ordinary checkpoint that holds these matrices."""
     tensor = torch.empty(spec.shape, dtype=spec.dtype)
     for matrix, num_bits in widths.items():
-        packed, scale, zero_point = (checkpoint.load(f"{matrix.name}.{suffix}") for suffix in (PACKED, SCALE, ZERO))
-        weight = packing.dequantize(packed, scale, zero_point, num_bits, spec.dtype)
+        packed, scale, grid = (checkpoint.load(f"{matrix.name}.{suffix}") for suffix in (PACKED, SCALE, GRID))
+        weight = packing.dequantize(packed, scale, grid, num_bits, spec.dtype)
         matrix.view(tensor).copy_(weight)
     return {matrix.tensor: tensor}
 

@@ -11,6 +11,7 @@ from typing import Any
 from alphaq_vllm.format import FORMAT_VERSION, PACKED, AlphaQSpec, stored_bits_per_weight
 from offline.allocation.bit_map import average_bits
 from offline.operations.heatmaps import check_plot, draw
+from offline.operations.plan import scale_bytes
 from offline.operations.summary import count_widths
 from offline.sensitivity.stats import STATS, read_statistics
 from offline.source.alphaq import check_alphaq
@@ -59,7 +60,7 @@ def _describe(
     """widths: of the matrices; alphas: by matrix name, empty if they are not known."""
     bits = {matrix.name: num_bits for matrix, num_bits in widths.items()}
     group_size = AlphaQSpec.from_dict(checkpoint.config["quantization_config"]).group_size
-    average = average_bits(bits, list(widths))
+    average, numel = average_bits(bits, list(widths)), sum(matrix.numel for matrix in widths)
     rows: dict[tuple[str, str], list[ExpertMatrix]] = defaultdict(list)
     for matrix in widths:
         rows[matrix.module, matrix.projection].append(matrix)
@@ -70,7 +71,7 @@ def _describe(
         "group_size": group_size,
         "matrices": len(widths),
         "bits": average,
-        "stored_bits": stored_bits_per_weight(average, group_size),
+        "stored_bits": stored_bits_per_weight(average, group_size) + 8 * scale_bytes(widths) / numel,
         "size": checkpoint.nbytes,
         "widths": count_widths(bits),
         "layers": [

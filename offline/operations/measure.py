@@ -8,13 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from alphaq_vllm.format import stored_bits_per_weight
 from offline.allocation.widths import Choice
 from offline.journal import Journal
 from offline.model.check import check_source, check_values
 from offline.model.runnable import can_run
 from offline.model.text import MAX_TOKENS
 from offline.operations.options import MeasureOptions, with_options
-from offline.operations.plan import Job, plan, quantized_specs
+from offline.operations.plan import Job, plan
 from offline.quantizers.quantize import prepare
 from offline.sensitivity.matrices import measure_matrices
 from offline.sensitivity.propagation import error_gains
@@ -95,7 +96,6 @@ def take_statistics(
     eight = {matrix.name: 8 for matrix in matrices}
     widest = Statistics(replace(origin, other_files=job.source.nbytes, other_tensors=job.source.nbytes), matrices)
     planned = plan(longest, Choice(eight, "alphaq", noise="propagated"), {STATS: str(widest)})
-    specs = quantized_specs(job.experts.matrices, eight, job.group_size)
-    experts = sum(spec.nbytes for spec in specs.values())
+    experts = round(job.experts.numel * stored_bits_per_weight(8, job.group_size) / 8)
     others = sum(planned.sizes.values()) - experts
     return Statistics(replace(origin, other_files=others, other_tensors=planned.tensor_bytes - experts), matrices)

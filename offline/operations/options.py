@@ -48,7 +48,7 @@ class ConvertOptions(WidthOptions):
         calibration: Files of text for ``gptq``; by default the model writes it itself.
         calibration_tokens: To use at most; each takes 12 bytes of memory times the hidden size.
         calibration_length: Tokens that the model sees together; by default 512.
-        group_size: Input columns that share a scale and a zero point: 32, 64 or 128.
+        group_size: Input columns of experts that share a grid: 32, 64 or 128.
         mtp_bits: Of the experts of layers for multi-token prediction, where vLLM serves these quantized; 16 leaves them
             alone.
         linear_bits: Of linear layers outside the experts: 16 leaves them alone, 8 or 4.
@@ -76,7 +76,7 @@ class ConvertOptions(WidthOptions):
     calibration: Sequence[str | Path] | str | Path = ()
     calibration_tokens: int | None = None
     calibration_length: int | None = None
-    group_size: int = 128
+    group_size: int = 64
     mtp_bits: int = 4
     linear_bits: int = UNQUANTIZED
     head_bits: int = UNQUANTIZED
@@ -162,7 +162,7 @@ class MeasureOptions:
         candidate_bits: The widths to measure the error of; by default 2, 3 and 4.
         noise: As of ``WidthOptions``: ``analytic`` needs no errors, ``propagated`` also how they propagate.
         quantizer: Whose error: ``mse``, ``rtn`` or ``hqq``.
-        group_size: Input columns that share a scale and a zero point: 32, 64 or 128.
+        group_size: Input columns of experts that share a grid: 32, 64 or 128.
         revision: Of a model on the Hub: a branch, a tag or a commit; by default its main branch.
         family: A type of model in the table of families whose experts have the same names; by default found by the
             model's own type, or else by the names.
@@ -175,7 +175,7 @@ class MeasureOptions:
     candidate_bits: Sequence[int] | int | str | None = None
     noise: str | None = None
     quantizer: str = "mse"
-    group_size: int = 128
+    group_size: int = 64
     revision: str | None = None
     family: str | None = None
     workers: int | None = None

@@ -15,6 +15,7 @@ from alphaq_vllm.format import (
     NO_WEIGHTS_FILE,
     PACKED,
     SCALE,
+    SCALE_DTYPE,
     WEIGHTS_FILE,
     AlphaQSpec,
     LinearFormat,
@@ -55,7 +56,7 @@ class Job:
     model: str
     source: Checkpoint
     experts: Experts
-    group_size: int = 128
+    group_size: int = 64
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     workers: int = 1
     linear: Mapping[LinearLayer, LinearFormat] = field(default_factory=dict)
@@ -86,7 +87,7 @@ class Job:
         stored = self.experts.numel * stored_bits_per_weight(bits, self.group_size) / 8
         stored += sum(m.numel * stored_bits_per_weight(b, self.group_size) / 8 for m, b in self.drafts.items())
         linear = [spec for layer, linear_format in self.linear.items() for spec in layer.specs(linear_format).values()]
-        return kept + round(stored) + sum(spec.nbytes for spec in linear)
+        return kept + round(stored) + scale_bytes(matrices) + sum(spec.nbytes for spec in linear)
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,11 @@ def pieces(job: Job, bits: Mapping[str, int]) -> list[Piece]:
             compute = None if stored else partial(_quantized, job, matrix, widths[matrix])
             planned.append(Piece(specs, compute))
     return planned
+
+
+def scale_bytes(matrices: Iterable[ExpertMatrix]) -> int:
+    """Bytes of the scales of all rows, which take the same at every width."""
+    return SCALE_DTYPE.itemsize * sum(matrix.shape[0] for matrix in matrices)
 
 
 def quantized_specs(

@@ -12,7 +12,7 @@ from alphaq_vllm.format import SUPPORTED_GROUP_SIZES, stored_bits_per_weight
 from offline.model.check import check_source
 from offline.model.runnable import can_run
 from offline.operations.options import ConvertOptions
-from offline.operations.plan import Job
+from offline.operations.plan import Job, scale_bytes
 from offline.operations.serving import Gpus, cache_bytes_per_token, divide, parse_gpus
 from offline.operations.timing import seconds_without_weights
 from offline.source.checkpoint import Checkpoint, open_checkpoint
@@ -44,7 +44,7 @@ def plan(
         model: A directory, or the name of a model on the Hugging Face Hub.
         bits: The average width of expert matrices.
         gpus: What is to serve it, as ``2x24GiB``.
-        group_size: Input columns that share a scale and a zero point; by default the most that fit, up to 128.
+        group_size: Input columns that share a grid; by default the most that fit, up to 64.
         linear_bits: Of linear layers outside the experts: 16 leaves them alone, 8 or 4.
         head_bits: Of the matrix that predicts tokens: 16 leaves it alone, 8 or 4.
         revision: Of a model on the Hub: a branch, a tag or a commit; by default its main branch.
@@ -111,9 +111,10 @@ def _job(model: str, source: Checkpoint, group_size: int | None, linear_bits: in
     matrices = (*experts.matrices, *drafts)
     if group_size is None:
         sizes = {matrix.shape[1] for matrix in matrices}
-        group_size = max((g for g in SUPPORTED_GROUP_SIZES if all(n % g == 0 for n in sizes)), default=128)
+        fitting = (g for g in SUPPORTED_GROUP_SIZES if g <= Job.group_size and all(n % g == 0 for n in sizes))
+        group_size = max(fitting, default=Job.group_size)
     check_group_size(group_size, matrices)
-    linear = linear_formats(source, experts, linear_bits, head_bits, group_size)
+    linear = linear_formats(source, experts, linear_bits, head_bits)
     workers = choose_workers(None, experts.numel)
     return Job(model, source, experts, group_size, workers=workers, linear=linear, drafts=drafts)
 
@@ -143,9 +144,14 @@ def _describe(job: Job, bits: float, gpus: Gpus | None) -> dict[str, Any]:
 
 
 def _budget(job: Job, bits: float) -> dict[str, Any]:
-    stored = stored_bits_per_weight(bits, job.group_size)
-    experts = round(job.experts.numel * stored / 8)
-    return {"bits": bits, "stored_bits": stored, "experts": experts, "size": job.bytes_at(bits)}
+    experts = round(job.experts.numel * stored_bits_per_weight(bits, job.group_size) / 8)
+    experts += scale_bytes(job.experts.matrices)
+    return {
+        "bits": bits,
+        "stored_bits": 8 * experts / job.experts.numel,
+        "experts": experts,
+        "size": job.bytes_at(bits),
+    }
 
 
 def _serving(job: Job, bits: float, gpus: Gpus) -> dict[str, Any]:

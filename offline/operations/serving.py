@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-from alphaq_vllm.format import SHARD_IDS, SUPPORTED_GROUP_SIZES, LinearFormat, stored_bits_per_weight
+from alphaq_vllm.format import SCALE_DTYPE, SHARD_IDS, SUPPORTED_GROUP_SIZES, LinearFormat, stored_bits_per_weight
 from alphaq_vllm.ranks import SHARE, fitting_ranks, shared_group_size
 from offline.operations.plan import Job
 from offline.progress import parse_bytes
@@ -127,6 +127,9 @@ def _expert_bytes(job: Job, bits: float, ranks: int, parallel: Parallel) -> tupl
                 )
             group_size = seen = shared_group_size(columns // ranks, job.group_size) or min(SUPPORTED_GROUP_SIZES)
         total += Fraction(matrix.numel) * Fraction(stored_bits_per_weight(bits, group_size)) / 8
+        # Ranks that share columns have the scales of all rows.
+        copies = ranks if SHARD_IDS[matrix.projection] == "w2" and parallel == "tensor" else 1
+        total += SCALE_DTYPE.itemsize * matrix.shape[0] * copies
     number = job.experts.num_experts
     return total * (Fraction(1, ranks) if parallel == "tensor" else Fraction(math.ceil(number / ranks), number)), seen
 

@@ -20,7 +20,7 @@ class Summary:
     """Result of a conversion, or what it will be; sizes in bytes.
 
     layers: with quantized experts; experts: in each of them; bits: average width of a code; stored_bits: average bits
-    of a weight on disk, scale and zero point included; calibration_tokens: for gptq, own_text, whether the model wrote
+    of a weight on disk, grids and scales included; calibration_tokens: for gptq, own_text, whether the model wrote
     them itself, and starved, the experts that none of them reached, None before they are counted; size_before and
     size_after: of the weights' files; total_size: of all files; loaded_size: of all tensors; widths: number of matrices
     by width; mode, noise, alpha, gamma and gap: see ``Choice``; drafts: how many matrices of experts that only draft
@@ -96,7 +96,7 @@ class Summary:
                      f"{self.matrices} expert matrices"),
             *([("source weights", self.source_weights)] if self.source_method else []),
             ("average bits", f"{self.bits:.4f} by codes, {self.stored_bits:.4f} as stored "
-                             f"(with scales and zero points of groups of {self.group_size})"),
+                             f"(with the grids of groups of {self.group_size})"),
             ("size", f"{_change(self.size_before, self.size_after)}"),
             ("experts only", f"{_change(self.experts_before, self.experts_after)}"),
             *([("to draft", f"{self.drafts} expert matrices at {self.draft_bits} bits, by {self.data_free}")]

@@ -1,1 +1,1 @@
-"""From a matrix and a width to codes, scales and zero points."""
+"""From a matrix and a width to codes, grids and scales."""

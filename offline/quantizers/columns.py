@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphaq_vllm.format import SCALE_DTYPE, ZERO_DTYPE
+from alphaq_vllm.packing import grid_steps, grid_zero_points
 from offline.quantizers import native
-from offline.quantizers.groups import LARGEST_SCALE, LARGEST_ZERO, SMALLEST_SCALE
+from offline.quantizers.groups import steps_around, stored_grid
 
 # What is taken for no more than rounding in a determinant, by its terms.
 _ROUNDING = 1e-6
@@ -22,19 +22,29 @@ _ROUNDING = 1e-6
 
 @dataclass
 class Columns:
-    """Columns of one group of every row: ``codes [group_size, rows]`` uint8, up to ``top``, and the grid as stored,
-    ``scale`` and ``zero [rows]``.
+    """Columns of one group of every row: ``codes [group_size, rows]`` uint8 of ``num_bits``, the scales of the rows,
+    ``[rows]`` float32, and the grids as stored, ``[rows]`` uint8.
     """
 
     codes: Tensor
     scale: Tensor
-    zero: Tensor
-    top: int
+    grid: Tensor
+    num_bits: int
+
+    @property
+    def step(self) -> Tensor:
+        """Of the grids, ``[rows]`` float32."""
+        return self.scale * grid_steps(self.grid)
+
+    @property
+    def zero(self) -> Tensor:
+        """The grids' zero points, ``[rows]`` float32."""
+        return grid_zero_points(self.grid, self.num_bits)
 
     @property
     def values(self) -> Tensor:
         """What they mean, ``[group_size, rows]`` float32."""
-        return (self.codes - self.zero.float()) * self.scale.float()
+        return (self.codes - self.zero) * self.step
 
     def round(self, block: Tensor, corrected: Tensor, factor: Tensor, errors: Tensor) -> None:
         """Round columns from the last to the first, each moved by the errors of those after it, and write the errors.
@@ -43,12 +53,12 @@ class Columns:
         overwritten; factor: ``[group_size, group_size]`` with contiguous rows, of which row i above the diagonal says
         how errors move column i.
         """
-        step, offset = self.scale.float(), self.zero.float()
+        step, offset, top = self.step, self.zero, 2**self.num_bits - 1
         if block.device.type == "cpu" and (code := native.library()):
-            native.round_columns(code, block, corrected, factor, step, offset, self.top, self.codes, errors)
+            native.round_columns(code, block, corrected, factor, step, offset, top, self.codes, errors)
             return
         for j in reversed(range(len(block))):
-            rounded = (corrected[j] / step).add_(offset).clamp_(0, self.top).round_()
+            rounded = (corrected[j] / step).add_(offset).clamp_(0, top).round_()
             self.codes[j] = rounded
             errors[j] = block[j] - (rounded - offset) * step
             corrected[:j].addr_(factor[:j, j], errors[j])
@@ -79,25 +89,29 @@ def _fit_codes(columns: Columns, gradient: Tensor, own: Tensor) -> None:
 
 
 def _fit_grid(columns: Columns, gradient: Tensor, own: Tensor) -> None:
-    """Fit the grid of each row to its codes, where that helps after rounding it."""
-    codes, scale, zero = columns.codes.float(), columns.scale.float(), columns.zero.float()
+    """Fit the grid of each row to its codes, where that helps as it is stored."""
+    codes, step, zero = columns.codes.float(), columns.step, columns.zero
     weighted, one = own @ codes, own.sum(1)
-    # The least squares of the change ``codes * step + shift``.
+    # The least squares of the change ``codes * slope + shift``.
     a, b, c = (weighted * codes).sum(0), one @ codes, one.sum()
     p, q = (gradient * codes).sum(0), gradient.sum(0)
     determinant = a * c - b * b
     solvable = determinant > _ROUNDING * a * c
     determinant = torch.where(solvable, determinant, 1.0)
-    exact = scale + (p * c - q * b) / determinant
-    start = (a * q - b * p) / determinant - zero * scale
-    new_scale = exact.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(SCALE_DTYPE)
-    new_zero = (-start / new_scale.float()).clamp(-LARGEST_ZERO, LARGEST_ZERO).to(ZERO_DTYPE)
-    step = new_scale.float() - scale
-    shift = zero * scale - new_zero.float() * new_scale.float()
-    gain = 2 * (p * step + q * shift) - (a * step * step + 2 * b * step * shift + c * shift * shift)
-    # NaN of what overflows is not better.
-    better = solvable & (exact > 0) & (gain > 0)
-    columns.scale = torch.where(better, new_scale, columns.scale)
-    columns.zero = torch.where(better, new_zero, columns.zero)
-    step, shift = step.where(better, 0.0), shift.where(better, 0.0)
-    gradient.sub_(weighted.mul_(step)).addr_(one, shift, alpha=-1)
+    exact = step + (p * c - q * b) / determinant
+    solvable &= exact > 0
+    most, slope, shift = (torch.zeros_like(step) for _ in range(3))
+    for steps in steps_around(exact, columns.scale):
+        new_step = steps * columns.scale
+        slope_of = new_step - step
+        # The best shift beside this slope.
+        grid = stored_grid(steps, (zero * step - (q - b * slope_of) / c) / new_step, columns.num_bits)
+        shift_of = zero * step - grid_zero_points(grid, columns.num_bits) * new_step
+        gain = 2 * (p * slope_of + q * shift_of)
+        gain -= a * slope_of * slope_of + 2 * b * slope_of * shift_of + c * shift_of * shift_of
+        # NaN of what overflows is not better.
+        better = solvable & (gain > most)
+        columns.grid = torch.where(better, grid, columns.grid)
+        most, slope = torch.where(better, gain, most), torch.where(better, slope_of, slope)
+        shift = torch.where(better, shift_of, shift)
+    gradient.sub_(weighted.mul_(slope)).addr_(one, shift, alpha=-1)

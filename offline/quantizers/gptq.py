@@ -19,7 +19,7 @@ from torch import Tensor
 from offline.quantizers.columns import Columns, improve
 from offline.quantizers.grids import mse_grid
 from offline.quantizers.groups import quantize_groups
-from offline.quantizers.quantize import Quantized, check_matrix, chunks, pack
+from offline.quantizers.quantize import Quantized, check_matrix, chunks, pack, scales_of
 
 # How often the columns of a group are improved: more changes little.
 IMPROVEMENTS = 3
@@ -159,11 +159,12 @@ def gptq(
     Raises ValueError for NaN or Inf and for a width or group size that the format does not have.
     """
     check_matrix(weight, [num_bits], group_size)
-    top, (out_features, in_features) = 2**num_bits - 1, weight.shape
+    out_features, in_features = weight.shape
+    scales = scales_of(weight, num_bits, group_size)
     # Transposed, a column is contiguous. Errors take the place of what pulls at the columns before they have any.
     errors = torch.zeros(in_features, out_features, device=weight.device) if pull is None else pull
     codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
-    grids = {}
+    grids: dict[int, Tensor] = {}
     for start in reversed(range(0, in_features, group_size)):
         group = slice(start, start + group_size)
         order = back.order[group]
@@ -172,26 +173,37 @@ def gptq(
         moved = torch.addmm(errors[group], back.factor[group, group.stop :], errors[group.stop :])
         own, costs = back.factor[group, group], back.costs[group]
         rows = _ROWS_IN_CACHE if weight.device.type == "cpu" else out_features
-        parts = zip(*(tensor.split(rows, 1) for tensor in (block, moved, errors[group])), strict=True)
-        done = [_round(one, by, into, own, costs, top, improvements) for one, by, into in parts]
+        of_columns = (tensor.split(rows, 1) for tensor in (block, moved, errors[group]))
+        done = [
+            _round(one, by, into, of_rows, own, costs, num_bits, improvements)
+            for one, by, into, of_rows in zip(*of_columns, scales.split(rows), strict=True)
+        ]
         codes[order] = torch.cat([columns.codes for columns in done], 1)
-        grids[first] = [torch.cat([getattr(columns, name) for columns in done]) for name in ("scale", "zero")]
-    scale, zero = (torch.stack([grids[first][part] for first in sorted(grids)], 1) for part in range(2))
+        grids[first] = torch.cat([columns.grid for columns in done])
+    grid = torch.stack([grids[first] for first in sorted(grids)], 1)
     sse = sum(part.double().square().sum().item() for part in errors.split(_ROWS))
     del errors
-    return Quantized(pack(codes.T, num_bits), scale, zero, sse / weight.numel())
+    return Quantized(pack(codes.T, num_bits), scales, grid, sse / weight.numel())
 
 
 def _round(
-    block: Tensor, moved: Tensor, errors: Tensor, own: Tensor, costs: Tensor, top: int, improvements: int
+    block: Tensor,
+    moved: Tensor,
+    errors: Tensor,
+    scales: Tensor,
+    own: Tensor,
+    costs: Tensor,
+    num_bits: int,
+    improvements: int,
 ) -> Columns:
-    """Round a group's columns of some rows, and write their errors, ``[group_size, rows]`` as all three.
+    """Round a group's columns of some rows, and write their errors, ``[group_size, rows]`` as the first three.
 
-    block: the columns; moved: how those after the group, and what pulls at them, move them; own, costs: of
-    ``Feedback``, for these columns.
+    block: the columns; moved: how those after the group, and what pulls at them, move them; scales: of the rows, as
+    stored; own, costs: of ``Feedback``, for these columns.
     """
     block, corrected, found = block.contiguous(), block + moved, torch.empty_like(errors, memory_format=_CONTIGUOUS)
-    columns = Columns(torch.empty_like(corrected, dtype=torch.uint8), *_grid(corrected.T.contiguous(), top), top)
+    grid = _grid(corrected.T.contiguous(), scales, num_bits)
+    columns = Columns(torch.empty_like(corrected, dtype=torch.uint8), scales[:, 0].float(), grid, num_bits)
     columns.round(block, corrected, own, found)
     if improvements:
         # Columns before the group will make up for what they can of its errors: the rest counts.
@@ -201,8 +213,10 @@ def _round(
     return columns
 
 
-def _grid(weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Stored scale and zero point, ``[out_features]``, of one group in every row: ``[out_features, group_size]``."""
-    parts = [quantize_groups(groups, top, mse_grid)[1:3] for _, groups in chunks(weight, weight.shape[1])]
-    scale, zero = (torch.cat(tensors)[:, 0] for tensors in zip(*parts, strict=True))
-    return scale, zero
+def _grid(weight: Tensor, scales: Tensor, num_bits: int) -> Tensor:
+    """The grids of one group in every row, ``[rows]``; weight: ``[rows, group_size]``, scales: of the rows."""
+    found = []
+    for rows, groups in chunks(weight, weight.shape[1]):
+        found.append(quantize_groups(groups, num_bits, mse_grid, scales[: len(rows)])[2])
+        scales = scales[len(rows) :]
+    return torch.cat(found)[:, 0]

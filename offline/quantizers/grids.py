@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offline.quantizers import native
-from offline.quantizers.groups import FindGrid, Groups, stored_grid
+from offline.quantizers.groups import FindGrid, Groups
 
 # The first grids cover these fractions of the way from the group's range to its range divided by 2 ** (num_bits / 2).
 STARTS = (0.0, 0.5, 1.0)
@@ -19,10 +19,9 @@ HQQ_NORM, HQQ_BETA, HQQ_KAPPA, HQQ_STEPS = 0.7, 10.0, 1.01, 20
 
 
 def rtn_grid(groups: Groups, top: int) -> tuple[Tensor, Tensor]:
-    """Round to nearest: the group's range in equal steps, with an integer zero point."""
+    """Round to nearest: the group's range in equal steps."""
     half = torch.full_like(groups.radius, top / 2)
-    scale, zero = stored_grid(groups, half, half, top)
-    return scale, zero.round()
+    return half, half
 
 
 def hqq_grid(groups: Groups, top: int) -> tuple[Tensor, Tensor]:
@@ -32,9 +31,7 @@ def hqq_grid(groups: Groups, top: int) -> tuple[Tensor, Tensor]:
     point to the mean over what remains (Badri and Shaji, *Half-Quadratic Quantization of Large Machine Learning
     Models*, 2023). Errors are measured in standard deviations of the group, so that the result follows its scale.
     """
-    half = torch.full_like(groups.radius, top / 2)
-    scale, _ = stored_grid(groups, half, half, top)
-    inverse_step, zero = groups.radius / scale.float(), half
+    inverse_step = zero = torch.full_like(groups.radius, top / 2)
     deviation = groups.variance.sqrt()
     for step in range(HQQ_STEPS):
         exact = groups.x * inverse_step + zero
@@ -43,7 +40,7 @@ def hqq_grid(groups: Groups, top: int) -> tuple[Tensor, Tensor]:
         size = error.abs()
         shrunk = (size - size.pow(HQQ_NORM - 1) / (HQQ_BETA * HQQ_KAPPA**step)).clamp_min_(0).copysign_(error)
         zero = zero + (codes - exact + shrunk * (inverse_step * deviation)).mean(-1, keepdim=True)
-    return stored_grid(groups, inverse_step, zero, top)
+    return inverse_step, zero
 
 
 def mse_grid(groups: Groups, top: int) -> tuple[Tensor, Tensor]:
@@ -63,12 +60,12 @@ def mse_grid(groups: Groups, top: int) -> tuple[Tensor, Tensor]:
     stretches, shifts = ring[:, None] / 2 ** torch.arange(ROUNDS, dtype=dtype, device=device)[:, None]
     factors = (2 / top * stretches).exp()
     if device.type == "cpu" and (code := native.library()):
-        return stored_grid(groups, *native.mse_grid(code, groups, top, starts, factors, shifts), top)
+        return native.mse_grid(code, groups, top, starts, factors, shifts)
     inverse_step = starts.view(-1, 1, 1).expand(-1, len(groups.x), 1)
     inverse_step, zero = _refit(groups, inverse_step, torch.full_like(inverse_step, top / 2), top)
     for factor, shift in zip(factors[..., None, None], shifts[..., None, None], strict=True):
         inverse_step, zero = _refit(groups, inverse_step * factor, (zero - top / 2) * factor + top / 2 + shift, top)
-    return stored_grid(groups, inverse_step, zero, top)
+    return inverse_step, zero
 
 
 def _refit(groups: Groups, inverse_step: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:

@@ -1,27 +1,33 @@
 """Groups of weights and the grids that store them: what all quantizers share.
 
-A grid is an affine map from codes to weights, stored as a scale and a zero point: a code means
-``scale * (code - zero_point)``. Everything here works on the grid as stored, after rounding.
+A grid is an affine map from codes to weights: a code means ``step * (code - zero_point)``. What is stored of it is
+coarse (see ``alphaq_vllm.packing``): 16 steps, in scales of the row, and 16 zero points. Everything here works on grids
+as they are stored, and float32 holds them exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from alphaq_vllm.format import SCALE_DTYPE, ZERO_DTYPE
+from alphaq_vllm.format import GRID_DTYPE, SCALE_DTYPE
+from alphaq_vllm.packing import grid_steps, grid_zero_points
 
-SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(SCALE_DTYPE).tiny, torch.finfo(SCALE_DTYPE).max
-LARGEST_ZERO = torch.finfo(ZERO_DTYPE).max
+SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(SCALE_DTYPE).tiny, torch.finfo(SCALE_DTYPE).max / 16
+# Of a grid: steps are 1 to 16 scales, zero points 6 to 21 thirty-seconds of the number of codes.
+_STEPS, _FIRST_ZERO, _LAST_ZERO, _ZERO_PARTS = 16, 6, 21, 32
+# In scales of its row, the step with which the widest group's grid reaches all its weights. Of few codes the best grids
+# are finer than that, so it may be the largest; of many they are about as wide, and zero points leave less room.
+_FULL_STEP, _FEW_BITS, _FULL_STEP_OF_MANY = 16, 4, 13
 
 
 @dataclass(frozen=True)
 class Groups:
     """Groups as ``center + radius * x``, x in [-1, 1]: ``weight`` and ``x`` ``[groups, group_size]``, others
-    ``[groups, 1]``, all float32. ``mean`` and ``variance`` are of x.
+    ``[groups, 1]``, all float32. ``mean`` and ``variance`` are of x. ``per_row``: groups of a row, one after another.
     """
 
     weight: Tensor
@@ -30,6 +36,7 @@ class Groups:
     radius: Tensor
     mean: Tensor
     variance: Tensor
+    per_row: int
 
     @property
     def sum_of_squares(self) -> Tensor:
@@ -37,12 +44,13 @@ class Groups:
         return (self.radius.double().square() * self.variance).sum() * self.x.shape[-1]
 
 
-# From groups and the greatest code to the stored scale and zero point of each group, ``[groups, 1]``.
+# From groups and the greatest code to a grid for each group, ``code = inverse_step * x + zero_point``: ``[groups, 1]``.
 FindGrid = Callable[[Groups, int], tuple[Tensor, Tensor]]
 
 
-def normalize(weight: Tensor) -> Groups:
-    """Groups of ``weight``, ``[groups, group_size]`` float32. Raises ValueError for NaN or Inf."""
+def normalize(weight: Tensor, group_size: int) -> Groups:
+    """The groups of ``weight``, ``[rows, columns]`` float32. Raises ValueError for NaN or Inf."""
+    per_row, weight = weight.shape[1] // group_size, weight.reshape(-1, group_size)
     high, low = weight.amax(-1, keepdim=True) / 2, weight.amin(-1, keepdim=True) / 2
     center, radius = high + low, high - low
     if not radius.isfinite().all():
@@ -50,47 +58,110 @@ def normalize(weight: Tensor) -> Groups:
     x = (weight - center).div_(radius.where(radius > 0, 1))
     mean = x.mean(-1, keepdim=True)
     variance = (x - mean).square_().mean(-1, keepdim=True)
-    return Groups(weight, x, center, radius, mean, variance)
+    return Groups(weight, x, center, radius, mean, variance, per_row)
 
 
-def stored_grid(groups: Groups, inverse_step: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, as stored, of the grid ``code = inverse_step * x + zero``."""
-    exact = groups.radius / inverse_step
-    scale = exact.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(SCALE_DTYPE)
-    # The middle of the grid stays where it was, whatever rounding does to the scale.
-    zero = top / 2 - (groups.center + (top / 2 - zero) * exact) / scale.float()
-    return scale, zero.clamp(-LARGEST_ZERO, LARGEST_ZERO).to(ZERO_DTYPE)
+def row_scales(groups: Groups, num_bits: int) -> Tensor:
+    """The scale of each row, as stored, ``[rows, 1]``: every group's weights, and 0, are within reach of its steps."""
+    widest = _reaching(groups, num_bits).view(-1, groups.per_row).amax(1, keepdim=True)
+    full = _FULL_STEP if num_bits <= _FEW_BITS else _FULL_STEP_OF_MANY
+    return (widest / full).clamp(SMALLEST_SCALE, LARGEST_SCALE).to(SCALE_DTYPE)
 
 
-def encode(weight: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Nearest codes as float32, and each group's squared error as float64, for a grid as stored."""
-    exact = (weight / scale.float()).add_(zero.float())
-    codes = exact.clamp(0, top).round_()
-    sse = exact.sub_(codes).square_().sum(-1, keepdim=True)
-    return codes, sse.double() * scale.double().square()
+def _reaching(groups: Groups, num_bits: int) -> Tensor:
+    """The smallest step of grids that reach all of a group's weights, and 0, ``[groups, 1]``."""
+    up, down = ((groups.radius + side).clamp_(min=0) for side in (groups.center, -groups.center))
+    return reaching_step(up, down, num_bits)
 
 
-def quantize_groups(groups: Groups, top: int, find_grid: FindGrid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes uint8 ``[groups, group_size]``, stored scale and zero point ``[groups, 1]``, squared error float64 scalar.
+def reaching_step(up: Tensor, down: Tensor, num_bits: int) -> Tensor:
+    """The same for weights that lie between ``-down`` and ``up``."""
+    codes = 2**num_bits
+    most_up, most_down = codes - 1 - codes * _FIRST_ZERO / _ZERO_PARTS, codes * _LAST_ZERO / _ZERO_PARTS
+    return (up / (codes - 1) + down / (codes - 1)).maximum(up / most_up).maximum(down / most_down)
 
-    A group for which the grid is worse than its mean alone is stored as its mean: constant groups are exact.
+
+def stored_grid(steps: Tensor, zero: Tensor, num_bits: int) -> Tensor:
+    """The byte of a grid; steps: whole numbers, in scales of the row; zero: a zero point, in codes, of which it has the
+    nearest that it can.
     """
-    scale, zero = find_grid(groups, top)
-    codes, sse = encode(groups.weight, scale, zero, top)
-    mean = groups.center + groups.radius * groups.mean
-    flat_scale, flat_zero = _flat_grid(mean)
-    bias = (mean.double() + flat_zero.double() * flat_scale.double()).square()
-    flat_sse = (groups.radius.double().square() * groups.variance + bias) * codes.shape[-1]
-    # Negated so that the NaN of an overflow counts as worse.
-    flat = ~(sse <= flat_sse)
-    if flat.any():
-        scale, zero = torch.where(flat, flat_scale, scale), torch.where(flat, flat_zero, zero)
-        codes, sse = encode(groups.weight, scale, zero, top)
-    return codes.to(torch.uint8), scale, zero, sse.sum()
+    parts = (zero * (_ZERO_PARTS / 2**num_bits)).round_().clamp_(_FIRST_ZERO, _LAST_ZERO)
+    return (parts - _FIRST_ZERO).to(GRID_DTYPE) << 4 | (steps - 1).to(GRID_DTYPE)
 
 
-def _flat_grid(mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The stored scale and zero whose code 0 is ``mean``: a power of two and the up to 11 significant bits."""
-    _, exponent = torch.frexp(mean)
-    scale = torch.ldexp(torch.ones_like(mean), exponent - 1).clamp(min=SMALLEST_SCALE).to(SCALE_DTYPE)
-    return scale, (-mean / scale.float()).to(ZERO_DTYPE)
+def steps_around(step: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The two whole numbers of scales between which a step lies, or the nearest."""
+    lower = (step / scale).nan_to_num_(0).floor_()
+    return lower.clamp(1, _STEPS), (lower + 1).clamp_(1, _STEPS)
+
+
+def _grids(scale: Tensor, step: Tensor, middle: Tensor, num_bits: int) -> Iterator[Tensor]:
+    """Grids as stored whose steps are about the given one, and whose middles are as near as can be.
+
+    scale, step, middle: of one shape, float32; step and middle: of a grid, and what lies between its two middle codes.
+    """
+    half = (2**num_bits - 1) / 2
+    # Where no zero point has such a middle, a grid reaches as far with larger steps.
+    reaching = reaching_step(half * step + middle, half * step - middle, num_bits)
+    lower, upper = steps_around(step, scale)[0], steps_around(reaching, scale)[1]
+    # Of many codes, a middle that is not met leaves the last ones outside.
+    wider = () if num_bits <= _FEW_BITS else ((upper + 1).clamp_(max=_STEPS),)
+    for steps in (lower, upper, *wider):
+        # Weights that are small beside the smallest step are nearest to 0, which is a value of this grid.
+        zero = torch.where(step < scale, 2.0 ** (num_bits - 1), half - middle / (scale * steps))
+        yield stored_grid(steps, zero.nan_to_num_(half), num_bits)
+
+
+def encode(weight: Tensor, scale: Tensor, grid: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Nearest codes as float32, and each group's squared error as float64, for a grid as stored.
+
+    weight: ``[groups, group_size]`` float32; scale, of the group's row, float32, and grid: ``[groups, 1]``.
+    """
+    step = scale * grid_steps(grid)
+    exact = (weight / step).add_(grid_zero_points(grid, num_bits))
+    codes = exact.clamp(0, 2**num_bits - 1).round_()
+    sse = exact.sub_(codes).square_().sum(-1, keepdim=True)
+    return codes, sse.double() * step.double().square()
+
+
+def quantize_groups(
+    groups: Groups, num_bits: int, find_grid: FindGrid, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes uint8 ``[groups, group_size]``, scales of rows ``[rows, 1]`` and grids ``[groups, 1]`` as stored, squared
+    error float64 scalar.
+
+    scales: of rows, by default those of ``row_scales``.
+    """
+    top = 2**num_bits - 1
+    scales = row_scales(groups, num_bits) if scales is None else scales
+    scale = scales.float().repeat_interleave(groups.per_row, 0)
+    inverse_step, zero = find_grid(groups, top)
+    step = groups.radius / inverse_step
+    grids = _grids(scale, step, groups.center + (top / 2 - zero) * step, num_bits)
+    best = _Best(groups.weight, scale, num_bits, *grids)
+    # Where the grid is far from all that can be stored, these are not: the range of the group in equal steps, and 0.
+    step = _reaching(groups, num_bits)
+    mean, size = groups.center + groups.radius * groups.mean, groups.x.shape[-1]
+    square = mean.double().square() + groups.radius.double().square() * groups.variance
+    far = (best.sse > size * torch.minimum(square, step.double().square() / 4))[:, 0].nonzero()[:, 0]
+    if len(far):
+        scale, step, center, nothing = scale[far], step[far], groups.center[far], torch.zeros_like(step[far])
+        ranges, zeros = (_grids(scale, *grid, num_bits) for grid in ((step, center), (nothing, nothing)))
+        other = _Best(groups.weight[far], scale, num_bits, *ranges, *zeros)
+        better = (other.sse < best.sse[far])[:, 0]
+        for name in ("codes", "grid", "sse"):
+            getattr(best, name)[far[better]] = getattr(other, name)[better]
+    return best.codes.to(torch.uint8), scales, best.grid, best.sse.sum()
+
+
+class _Best:
+    """Of some grids the one with the least error of each group: codes, bytes and squared errors, as of ``encode``."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, num_bits: int, first: Tensor, *others: Tensor) -> None:
+        self.grid = first
+        self.codes, self.sse = encode(weight, scale, first, num_bits)
+        for grid in others:
+            codes, sse = encode(weight, scale, grid, num_bits)
+            better = sse < self.sse
+            self.codes, self.sse = torch.where(better, codes, self.codes), torch.where(better, sse, self.sse)
+            self.grid = torch.where(better, grid, self.grid)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from alphaq_vllm import packing
-from alphaq_vllm.format import PACKED, SCALE, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, ZERO, matrix_tensors
+from alphaq_vllm.format import GRID, PACKED, SCALE, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, matrix_tensors
 from offline.quantizers import native
 from offline.quantizers.grids import GRIDS
-from offline.quantizers.groups import FindGrid, Groups, normalize, quantize_groups
+from offline.quantizers.groups import FindGrid, Groups, normalize, quantize_groups, row_scales
 
 QUANTIZERS = (*GRIDS, "gptq")
 _NATIVE = ("mse", "gptq")
@@ -30,18 +30,18 @@ class Quantized:
 
     packed: Tensor
     scale: Tensor
-    zero_point: Tensor
+    grid: Tensor
     mse: float
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The stored tensors of the matrix ``name``, by their names."""
-        return {f"{name}.{PACKED}": self.packed, f"{name}.{SCALE}": self.scale, f"{name}.{ZERO}": self.zero_point}
+        return {f"{name}.{PACKED}": self.packed, f"{name}.{SCALE}": self.scale, f"{name}.{GRID}": self.grid}
 
     def dequantize(self, num_bits: int) -> Tensor:
         """The matrix that is stored, ``[out_features, in_features]`` float32, in little more memory than that."""
-        parts = (tensor.split(_PACKED_ROWS) for tensor in (self.packed, self.scale, self.zero_point))
+        parts = (tensor.split(_PACKED_ROWS) for tensor in (self.packed, self.scale, self.grid))
         stored = zip(*parts, strict=True)
-        return torch.cat([packing.dequantize(packed, scale, zero, num_bits) for packed, scale, zero in stored])
+        return torch.cat([packing.dequantize(packed, scale, grid, num_bits) for packed, scale, grid in stored])
 
 
 def pack(codes: Tensor, num_bits: int) -> Tensor:
@@ -49,13 +49,14 @@ def pack(codes: Tensor, num_bits: int) -> Tensor:
     return torch.cat([packing.pack(some.contiguous(), num_bits) for some in codes.split(_PACKED_ROWS)])
 
 
-def quantize(weight: Tensor, num_bits: int, group_size: int, quantizer: str = "mse") -> Quantized:
+def quantize(
+    weight: Tensor, num_bits: int, group_size: int, quantizer: str = "mse", scales: Tensor | None = None
+) -> Quantized:
     """Quantize a matrix without data.
 
     weight: ``[out_features, in_features]``, any floating dtype, any device; quantizer: how grids are found, one of
-    ``GRIDS``.
-    The error is that of the stored values, rounded as the format rounds them, against the weight in float32. Groups of
-    one repeated bfloat16 or float16 value are exact.
+    ``GRIDS``; scales: as of ``scales_of`` a matrix of which these are some columns, by default of this one.
+    The error is that of the stored values against the weight in float32. Rows do not depend on others.
     Raises ValueError for NaN or Inf, for a width or group size that the format does not have, and for an unknown
     quantizer.
     """
@@ -65,14 +66,20 @@ def quantize(weight: Tensor, num_bits: int, group_size: int, quantizer: str = "m
     error = torch.zeros((), dtype=torch.float64, device=weight.device)
     parts: list[tuple[Tensor, ...]] = []
     for rows, groups in chunks(weight, group_size):
-        codes, scale, zero, sse = quantize_groups(groups, 2**num_bits - 1, find_grid)
-        parts.append((packing.pack(codes.view(rows.shape), num_bits), scale, zero))
+        given, scales = (None, None) if scales is None else (scales[: len(rows)], scales[len(rows) :])
+        codes, scale, grid, sse = quantize_groups(groups, num_bits, find_grid, given)
+        parts.append((packing.pack(codes.view(rows.shape), num_bits), scale, grid))
         error += sse
-    packed, scale, zero = (
+    packed, scale, grid = (
         torch.cat(tensors).view(spec.shape)
         for tensors, spec in zip(zip(*parts, strict=True), specs.values(), strict=True)
     )
-    return Quantized(packed, scale, zero, error.item() / weight.numel())
+    return Quantized(packed, scale, grid, error.item() / weight.numel())
+
+
+def scales_of(weight: Tensor, num_bits: int, group_size: int) -> Tensor:
+    """The scales of the rows of a matrix, as stored, ``[out_features, 1]``. Raises ValueError for NaN or Inf."""
+    return torch.cat([row_scales(groups, num_bits) for _, groups in chunks(weight, group_size)])
 
 
 def quantization_mse(weight: Tensor, widths: Sequence[int], group_size: int, quantizer: str = "mse") -> list[float]:
@@ -104,7 +111,7 @@ def _sum_errors(
     for _, groups in chunks(weight, group_size):
         deviation += groups.sum_of_squares.item()
         for i, num_bits in enumerate(widths):
-            errors[i] += quantize_groups(groups, 2**num_bits - 1, find_grid)[-1].item()
+            errors[i] += quantize_groups(groups, num_bits, find_grid)[-1].item()
     return deviation, errors
 
 
@@ -144,4 +151,4 @@ def _rows_at_a_time(like: Tensor, columns: int) -> int:
 def chunks(weight: Tensor, group_size: int) -> Iterator[tuple[Tensor, Groups]]:
     """Groups of as many whole rows at a time as are searched quickly, with those rows."""
     for rows in weight.split(_rows_at_a_time(weight, weight.shape[1])):
-        yield rows, normalize(rows.float().reshape(-1, group_size))
+        yield rows, normalize(rows.float(), group_size)

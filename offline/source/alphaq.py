@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec, TensorSpec, matrix_tensors
+from alphaq_vllm.format import GRID, PACKED, SCALE, AlphaQSpec, TensorSpec, matrix_tensors
 from offline.messages import some
 from offline.source.architectures import Family, experts_size, num_experts
 from offline.source.checkpoint import Checkpoint
@@ -18,7 +18,7 @@ def check_alphaq(checkpoint: Checkpoint) -> dict[ExpertMatrix, int]:
     """Check every stored matrix, and return the width of each.
 
     Raises ValueError, naming the tensor, unless the config follows the format, agrees with the model, and each matrix
-    has its tensors and no others, in the right shapes and dtypes, with finite scales and zero points.
+    has its tensors and no others, in the right shapes and dtypes, with finite scales.
     """
     config = checkpoint.config
     if config.get("quantization_config") is None:
@@ -39,7 +39,7 @@ def check_alphaq(checkpoint: Checkpoint) -> dict[ExpertMatrix, int]:
         expected |= layer.specs(stored)
     _check_tensors(checkpoint, family, spec, expected)
     for name in expected:
-        if name.endswith((SCALE, ZERO)) and not bool(checkpoint.load(name).isfinite().all()):
+        if name.endswith(SCALE) and not bool(checkpoint.load(name).isfinite().all()):
             raise ValueError(f"{name}: expected finite values, got NaN or infinity: convert the source again")
     return widths
 
@@ -81,7 +81,7 @@ def _check_tensors(
     if missing:
         raise ValueError(f"{checkpoint.path}: expected all tensors of the bit map, got none of {some(missing)}")
     modules = tuple(f"{module}." for module in spec.num_bits)
-    suffixes = tuple(f".{suffix}" for suffix in (PACKED, SCALE, ZERO))
+    suffixes = tuple(f".{suffix}" for suffix in (PACKED, SCALE, GRID))
     known = {*expected, *(name for module in spec.num_bits for name in family.kept_tensors(module))}
     extra = [n for n in checkpoint.tensors if n not in known and (n.startswith(modules) or n.endswith(suffixes))]
     if extra:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from alphaq_vllm.format import LINEAR_BITS, PACKED, LinearFormat, TensorSpec, linear_tensors
+from alphaq_vllm.format import LINEAR_BITS, PACKED, SUPPORTED_GROUP_SIZES, LinearFormat, TensorSpec, linear_tensors
 from alphaq_vllm.ranks import SHARE, fitting_ranks, shared_group_size
 from offline.messages import some
 from offline.source.architectures import num_layers, text_config
@@ -97,16 +97,18 @@ def find_head(source: Checkpoint, experts: Experts) -> LinearLayer:
 
 
 def linear_formats(
-    source: Checkpoint, experts: Experts, linear_bits: int, head_bits: int, group_size: int, tp_size: int = 1
+    source: Checkpoint, experts: Experts, linear_bits: int, head_bits: int, tp_size: int = 1
 ) -> dict[LinearLayer, LinearFormat]:
     """The layers that are quantized and how each is stored, with 16 for widths that leave them alone.
 
+    Their groups are the greatest that fit, whatever those of experts are, because each takes 16 bits more.
     Raises ValueError as ``find_linear_layers``, ``find_head`` and ``choose_formats`` do.
     """
     layers = find_linear_layers(source, experts) if linear_bits < UNQUANTIZED else []
     head = [find_head(source, experts)] if head_bits < UNQUANTIZED else []
-    formats = choose_formats(layers, linear_bits, group_size, tp_size)
-    return formats | choose_formats(head, head_bits, group_size, tp_size)
+    greatest = max(SUPPORTED_GROUP_SIZES)
+    formats = choose_formats(layers, linear_bits, greatest, tp_size)
+    return formats | choose_formats(head, head_bits, greatest, tp_size)
 
 
 def check_linear_bits(field: str, bits: object) -> None:

@@ -106,6 +106,15 @@ def _shift_right(a: Value, n: Value) -> Value:
     return shifted if a.dtype.kind == "i" else np.where(n < width, shifted, a.dtype.type(0))
 
 
+def _funnel_left(low: Value, high: Value, n: Value) -> Value:
+    """The upper half of both, shifted by less than 32."""
+    return _shift_left(high, n & 31) | _shift_right(low, 32 - (n & 31))
+
+
+def _funnel_right(low: Value, high: Value, n: Value) -> Value:
+    return _shift_right(low, n & 31) | _shift_left(high, 32 - (n & 31))
+
+
 def _extract_bits(a: Value, position: Value, length: Value) -> Value:
     width = 8 * a.dtype.itemsize
     left = (width - (position + length)).astype(a.dtype)
@@ -223,6 +232,8 @@ FORMS: dict[str, tuple[Callable[..., Value], list, tuple[str, ...]]] = {
     "abs": (np.abs, [None], ("s32", "f32", "ftz.f32")),
     "shl": (_shift_left, [None, _u32], BITS),
     "shr": (_shift_right, [None, _u32], (*INTEGERS, *BITS)),
+    "shf.l.wrap": (_funnel_left, [None, None, None], ("b32",)),
+    "shf.r.wrap": (_funnel_right, [None, None, None], ("b32",)),
     "bfe": (_extract_bits, [None, _u32, _u32], LONG_INTEGERS),
     "prmt": (_permute_bytes, [None, None, None], ("b32",)),
     "popc": (lambda a: np.bitwise_count(a).astype(np.uint32), [None], ("b32", "b64")),

@@ -44,13 +44,15 @@ INTEGER = {
     "abs": lambda a, w: abs(a),
     "shl": lambda a, n, w: a << n,
     "shr": lambda a, n, w: a >> n,
+    "shf.l.wrap": lambda a, b, n, w: (b << w | a) << n % w >> w,
+    "shf.r.wrap": lambda a, b, n, w: (b << w | a) >> n % w,
     "popc": lambda a, w: bin(a).count("1"),
     "bfe": lambda a, at, n, w: field(a, at, n, w),
     "selp": lambda a, b, p, w: a if p else b,
     "mov": lambda a, w: a,
 }
 SHIFTS = (0, 1, 15, 16, 31, 32, 33, 63, 64, 255)
-THIRD = {"bfe": (1, 5, 16), "selp": (0, 1)}
+THIRD = {"bfe": (1, 5, 16), "selp": (0, 1), "shf": SHIFTS}
 COMPARE = {name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")}
 FRACTIONS = {
     "add": lambda a, b: a + b,
@@ -314,7 +316,7 @@ def test_moves_split_and_join():
         ),
         *("setp.lt.and.s32 %p0, %r1, %r2, %p1", "setp.lt.s32 %p0|%p1, %r1, %r2", "prmt.b32.f4e %r0, %r1, %r2, %r3"),
         *("fma.rz.f32 %r0, %r1, %r2, %r3", "mul.rn.sat.f32 %r0, %r1, %r2", "rcp.approx.f32 %r0, %r1"),
-        *("lop3.b32 %r0, %r1, %r2, %r3, 0x80", "shf.l.wrap.b32 %r0, %r1, %r2, %r3", "vote.sync.any.pred %p0, %p1, -1"),
+        *("lop3.b32 %r0, %r1, %r2, %r3, 0x80", "shf.l.clamp.b32 %r0, %r1, %r2, %r3", "vote.sync.any.pred %p0, %p1, -1"),
     ],
 )
 def test_what_is_not_modelled_is_refused_by_name(text):

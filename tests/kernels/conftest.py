@@ -38,8 +38,8 @@ class Case:
     apply_router_weight_on_input: bool = False
     routing: str = "random"
     ids_dtype: torch.dtype = torch.int32
-    # Of the greatest code.
-    zero_points: tuple[float, float] = (0.3, 0.7)
+    # Of those that a grid can have.
+    zero_points: tuple[float, float] = (0.2, 0.8)
     # How many times smaller than usual weights are, and how many times larger x.
     shrink: int = 1
 
@@ -86,12 +86,12 @@ CASES = [
     Case("no-gate-100-tokens-padding", 100, gate=Gate("relu2"), has_gate=False, routing="padding"),
     Case("no-gate-one-token-group-64", 1, 2, 4, 128, 192, 64, gate=Gate("relu2"), has_gate=False),
     Case("no-gate-300-tokens-group-64", 300, 2, 3, 128, 192, 64, (1, 2, 3, 4), Gate("relu2"), has_gate=False),
-    Case("zero-points-beyond-the-codes", widths=(3, 8, 5), zero_points=(-20.0, 21.0)),
+    Case("zero-points-at-the-ends", widths=(3, 8, 5), zero_points=(0.0, 1.0)),
     # Tiles in which weights are scaled, not products.
     Case("100-tokens-all-widths", num_tokens=100, widths=ALL_WIDTHS),
     Case("100-tokens-padding", num_tokens=100, widths=(2, 3, 4), routing="padding", group_size=32),
     Case("100-tokens-clamped-swiglu-and-bias", num_tokens=100, gate=Gate("silu", 0.75, 1.702, 1.0), has_bias=True),
-    Case("100-tokens-zero-points-beyond-the-codes", num_tokens=100, widths=(3, 8, 5), zero_points=(-20.0, 21.0)),
+    Case("100-tokens-zero-points-at-the-ends", num_tokens=100, widths=(3, 8, 5), zero_points=(0.0, 1.0)),
     # float16 has no number as small as these scales with all its digits.
     Case("100-tokens-small-weights", num_tokens=100, shrink=1024),
     Case("200-tokens-group-128", 200, num_experts=2, hidden_size=256, intermediate_size=128, group_size=128),
@@ -161,10 +161,12 @@ def random_matrix(
     """A stored matrix whose weights are about normal with variance 1 / in_features, but for the last two options."""
     groups = (out_features, in_features // group_size)
     codes = torch.randint(0, 2**num_bits, (out_features, in_features), dtype=torch.uint8)
+    # Steps are 8.5 on average.
+    scale = (torch.rand(out_features, 1) + 0.5) * 3 / 8.5 / 2**num_bits / in_features**0.5 / shrink
     low, high = zero_points
-    scale = (torch.rand(groups) + 0.5) * 3 / 2**num_bits / in_features**0.5 / max(1, high - low) / shrink
-    zero_point = (torch.rand(groups) * (high - low) + low) * (2**num_bits - 1)
-    return pack(codes, num_bits), scale.bfloat16(), zero_point.half(), num_bits
+    zero_point = ((torch.rand(groups) * (high - low) + low) * 16).to(torch.uint8)
+    grid = zero_point << 4 | torch.randint(0, 16, groups, dtype=torch.uint8)
+    return pack(codes, num_bits), scale.bfloat16(), grid, num_bits
 
 
 def random_experts(num_bits: list[list[int]], N: int, K: int, group_size: int, *options) -> PackedExperts:

@@ -12,8 +12,9 @@ BITS = [[1, 8], [3, 2], [7, 5]]
 def stored(num_bits: int, out_features: int = 32, in_features: int = 96, group_size: int = 32):
     generator = torch.Generator().manual_seed(num_bits)
     codes = torch.randint(0, 2**num_bits, (out_features, in_features), generator=generator, dtype=torch.uint8)
-    groups = torch.rand(out_features, in_features // group_size, generator=generator)
-    return packing.pack(codes, num_bits), groups.bfloat16(), (groups * 2**num_bits).half(), num_bits
+    scale = torch.rand(out_features, 1, generator=generator).bfloat16()
+    grid = torch.randint(0, 256, (out_features, in_features // group_size), generator=generator, dtype=torch.uint8)
+    return packing.pack(codes, num_bits), scale, grid, num_bits
 
 
 def test_matrix_dequantizes_each_matrix_from_its_place():
@@ -34,7 +35,7 @@ def test_from_matrices_holds_the_stored_bytes_and_no_more():
     assert [t.dtype for t in experts.tensors] == [
         torch.int32,
         torch.bfloat16,
-        torch.float16,
+        torch.uint8,
         torch.int32,
         torch.int64,
     ]

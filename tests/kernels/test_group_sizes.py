@@ -14,8 +14,7 @@ from alphaq_vllm.ranks import in_smaller_groups
 def with_smaller_groups(problem, group_size):
     """The same layer, with down's groups of columns seen as several of ``group_size``."""
     w2 = problem.weights.w2
-    scales, zeros = (in_smaller_groups(t, w2.group_size, group_size) for t in (w2.scales, w2.zero_points))
-    w2 = replace(w2, scales=scales, zero_points=zeros, group_size=group_size)
+    w2 = replace(w2, grids=in_smaller_groups(w2.grids, w2.group_size, group_size), group_size=group_size)
     return replace(problem, weights=replace(problem.weights, w2=w2))
 
 

@@ -158,7 +158,7 @@ def test_allocate_prints_json(alphaq, stats, tmp_path):
     result = json.loads(out)
     assert status == 0
     assert result["bits"] == 3.5
-    assert result["stored_bits"] == 3.75
+    assert result["stored_bits"] == 3.625
     assert result["matrices"] == sum(result["widths"].values()) == 24
     assert 0 <= result["gap"] < 1e-3
     assert result["objective"] > 0
@@ -264,7 +264,7 @@ def test_convert_refuses_stale_statistics(alphaq, model, stats, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--group-size", "64"), "out of date: group_size: expected 64, got 128"),
+        (("--group-size", "128"), "out of date: group_size: expected 128, got 64"),
         (("--candidate-bits", "2,3,8"), "got none at 8: measure again with --candidate-bits, or use --noise analytic"),
     ],
 )

@@ -58,7 +58,7 @@ def test_dequantize_writes_the_stored_values_rounded_once(converted, tiny_model,
     originals = load_file(tiny_model("qwen2_moe") / "model.safetensors")
     assert plain.keys() == originals.keys()
     for name, num_bits in bit_map(tiny_model("qwen2_moe")).items():
-        suffixes = ("weight_packed", "weight_scale", "weight_zero_point")
+        suffixes = ("weight_packed", "weight_scale", "weight_grid")
         expected = packing.dequantize(*(stored[f"{name}.{suffix}"] for suffix in suffixes), num_bits)
         assert plain[f"{name}.weight"].dtype == target
         assert torch.equal(plain.pop(f"{name}.weight"), expected.to(target))
@@ -172,9 +172,9 @@ LIES = {
         lambda p: edit_tensors(p, lambda t: t[f"{EXPERT}.weight_scale"].fill_(float("nan"))),
         f"{EXPERT}.weight_scale: expected finite values",
     ),
-    "infinite zero point": (
-        lambda p: edit_tensors(p, lambda t: t[f"{EXPERT}.weight_zero_point"][3].fill_(float("inf"))),
-        f"{EXPERT}.weight_zero_point: expected finite values",
+    "grid of the wrong dtype": (
+        lambda p: edit_tensors(p, lambda t: t.update({f"{EXPERT}.weight_grid": t[f"{EXPERT}.weight_grid"].int()})),
+        f"{EXPERT}.weight_grid: expected .*uint8.* got .*int32",
     ),
     "widths that disagree with the codes": (lambda p: edit_bits(p, widen), r"up_proj.weight_packed: expected .* got"),
     "bit map without an expert": (
@@ -206,7 +206,7 @@ LIES = {
     "no hidden size": (lambda p: edit_config(p, lambda c: c.pop("hidden_size")), "hidden_size: expected an integer"),
     "group size that does not divide": (
         lambda p: edit_config(p, lambda c: c.update(hidden_size=120)),
-        "in_features=120 is not divisible by group_size=128",
+        "in_features=120 is not divisible by group_size=64",
     ),
 }
 

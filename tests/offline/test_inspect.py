@@ -37,7 +37,7 @@ def test_inspect_shows_the_bit_map_by_layer(alphaq, bare):
     status, out, _ = alphaq("inspect", bare)
     assert status == 0
     lines = [line.split() for line in out.splitlines()]
-    assert "mixtral, AlphaQ format 1, groups of 128" in out
+    assert "mixtral, AlphaQ format 1, groups of 64" in out
     assert "24 matrices, 3.5000 bits on average by codes, 3.7500 as stored" in out
     assert ["module", "projection", "1b", "2b", "3b", "4b", "5b", "6b", "average", "alpha"] in lines
     first = ["model.layers.0.block_sparse_moe.experts", "w1", "2", "1", "1", ".", ".", ".", "1.750"]

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from alphaq_vllm.packing import grid_steps
+from offline.operations.compare import greatest_mse
 from offline.quantizers.grids import GRIDS
 from offline.quantizers.quantize import quantization_mse, quantize
 from tests.offline.quantizers.samples import gaussian, restore, student_t5
 
 
-# Normalised errors of independent implementations, rtn with an integer and hqq with a float zero point.
+# Normalised errors of independent implementations with unlimited grids, rtn with an integer and hqq with a float zero
+# point.
 @pytest.mark.parametrize(
     ("quantizer", "sample", "num_bits", "expected"),
     [
@@ -32,25 +35,24 @@ from tests.offline.quantizers.samples import gaussian, restore, student_t5
 )
 def test_quantize_has_the_error_of_its_quantizer(quantizer, sample, num_bits, expected):
     weight = sample(512, 1024)
-    assert quantize(weight, num_bits, 128, quantizer).mse / weight.var().item() == pytest.approx(expected, rel=0.06)
+    assert quantize(weight, num_bits, 128, quantizer).mse / weight.var().item() == pytest.approx(expected, rel=0.12)
 
 
-def test_rtn_spans_the_range_with_an_integer_zero_point():
+def test_rtn_spans_the_range():
     weight = gaussian(32, 256)
     quantized = quantize(weight, 4, 64, "rtn")
+    step = (quantized.scale.float() * grid_steps(quantized.grid))[..., None]
     groups = weight.view(32, 4, 64)
-    assert torch.equal(quantized.zero_point, quantized.zero_point.round())
-    torch.testing.assert_close(quantized.scale.float(), (groups.amax(-1) - groups.amin(-1)) / 15, rtol=2**-8, atol=0)
+    equal = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
+    assert ((step - equal).abs() <= quantized.scale.float()[..., None]).all()
     error = (restore(quantized, 4) - weight).view_as(groups).abs()
-    # Half a step, and up to half of one more where the rounded zero point leaves an end outside the grid.
-    assert (error <= quantized.scale.float()[..., None] * 1.1).all()
+    # Half a step, and what the coarse step and zero point leave outside the grid.
+    assert (error <= 1.3 * step).all()
 
 
-def test_hqq_moves_only_the_zero_point_of_rtn():
+def test_hqq_is_nearer_than_rtn():
     weight = student_t5(64, 128)
-    hqq, rtn = quantize(weight, 3, 128, "hqq"), quantize(weight, 3, 128, "rtn")
-    assert torch.equal(hqq.scale, rtn.scale)
-    assert hqq.mse < rtn.mse
+    assert quantize(weight, 3, 128, "hqq").mse < quantize(weight, 3, 128, "rtn").mse
 
 
 @pytest.mark.parametrize("quantizer", GRIDS)
@@ -84,15 +86,11 @@ def test_quantize_follows_the_scale_of_the_weights(quantizer, scale):
     ],
     ids=["zero", "huge", "subnormals", "offset", "outlier", "heavy tail"],
 )
-def test_quantize_of_extremes_is_finite_and_no_worse_than_the_mean(quantizer, num_bits, weight):
+def test_quantize_of_extremes_is_finite_and_within_a_step(quantizer, num_bits, weight):
     quantized = quantize(weight, num_bits, 128, quantizer)
-    assert quantized.scale.isfinite().all() and quantized.zero_point.isfinite().all()
-    exact = weight.double()
-    mean = exact.mean(-1, keepdim=True)
-    # A mean is stored to 11 bits, and nothing below the smallest normal number of bfloat16.
-    stored = (mean.abs() * 2**-11 + 1.2e-38) ** 2
-    error = (restore(quantized, num_bits).double() - exact).square().mean(-1, keepdim=True)
-    assert (error <= ((exact - mean).square().mean(-1, keepdim=True) + stored) * (1 + 1e-5)).all()
+    assert quantized.scale.isfinite().all()
+    error = (restore(quantized, num_bits).double() - weight.double()).square().mean()
+    assert error <= greatest_mse(weight, num_bits, 128) + 1.2e-38**2
 
 
 @pytest.mark.parametrize("quantizer", GRIDS)

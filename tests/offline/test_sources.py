@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from alphaq_vllm import convert, dequantize, validate
-from alphaq_vllm.format import PACKED, SCALE, SHARD_IDS, ZERO
+from alphaq_vllm.format import GRID, PACKED, SCALE, SHARD_IDS
 from offline.source.architectures import FAMILIES, experts_size
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts, load_matrix
@@ -81,7 +81,7 @@ def assert_only_experts_change(path, converted):
     source, output = open_checkpoint(str(path)), open_checkpoint(str(converted))
     experts = find_experts(source)
     replaced = {matrix.tensor for matrix in experts.matrices}
-    stored = {f"{matrix.name}.{suffix}" for matrix in experts.matrices for suffix in (PACKED, SCALE, ZERO)}
+    stored = {f"{matrix.name}.{suffix}" for matrix in experts.matrices for suffix in (PACKED, SCALE, GRID)}
     assert set(output.tensors) == set(source.tensors) - replaced | stored
     for name in set(source.tensors) - replaced:
         assert torch.equal(output.load(name), source.load(name)), name
@@ -170,7 +170,7 @@ def test_convert_takes_degenerate_experts(model, tmp_path, name):
     assert 3.45 < summary.bits <= 3.5
     dequantize(str(tmp_path / "alphaq"), tmp_path / "dequantized", dtype="float32")
     error = open_checkpoint(str(tmp_path / "dequantized")).load(f"{matrix}.weight") - DEGENERATE[name]
-    assert error.abs().max() <= (0 if name in ("all zero", "constant") else 0.35)
+    assert error.abs().max() <= (0 if name == "all zero" else 0.35)
 
 
 def test_convert_takes_experts_smaller_than_a_block_of_farms(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from alphaq_vllm import convert, validate
 from alphaq_vllm.checksums import SUMS, check_sums, render_sums, sums_size
-from alphaq_vllm.format import PACKED, SCALE, ZERO
+from alphaq_vllm.format import GRID, PACKED, SCALE
 from offline.operations.compare import greatest_mse
 from offline.quantizers.quantize import quantize
 from offline.source.alphaq import check_alphaq
@@ -174,7 +174,7 @@ def test_validate_refuses_an_ordinary_model(alphaq, tiny_model):
 
 
 def swap_experts(tensors):
-    for suffix in (PACKED, SCALE, ZERO):
+    for suffix in (PACKED, SCALE, GRID):
         one, other = f"{EXPERT}.{suffix}", f"{EXPERT.replace('.2.', '.3.')}.{suffix}"
         if tensors[one].shape == tensors[other].shape:
             tensors[one], tensors[other] = tensors[other], tensors[one]
@@ -185,7 +185,7 @@ def negate(tensors):
 
 
 def shift(tensors):
-    tensors[f"{EXPERT}.{ZERO}"] += 1
+    tensors[f"{EXPERT}.{GRID}"] += 1
 
 
 @pytest.mark.parametrize("edit", [negate, shift, swap_experts])
@@ -251,7 +251,7 @@ def test_validate_finds_down_of_another_expert(fitted, tmp_path):
     down = [matrix.name for matrix, num_bits in widths.items() if matrix.name.endswith("down_proj") and num_bits == 2]
 
     def swap(tensors):
-        for suffix in (PACKED, SCALE, ZERO):
+        for suffix in (PACKED, SCALE, GRID):
             first, second = (f"{name}.{suffix}" for name in down[:2])
             tensors[first], tensors[second] = tensors[second], tensors[first]
 
@@ -281,7 +281,7 @@ def test_greatest_mse_allows_the_quantizer_and_not_two_bits_less(num_bits, heavy
 @pytest.mark.parametrize("value", [0.0, 0.1, 3.0])
 def test_greatest_mse_of_a_constant_matrix_allows_rounding(value):
     weight = torch.full((4, 128), value)
-    assert quantize(weight, 2, 128).mse <= greatest_mse(weight, 2, 128) <= 2e-5 * value**2
+    assert quantize(weight, 2, 128).mse <= greatest_mse(weight, 2, 128) <= value**2 / 10
 
 
 def test_validate_finds_an_incomplete_model_without_its_source(checkpoint):

@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from alphaq_vllm.format import SCALE, ZERO
+from alphaq_vllm.format import SCALE
 from tests.offline.conftest import COMMON, save_tiny_model
 from tests.offline.source.test_families import edit_config
 from tests.plugin.test_published_names import DEEPSEEK_V4, save_deepseek_v4, save_minimax_m3
@@ -215,11 +215,10 @@ def methods(model):
 
 
 def check_scales(model, stored, module, projections):
-    """Each expert of the only layer has the scales and zero points of its own that are stored of a module."""
+    """Each expert of the only layer has the scales of its own that are stored of a module."""
     (layer,) = experts(model)
-    for suffix in (SCALE, ZERO):
-        for expert, (of_w13, of_w2) in enumerate(
-            zip(getattr(layer, f"w13_{suffix}"), getattr(layer, f"w2_{suffix}"), strict=True)
-        ):
-            for projection, got in zip(projections, (*of_w13, *of_w2), strict=True):
-                assert torch.equal(got, stored[f"{module}.{expert}.{projection}.{suffix}"])
+    for expert, (of_w13, of_w2) in enumerate(
+        zip(getattr(layer, f"w13_{SCALE}"), getattr(layer, f"w2_{SCALE}"), strict=True)
+    ):
+        for projection, got in zip(projections, (*of_w13, *of_w2), strict=True):
+            assert torch.equal(got, stored[f"{module}.{expert}.{projection}.{SCALE}"])

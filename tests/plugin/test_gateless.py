@@ -9,7 +9,7 @@ from vllm.model_executor.layers.fused_moe import config as vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
 
 from alphaq_vllm import packing
-from alphaq_vllm.format import PACKED, SCALE, ZERO
+from alphaq_vllm.format import GRID, PACKED, SCALE
 from alphaq_vllm.plugin.modular import MixedExperts
 from alphaq_vllm.plugin.support import PLAIN, gate_of
 from tests.plugin.layers import (
@@ -57,7 +57,7 @@ def expected_output(tensors, x, topk_weights, topk_ids):
     for expert in range(NUM_EXPERTS):
         up, down = (
             packing.dequantize(
-                *(tensors[f"{expert}.{name}.{suffix}"] for suffix in (PACKED, SCALE, ZERO)), bits[expert]
+                *(tensors[f"{expert}.{name}.{suffix}"] for suffix in (PACKED, SCALE, GRID)), bits[expert]
             ).double()
             for name, bits in widths(NUM_EXPERTS, UNGATED).items()
         )
@@ -77,8 +77,11 @@ def expected_output(tensors, x, topk_weights, topk_ids):
 )
 def test_ranks_compute_the_layer_together(ranks, tensors, routed):
     layers = [load(build_ungated(rank), tensors) for rank in ranks]
-    # No room is made for gates.
-    assert sum(p.nbytes for layer in layers for p in layer.parameters()) == sum(t.nbytes for t in tensors.values())
+    # No room is made for gates. Ranks that share columns have the scales of all rows.
+    shared = sum(t.nbytes for name, t in tensors.items() if name.endswith("down_proj.weight_scale"))
+    copies = sum(layer.quant_method.tp_size > 1 for layer in layers) or 1
+    stored = sum(t.nbytes for t in tensors.values()) + (copies - 1) * shared
+    assert sum(p.nbytes for layer in layers for p in layer.parameters()) == stored
     total = sum(run(layer, *routed) for layer in layers)
     torch.testing.assert_close(total.double(), expected_output(tensors, *routed), rtol=1e-4, atol=1e-4)
 

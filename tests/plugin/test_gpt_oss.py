@@ -51,7 +51,7 @@ def expected(tensors, routed):
     """The layer in float64, gate and up taken apart as gpt-oss stores their biases."""
 
     def experts(*projections):
-        suffixes = ("weight_packed", "weight_scale", "weight_zero_point")
+        suffixes = ("weight_packed", "weight_scale", "weight_grid")
         bits = widths(NUM_EXPERTS)
         return PackedExperts.from_matrices(
             [

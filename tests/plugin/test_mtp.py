@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe import config as layers_config
 
 from alphaq_vllm import convert, inspect, plan, validate
 from alphaq_vllm import dequantize as dequantize_checkpoint
-from alphaq_vllm.format import PACKED, SCALE, ZERO
+from alphaq_vllm.format import GRID, PACKED, SCALE
 from alphaq_vllm.packing import dequantize
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 from offline.source.architectures import FAMILIES
@@ -100,7 +100,7 @@ def test_the_other_commands_know_layers_that_draft(tmp_path):
     stored = load_file(next(checkpoint.glob("*.safetensors")))
     for expert in range(4):
         name = f"model.layers.2.mlp.experts.{expert}.down_proj"
-        weight = dequantize(*(stored[f"{name}.{suffix}"] for suffix in (PACKED, SCALE, ZERO)), 5)
+        weight = dequantize(*(stored[f"{name}.{suffix}"] for suffix in (PACKED, SCALE, GRID)), 5)
         error = (weight - tensors[f"{name}.weight"]).square().mean() / tensors[f"{name}.weight"].square().mean()
         assert error < 0.003
 

@@ -27,7 +27,7 @@ from alphaq_vllm.plugin import online
 from alphaq_vllm.plugin.config import AlphaQConfig
 from alphaq_vllm.plugin.online import choose_online
 from offline.operations import cache as cache_module
-from offline.quantizers.quantize import quantize
+from offline.quantizers.quantize import quantize, scales_of
 from tests.offline.conftest import COMMON, CONFIGS
 
 MODEL = Path(__file__).parents[1] / "models" / "docs-moe"
@@ -177,8 +177,8 @@ def test_a_layer_refuses_a_damaged_matrix(change, message):
 def test_quantize_in_parts_gives_the_same_bytes(monkeypatch, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     weight = torch.randn(67, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = quantize(weight, 3, 64).tensors("name")
-    for suffix, tensor in online._quantize(weight, 3, 64, "mse").items():
+    expected, scales = quantize(weight, 3, 64).tensors("name"), scales_of(weight, 3, 64)
+    for suffix, tensor in online._quantize(weight, scales, 3, 64, "mse").items():
         assert torch.equal(tensor, expected[f"name.{suffix}"])
 
 
@@ -279,7 +279,7 @@ def test_statistics_are_measured_once_for_all_budgets(monkeypatch, cache):
 def test_statistics_of_something_else_are_not_reused(model, cache, change):
     chosen(model)
     (path,) = cache.glob("*.csv")
-    settings = {"group_size": {"group_size": 64}, "candidate_bits": {"candidate_bits": [2, 4]}}.get(change, {})
+    settings = {"group_size": {"group_size": 32}, "candidate_bits": {"candidate_bits": [2, 4]}}.get(change, {})
     if change == "source":
         tensors = load_file(model / "model.safetensors")
         tensors[f"{MODULE}.0.gate_proj.weight"].mul_(2)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 from alphaq_vllm import convert
-from alphaq_vllm.format import SCALE, ZERO
+from alphaq_vllm.format import GRID, SCALE
 from alphaq_vllm.plugin.moe import AlphaQMoEMethod
 from tests.offline.conftest import save_tiny_model
 from tests.offline.source.test_families import edit_config
@@ -67,7 +67,7 @@ def load_all(checkpoint, folder):
 
 
 def check_experts(model, stored, projections):
-    """Scales and zero points of every expert lie where the kernels look for them.
+    """Scales and grids of every expert lie where the kernels look for them.
 
     projections: the checkpoint's names of gate, up and down, or of up and down.
     """
@@ -78,7 +78,7 @@ def check_experts(model, stored, projections):
     for layer in layers:
         assert isinstance(layer.quant_method, AlphaQMoEMethod)
         module = modules[number(layer.quant_method.prefix)]
-        for suffix in (SCALE, ZERO):
+        for suffix in (SCALE, GRID):
             for expert, (of_w13, of_w2) in enumerate(
                 zip(getattr(layer, f"w13_{suffix}"), getattr(layer, f"w2_{suffix}"), strict=True)
             ):

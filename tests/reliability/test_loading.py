@@ -81,19 +81,19 @@ LIES = {
     ),
     "expert missing": (
         lambda p: edit_tensors(p, lambda t: [t.pop(name) for name in list(t) if f"{MODULE}.1." in name]),
-        rf"{MODULE}\.1\.down_proj\.weight_packed: expected in the checkpoint, got nothing \(9 tensors are missing",
+        rf"{MODULE}\.1\.down_proj\.weight_grid: expected in the checkpoint, got nothing \(9 tensors are missing",
     ),
     "NaN scale": (
         lambda p: edit_tensors(p, lambda t: t[f"{EXPERT}.weight_scale"][7].fill_(torch.nan)),
         rf"{EXPERT}\.weight_scale: expected finite values",
     ),
-    "infinite zero point": (
-        lambda p: edit_tensors(p, lambda t: t[f"{EXPERT}.weight_zero_point"][7].fill_(torch.inf)),
-        rf"{EXPERT}\.weight_zero_point: expected finite values",
+    "grid of another dtype": (
+        lambda p: edit_tensors(p, lambda t: t.update({f"{EXPERT}.weight_grid": t[f"{EXPERT}.weight_grid"].int()})),
+        rf"{EXPERT}\.weight_grid: expected torch.uint8 of shape \(64, 2\) .* got torch.int32",
     ),
     "part of a scale": (
         lambda p: edit_tensors(p, lambda t: t.update({f"{EXPERT}.weight_scale": t[f"{EXPERT}.weight_scale"][:32]})),
-        rf"{EXPERT}\.weight_scale: expected torch.bfloat16 of shape \(64, 2\) .* got .*\(32, 2\)",
+        rf"{EXPERT}\.weight_scale: expected torch.bfloat16 of shape \(64, 1\) .* got .*\(32, 1\)",
     ),
     "scale of another dtype": (
         lambda p: edit_tensors(p, lambda t: t.update({f"{EXPERT}.weight_scale": t[f"{EXPERT}.weight_scale"].float()})),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphaq_vllm.format import PACKED, SCALE, ZERO, AlphaQSpec, TensorSpec, matrix_tensors
+from alphaq_vllm.format import GRID, PACKED, SCALE, AlphaQSpec, TensorSpec, matrix_tensors
 from alphaq_vllm.packing import dequantize, unpack
 from offline.allocation.bit_map import average_bits
 from offline.allocation.widths import Budget, choose
@@ -96,7 +96,7 @@ def test_what_quantize_stores_is_of_the_format_and_near_the_weights(
     tensors = quantize(weight, num_bits, group_size, quantizer).tensors("m")
     expected = matrix_tensors(rows, groups * group_size, num_bits, group_size)
     assert {n.removeprefix("m."): TensorSpec(tuple(t.shape), t.dtype) for n, t in tensors.items()} == expected
-    packed, scales, zeros = (tensors[f"m.{suffix}"] for suffix in (PACKED, SCALE, ZERO))
+    packed, scales, zeros = (tensors[f"m.{suffix}"] for suffix in (PACKED, SCALE, GRID))
     assert scales.isfinite().all() and zeros.isfinite().all()
     assert int(unpack(packed, num_bits).max()) < 2**num_bits
     found = dequantize(packed, scales, zeros, num_bits).view(rows, groups, -1)

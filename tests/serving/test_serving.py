@@ -110,8 +110,8 @@ NAME = "model.layers.1.mlp.experts.2.up_proj"
             id="missing-scale",
         ),
         pytest.param(
-            lambda tensors: tensors[f"{NAME}.weight_zero_point"].fill_(float("nan")),
-            f"{NAME}.weight_zero_point: expected finite values",
+            lambda tensors: tensors[f"{NAME}.weight_scale"].fill_(float("nan")),
+            f"{NAME}.weight_scale: expected finite values",
             id="nan",
             marks=pytest.mark.long,
         ),

@@ -35,7 +35,7 @@ def test_two_ranks_share_what_is_odd(options, tmp_path):
     model, checkpoint = tmp_path / "model", tmp_path / "checkpoint"
     save_model(model)
     # The shared expert's down projection is cut too.
-    convert(model, checkpoint, mode="uniform", bits=4, quantizer="mse", linear_bits=8, tp_size=2)
+    convert(model, checkpoint, mode="uniform", bits=4, quantizer="mse", group_size=128, linear_bits=8, tp_size=2)
     arguments = ["--tensor-parallel-size", "2", "--enforce-eager", *options]
     result = measure(checkpoint, TEXT, 2048, "float32", arguments, work=tmp_path, environment=TWO_RANKS_ON_CPUS)
     assert result.tokens > 2000

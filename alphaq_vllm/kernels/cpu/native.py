@@ -70,8 +70,7 @@ def repack_(experts: PackedExperts, instruction_set: str | None = None) -> Packe
     for widths, starts in zip(experts.num_bits.tolist(), experts.offsets.tolist(), strict=True):
         for num_bits, start in zip(widths, starts, strict=True):
             _reorder(kernel, experts.packed.data_ptr() + start * experts.packed.itemsize, shape, num_bits)
-    for values in (experts.scales, experts.zero_points):
-        _reorder_groups(kernel, values)
+    _reorder_groups(kernel, experts.grids)
     return dataclasses.replace(experts, order="cpu")
 
 
@@ -104,8 +103,8 @@ def _reorder(kernel: ctypes.CDLL, at: int, shape: tuple[int, int], num_bits: int
 
 def _reorder_groups(kernel: ctypes.CDLL, values: torch.Tensor) -> None:
     rows, groups = values.shape[:-1].numel(), values.shape[-1]
-    at = _pointer(values.data_ptr())
-    _check(kernel.alphaq_reorder_groups(at, _int64(rows), _int64(groups), THREADS.pack(*_threads())))
+    arguments = map(_int64, (rows, groups, values.itemsize))
+    _check(kernel.alphaq_reorder_groups(_pointer(values.data_ptr()), *arguments, THREADS.pack(*_threads())))
 
 
 def fused_moe(
@@ -162,8 +161,7 @@ def fused_moe(
 def _experts(experts: PackedExperts, bias: torch.Tensor | None) -> bytes:
     pointers = [tensor.data_ptr() for tensor in experts.tensors]
     bias_of = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
-    _, projections, N, groups = experts.scales.shape
-    return EXPERTS.pack(*pointers, *bias_of, projections, N, groups * experts.group_size, experts.group_size)
+    return EXPERTS.pack(*pointers, *bias_of, experts.num_projections, experts.N, experts.K, experts.group_size)
 
 
 def linear(

@@ -105,7 +105,7 @@ def fingerprint(weights: MoEWeights, routing: Routing, dtype: torch.dtype) -> st
     sources = sorted(Path(__file__).parent.glob("*.py"))
     total = sha256(b"".join(source.read_bytes() for source in sources))
     w13, w2 = weights.w13, weights.w2
-    sizes = [(e.scales.shape, e.group_size, e.widths) for e in (w13, w2)]
+    sizes = [(e.grids.shape, e.group_size, e.widths) for e in (w13, w2)]
     biases = [None if bias is None else bias.dtype for bias in (weights.w13_bias, weights.w2_bias)]
     mapped = None if routing.expert_map is None else len(routing.expert_map)
     router = (routing.topk_ids.shape[1], mapped, routing.apply_router_weight_on_input)

@@ -1,14 +1,15 @@
 """The grouped matrix product of the GPU path: one matrix of packed weights per expert times its routes' activations.
 
 Weights are the first operand (``out.T = W @ x.T``): their rows fill the wide side of a matrix instruction, the few
-tokens of an expert the narrow one. Of one group of columns, with codes q, scale s and zero point z of a row, a product
+tokens of an expert the narrow one. Of one group of columns, with codes q, step s and zero point z of a row, a product
 is
 
     sum_k s * (q_k - z) * x_k  =  s * (sum_k q_k * x_k  -  z * sum_k x_k)
 
-For few routes codes go to the matrix unit as they are, whose sum starts from the zero points' part, and scales meet the
-float32 result: there are fewer of these than weights. For many routes weights are scaled before the product, and
-rounded as in a checkpoint of 16 bits; then one sum runs over all groups, beside which the next weights are unpacked.
+For few routes codes go to the matrix unit as they are, whose sum starts from the zero points' part, and steps meet the
+float32 result: there are fewer of these than weights. For many routes weights get their steps before the product, and
+are rounded to 16 bits; then one sum runs over all groups, beside which the next weights are unpacked. The scale of each
+row meets the sum over all groups.
 """
 
 from __future__ import annotations
@@ -17,40 +18,52 @@ import triton
 import triton.language as tl
 
 from alphaq_vllm.kernels.triton.launches import wait_for_previous_kernel
-from alphaq_vllm.kernels.triton.unpack import biased_codes, dequantize, first_operand, halves, load_words
-
-# float16 knows no numbers as small as some scales: weights are multiplied with this, results divided by it.
-FLOAT16_FACTOR = tl.constexpr(64.0)
-
-
-@triton.jit
-def _halves_of_rows(values):
-    """``[BLOCK_N, 4]``, one value of each row of a lane, to ``[BLOCK_N, 2]`` of the first rows and of the last."""
-    return tl.split(tl.permute(tl.reshape(values, [values.shape[0], 2, 2]), [0, 2, 1]))
+from alphaq_vllm.kernels.triton.unpack import biased_codes, dequantize, first_operand, halves, load_words, row_values
 
 
 @triton.jit
 def _spread(values, BLOCK_M: tl.constexpr):
-    """``[BLOCK_N, 2]`` over the columns that a lane holds of an accumulator: ``[BLOCK_N // 2, BLOCK_M]``."""
-    STRIPES: tl.constexpr = values.shape[0] // 32
+    """``[BLOCK_N // 4, 2]`` over the columns of an accumulator: ``[BLOCK_N // 2, BLOCK_M]``."""
+    STRIPES: tl.constexpr = values.shape[0] // 8
     # stripe, t // 4, t % 4, r % 2, and the lane's columns
-    values = tl.broadcast_to(tl.reshape(values, [STRIPES, 8, 4, 2, 1, 1]), [STRIPES, 8, 4, 2, BLOCK_M // 8, 2])
+    values = tl.broadcast_to(tl.reshape(values, [STRIPES, 8, 1, 2, 1, 1]), [STRIPES, 8, 4, 2, BLOCK_M // 8, 2])
     return tl.reshape(tl.permute(values, [0, 3, 1, 4, 2, 5]), [STRIPES * 16, BLOCK_M])
 
 
 @triton.jit
-def _add_scaled_product(
-    acc, bias, words, x, x_sum, scale, zero_point, HALF: tl.constexpr, NUM_BITS: tl.constexpr, QUADS: tl.constexpr
+def _add_product(
+    acc,
+    bias,
+    words,
+    grids,
+    x,
+    x_sum,
+    HALF: tl.constexpr,
+    NUM_BITS: tl.constexpr,
+    QUADS: tl.constexpr,
+    SCALE_WEIGHTS: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    MANTISSA: tl.constexpr = 7 if x.dtype == tl.bfloat16 else 10
-    BIAS: tl.constexpr = 128.0 * 17 if NUM_BITS == 8 else 128.0
-    product = -(_spread(zero_point, x.shape[1]) + BIAS) * x_sum[None, :]
-    codes = halves(biased_codes(bias, words, HALF, NUM_BITS, 0, MANTISSA), x.dtype)
-    product = tl.dot(first_operand(codes, QUADS), x, product)
-    if NUM_BITS == 8:
-        codes = halves(biased_codes(bias, words, HALF, NUM_BITS, 4, MANTISSA), x.dtype)
+    step, offset = row_values(grids, HALF, NUM_BITS, QUADS, x.dtype)
+    if SCALE_WEIGHTS:
+        weights = dequantize(bias, words, step, offset, HALF, NUM_BITS, x.dtype, PTX)
+        return tl.dot(first_operand(weights, QUADS), x, acc)
+    else:  # noqa: RET505, for there may be no sums, and then this must not be compiled
+        product = -_spread(offset, x.shape[1]) * x_sum[None, :]
+        codes = halves(biased_codes(bias, words, HALF, NUM_BITS, 0, x.dtype), x.dtype)
         product = tl.dot(first_operand(codes, QUADS), x, product)
-    return acc + _spread(scale, x.shape[1]) * product
+        if NUM_BITS == 8:
+            codes = halves(biased_codes(bias, words, HALF, NUM_BITS, 4, x.dtype), x.dtype)
+            product = tl.dot(first_operand(codes, QUADS), x, product)
+        return acc + _spread(step, x.shape[1]) * product
+
+
+@triton.jit
+def _opaque(number, PTX: tl.constexpr):
+    """The same int32, but the compiler does not see that: of a loop's counter it would make a counter for each load."""
+    if PTX:
+        number = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=True, pack=1)
+    return number
 
 
 @triton.jit
@@ -61,8 +74,7 @@ def _project(
     x_mask,
     x_sum_ptrs,
     word_ptrs,
-    scale_ptrs,
-    zero_point_ptrs,
+    grid_ptrs,
     first_group,
     end_group,
     NUM_BITS: tl.constexpr,
@@ -75,36 +87,24 @@ def _project(
     """``W @ x.T`` over some groups of columns, for rows of one width: two ``[BLOCK_N // 2, BLOCK_M]`` float32."""
     BLOCK_N: tl.constexpr = word_ptrs.shape[0]
     BLOCK_M: tl.constexpr = x_offsets.shape[1]
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     first = tl.zeros([BLOCK_N // 2, BLOCK_M], tl.float32)
     last = tl.zeros([BLOCK_N // 2, BLOCK_M], tl.float32)
     x_ptrs = x_ptr + x_offsets.to(tl.int64)
     # As an option of the loop, unlike the kernel's own, it holds for loads that do not lead to a product as well: those
-    # of scales, zero points and sums would otherwise be waited for in every step.
+    # of grids and sums would otherwise be waited for in every step.
     for group in tl.range(first_group, end_group, num_stages=NUM_STAGES):
+        group = _opaque(group, PTX)
+        group_64 = tl.cast(group, tl.int64)
         if SCALE_WEIGHTS:
             # Offsets take half the registers of pointers, and padding, which is rare here, is the first row.
             x = tl.load(x_ptr + (x_offsets + group * GROUP_SIZE))
         else:
             x = tl.load(x_ptrs + group * GROUP_SIZE, mask=x_mask, other=0.0)
-            x_sum = tl.load(x_sum_ptrs + group)
-        words = load_words(word_ptrs + group * (NUM_BITS * GROUP_SIZE), NUM_BITS, GROUP_SIZE)
-        first_scale, last_scale = _halves_of_rows(tl.load(scale_ptrs + group * 32).to(tl.float32))
-        first_zero, last_zero = _halves_of_rows(tl.load(zero_point_ptrs + group * 32).to(tl.float32))
-        if SCALE_WEIGHTS:
-            if dtype == tl.float16:
-                first_scale *= FLOAT16_FACTOR
-                last_scale *= FLOAT16_FACTOR
-            weights = dequantize(bias, words, first_scale, first_zero, 0, NUM_BITS, dtype, PTX)
-            first = tl.dot(first_operand(weights, QUADS), x, first)
-            weights = dequantize(bias, words, last_scale, last_zero, 1, NUM_BITS, dtype, PTX)
-            last = tl.dot(first_operand(weights, QUADS), x, last)
-        else:
-            first = _add_scaled_product(first, bias, words, x, x_sum, first_scale, first_zero, 0, NUM_BITS, QUADS)
-            last = _add_scaled_product(last, bias, words, x, x_sum, last_scale, last_zero, 1, NUM_BITS, QUADS)
-    if SCALE_WEIGHTS and dtype == tl.float16:
-        first /= FLOAT16_FACTOR
-        last /= FLOAT16_FACTOR
+        words = load_words(word_ptrs + group_64 * (NUM_BITS * GROUP_SIZE), NUM_BITS, GROUP_SIZE)
+        grids = tl.load(grid_ptrs + group_64 * 8)
+        x_sum = 0.0 if SCALE_WEIGHTS else tl.load(x_sum_ptrs + group_64)
+        first = _add_product(first, bias, words, grids, x, x_sum, 0, NUM_BITS, QUADS, SCALE_WEIGHTS, PTX)
+        last = _add_product(last, bias, words, grids, x, x_sum, 1, NUM_BITS, QUADS, SCALE_WEIGHTS, PTX)
     return first, last
 
 
@@ -140,8 +140,8 @@ def moe_gemm_kernel(
     x_sums_ptr,  # [rows, K / GROUP_SIZE] float32: of each group of x; None if SCALE_WEIGHTS
     out_ptr,  # [num_splits, num_routes, P, N] float32 or x's dtype; rows of skipped routes are not written
     packed_ptr,  # [words] int32, tiled
-    scales_ptr,  # [E, P, N, K / GROUP_SIZE] bfloat16, tiled
-    zero_points_ptr,  # [E, P, N, K / GROUP_SIZE] float16, tiled
+    scales_ptr,  # [E, P, N] bfloat16
+    grids_ptr,  # [E, P, N, K / GROUP_SIZE] uint8, tiled
     num_bits_ptr,  # [E, P] int32
     offsets_ptr,  # [E, P] int64
     expert_ids_ptr,  # [num_blocks] int32, -1: no block
@@ -157,7 +157,7 @@ def moe_gemm_kernel(
     GROUP_SIZE: tl.constexpr,
     WIDTHS: tl.constexpr,  # tuple of the widths that occur in num_bits, and maybe others
     QUADS: tl.constexpr,  # whether the words are in the order of quads
-    SCALE_WEIGHTS: tl.constexpr,  # before the product, not the result: for many routes
+    SCALE_WEIGHTS: tl.constexpr,  # steps before the product, not after it: for many routes
     PTX: tl.constexpr,  # whether the code may contain PTX
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # 32 rows for each warp
@@ -193,19 +193,20 @@ def moe_gemm_kernel(
     # mask, and would be two instructions on generation 8.
     bias += (offset >> 62).to(tl.int32)
     word_ptrs = packed_ptr + tl.multiple_of(offset, 4) + thread % 32 * (GROUP_SIZE // 32)
-    row_values = (matrix.to(tl.int64) * N + stripe * 32) * num_groups + thread % 32 // 4 * 4
+    # The grids of four rows are one int32.
+    four = tl.arange(0, BLOCK_N // 4)
+    first_four = matrix.to(tl.int64) * (N // 4) + tl.minimum(block_n * (BLOCK_N // 32) + four // 8, N // 32 - 1) * 8
+    grid_ptrs = grids_ptr.to(tl.pointer_type(tl.int32)) + first_four * num_groups + four % 8
     first_group = split * groups_per_split
     end_group = tl.minimum(first_group + groups_per_split, num_groups)
     if IS_DOWN:
         if OVERLAP and PTX:
             num_ahead = tl.minimum(end_group - first_group, NUM_STAGES - 1)
-            _prefetch(scales_ptr + row_values + first_group * 32, num_ahead, 32)
-            _prefetch(zero_points_ptr + row_values + first_group * 32, num_ahead, 32)
+            _prefetch(grid_ptrs + first_group * 8, num_ahead, 8)
             first_word = (stripe * K + first_group * GROUP_SIZE) * num_bits
             _prefetch(word_ptrs + first_word, num_ahead * num_bits, GROUP_SIZE)
         wait_for_previous_kernel(OVERLAP)
     word_ptrs = word_ptrs[:, None] + tl.arange(0, GROUP_SIZE // 32)[None, :]
-    row_values = row_values[:, None] + tl.arange(0, 4)[None, :]
 
     first = tl.zeros([BLOCK_N // 2, BLOCK_M], tl.float32)
     last = tl.zeros([BLOCK_N // 2, BLOCK_M], tl.float32)
@@ -218,8 +219,7 @@ def moe_gemm_kernel(
                 is_route[None, :],
                 None if SCALE_WEIGHTS else x_sums_ptr + rows * num_groups,
                 word_ptrs + (stripe * K * WIDTHS[i])[:, None],
-                scales_ptr + row_values,
-                zero_points_ptr + row_values,
+                grid_ptrs,
                 first_group,
                 end_group,
                 WIDTHS[i],
@@ -238,6 +238,12 @@ def moe_gemm_kernel(
     i = tl.arange(0, BLOCK_N // 2)[:, None]
     offs_n = block_n * BLOCK_N + i // 16 * 32 + i % 16
     out_ptrs = out_ptr + row * N + offs_n
-    mask = (routes >= 0) & (offs_n < N)
+    is_row = offs_n < N
+    mask = (routes >= 0) & is_row
+    # Only now, and not by the compiler's leave before the loop, for registers.
+    expert = tl.load(expert_ids_ptr + block_m, volatile=True)
+    scale_ptrs = scales_ptr + (expert * P + projection).to(tl.int64) * N + offs_n
+    first *= tl.load(scale_ptrs, mask=is_row, other=0.0, volatile=True).to(tl.float32)
+    last *= tl.load(scale_ptrs + 16, mask=is_row, other=0.0, volatile=True).to(tl.float32)
     tl.store(out_ptrs, first.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(out_ptrs + 16, last.to(out_ptr.dtype.element_ty), mask=mask)

@@ -10,9 +10,11 @@ The b-bit codes of a lane's 16 slots of one chunk fill b words, stored ``[group,
 loads a word of every lane and chunk as one contiguous piece, 16 bytes a lane for groups of 128. The low half of a word
 is for h = 0, the high half for h = 1. Each half holds the codes of ``16 // b`` slots, in order, from the lowest bit up;
 the bits that remain at the top of all the halves, in order, hold the codes of the last slots. So no bit is wasted, and
-one mask takes a pair of neighbouring columns out of a word.
+one mask takes a pair of neighbouring columns out of a word. The word is then turned left by ``7 - b`` bits, of 8-bit
+codes by 3: the first slot lies where ``unpack`` wants every code, at the end of the first 7 bits of a mantissa.
 
-Scales and zero points of a stripe are stored ``[group, t // 4, r]``: a lane loads those of its four rows at once.
+Grids of a stripe are stored ``[group, t // 4, r % 2, r // 2]``: those of a lane's four rows are one int32, whose halves
+have the same of two rows. Scales stay as they are.
 """
 
 from __future__ import annotations
@@ -54,9 +56,8 @@ def repack_(experts: PackedExperts) -> PackedExperts:
             words = piece[:, None] + within
             codes = unpack(experts.packed[words].view(-1, words_per_stripe // STRIPE), num_bits)
             experts.packed[words] = tile_codes(codes, num_bits, experts.group_size, quads).view_as(words)
-    for values in (experts.scales, experts.zero_points):
-        for piece in values.view(-1, STRIPE, values.shape[-1]).split(stripes_per_piece):
-            piece.copy_(piece.unflatten(1, (4, 8)).permute(0, 3, 2, 1).reshape_as(piece))
+    for piece in experts.grids.view(-1, STRIPE, experts.grids.shape[-1]).split(stripes_per_piece):
+        piece.copy_(piece.unflatten(1, (2, 2, 8)).permute(0, 4, 3, 2, 1).reshape_as(piece))
     return dataclasses.replace(experts, order="gpu")
 
 
@@ -79,5 +80,7 @@ def tile_codes(codes: torch.Tensor, num_bits: int, group_size: int, quads: bool)
         bits = ((slots[..., per_word * num_bits :, None, :] >> bit) & 1).flatten(-3, -2)
         place = per_word * num_bits + torch.arange(spare, dtype=torch.int32, device=codes.device)[:, None]
         words += (bits.unflatten(-2, (num_bits, spare)) << (place + halves)).sum((-2, -1), dtype=torch.int32)
+    turn = 7 - (4 if num_bits == 8 else num_bits)
+    words = words << turn | words >> (32 - turn) & ((1 << turn) - 1)
     # stripe, group, t // 4, t % 4, c, word  ->  stripe, group, word, lane, c
     return words.flatten(2, 3).permute(0, 1, 4, 2, 3).flatten()

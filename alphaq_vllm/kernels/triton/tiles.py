@@ -9,7 +9,7 @@ class Tiles(NamedTuple):
     """The routes of one program's tile and its launch options; each warp takes 32 rows of a matrix.
 
     programs: how many run on a multiprocessor at a time, so that the columns of few rows are split among that many.
-    scale_weights: scales are applied to weights, not to products: see ``gemm``. maxnreg: registers that a thread may
+    scale_weights: steps are applied to weights, not to products: see ``gemm``. maxnreg: registers that a thread may
     have, where the compiler by itself leaves room for another number of programs than is best. blocks_together: how
     many blocks of routes take the same weights after one another, while these are in the L2 cache.
     """

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-# The bits of two floats of 128. An argument, not a constant of the code: of two constants in one operation the compiler
-# would copy one into a register for every pair of weights.
-BIASES = {torch.bfloat16: 0x43004300, torch.float16: 0x58005800}
+# The bits of two floats of 1 or 8, to which ``_pair`` adds to the exponent. An argument, not a constant of the code: of
+# two constants in one operation the compiler would copy one into a register for every pair of weights.
+BIASES = {torch.bfloat16: 0x3F803F80, torch.float16: 0x48004800}
 
 
 @triton.jit
@@ -22,40 +22,44 @@ def _load_word(word_ptrs, WORD: tl.constexpr, NUM_BITS: tl.constexpr, GROUP_SIZE
 
 @triton.jit
 def _field(words, WIDTH: tl.constexpr, FIRST: tl.constexpr, TO: tl.constexpr):
-    """The WIDTH bits from bit FIRST of both halves, moved to bit TO of both halves."""
+    """The WIDTH bits from bit FIRST of both halves, moved to bit TO of both halves, by turning the words."""
     MASK: tl.constexpr = (((1 << WIDTH) - 1) * 0x00010001) << TO
-    return ((words >> (FIRST - TO)) if FIRST > TO else (words << (TO - FIRST))) & MASK
+    TURN: tl.constexpr = (FIRST - TO) % 32
+    if TURN:
+        words = (words.to(tl.uint32, bitcast=True) >> TURN).to(tl.int32, bitcast=True) | (words << (32 - TURN))
+    return words & MASK
 
 
 @triton.jit
-def _spare_bits(words, WORD: tl.constexpr, SLOT: tl.constexpr, NUM_BITS: tl.constexpr, TO: tl.constexpr):
+def _spare_bits(words, WORD: tl.constexpr, SLOT: tl.constexpr, NUM_BITS: tl.constexpr):
     """What a word's spare bits hold of a slot that has no field of its own: its part of the stream of all such bits."""
     PER_WORD: tl.constexpr = 16 // NUM_BITS
     SPARE: tl.constexpr = 16 - PER_WORD * NUM_BITS
     START: tl.constexpr = (SLOT - PER_WORD * NUM_BITS) * NUM_BITS
     LOW: tl.constexpr = START if START > WORD * SPARE else WORD * SPARE
     HIGH: tl.constexpr = START + NUM_BITS if START + NUM_BITS < (WORD + 1) * SPARE else (WORD + 1) * SPARE
-    FIRST: tl.constexpr = PER_WORD * NUM_BITS + LOW - WORD * SPARE
-    return _field(words, HIGH - LOW, FIRST, TO + LOW - START) if LOW < HIGH else 0
+    FIRST: tl.constexpr = PER_WORD * NUM_BITS + LOW - WORD * SPARE + 7 - NUM_BITS
+    return _field(words, HIGH - LOW, FIRST, 7 - NUM_BITS + LOW - START) if LOW < HIGH else 0
 
 
 @triton.jit
 def _pair(bias, words, SLOT: tl.constexpr, NUM_BITS: tl.constexpr, LOW_BIT: tl.constexpr, MANTISSA: tl.constexpr):
-    """The codes of a slot as two 16-bit floats ``128 + code``, one in each half of an int32, in a few operations.
+    """The codes of a slot as two 16-bit floats, plus a bias, one in each half of an int32, in a few operations.
 
-    bias: two floats of 128, whose last 7 bits of the mantissa count ones. 8-bit codes need more bits than bfloat16 has:
-    a half-code from bit LOW_BIT (0 or 4) yields ``2 ** LOW_BIT * (128 + half-code)``.
+    The code is the last of the first 7 bits of the mantissa: the bias is ``2 ** NUM_BITS`` in bfloat16, 8 times that in
+    float16. 8-bit codes need more bits than bfloat16 has: a half-code from bit LOW_BIT (0 or 4) yields ``2 ** LOW_BIT``
+    times what a 4-bit code does, of which both are added.
     """
     PER_WORD: tl.constexpr = 16 // NUM_BITS
-    ONES: tl.constexpr = MANTISSA - 7
-    pair = tl.full(words[0].shape, 0, tl.int32) | (bias + (LOW_BIT << MANTISSA) * 0x00010001)
+    EXPONENT: tl.constexpr = 4 + LOW_BIT if NUM_BITS == 8 else NUM_BITS
+    pair = tl.full(words[0].shape, 0, tl.int32) | (bias + (EXPONENT << MANTISSA) * 0x00010001)
     if NUM_BITS == 8:
-        pair |= _field(words[SLOT // 2], 4, SLOT % 2 * 8 + LOW_BIT, ONES)
+        pair |= _field(words[SLOT // 2], 4, SLOT % 2 * 8 + LOW_BIT + 3, 3)
     elif SLOT < PER_WORD * NUM_BITS:
-        pair |= _field(words[SLOT // PER_WORD], NUM_BITS, SLOT % PER_WORD * NUM_BITS, ONES)
+        pair |= _field(words[SLOT // PER_WORD], NUM_BITS, SLOT % PER_WORD * NUM_BITS + 7 - NUM_BITS, 7 - NUM_BITS)
     else:
         for i in tl.static_range(NUM_BITS):
-            pair |= _spare_bits(words[i], i, SLOT, NUM_BITS, ONES)
+            pair |= _spare_bits(words[i], i, SLOT, NUM_BITS)
     return pair
 
 
@@ -91,13 +95,12 @@ def load_words(word_ptrs, NUM_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr):
 
 
 @triton.jit
-def biased_codes(
-    bias, words, HALF: tl.constexpr, NUM_BITS: tl.constexpr, LOW_BIT: tl.constexpr, MANTISSA: tl.constexpr
-):
+def biased_codes(bias, words, HALF: tl.constexpr, NUM_BITS: tl.constexpr, LOW_BIT: tl.constexpr, dtype: tl.constexpr):
     """The codes of half the rows as pairs of floats, ``[BLOCK_N, GROUP_SIZE // 32, 2, 2, 2]`` int32: see ``_pair``.
 
     Behind lane and chunk: ``r % 2``, ``s // 2`` and ``s % 2`` of the slot. Rows are r // 2 = HALF of each lane's.
     """
+    MANTISSA: tl.constexpr = 7 if dtype == tl.bfloat16 else 10
     even = tl.join(
         _two_rows(bias, words, 0, HALF, NUM_BITS, LOW_BIT, MANTISSA),
         _two_rows(bias, words, 2, HALF, NUM_BITS, LOW_BIT, MANTISSA),
@@ -133,35 +136,53 @@ def first_operand(values, QUADS: tl.constexpr):
 
 
 @triton.jit
-def dequantize(
-    bias, words, scale, zero_point, HALF: tl.constexpr, NUM_BITS: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr
-):
-    """The weights ``scale * (code - zero_point)`` of half the rows, as ``halves`` has them, rounded to dtype.
+def row_values(grids, HALF: tl.constexpr, NUM_BITS: tl.constexpr, QUADS: tl.constexpr, dtype: tl.constexpr):
+    """What the grids of half the rows say: ``[BLOCK_N // 4, 2]`` float32, steps, and zero points plus the codes' bias.
 
-    scale, zero_point: ``[BLOCK_N, 2]`` float32, of a lane's rows in this half.
+    grids: ``[BLOCK_N // 4]`` int32, of four rows each.
     """
-    MANTISSA: tl.constexpr = 7 if dtype == tl.bfloat16 else 10
-    MINUS_2048: tl.constexpr = -0x3AFF3B00 if dtype == tl.bfloat16 else -0x17FF1800
-    pairs = biased_codes(bias, words, HALF, NUM_BITS, 0, MANTISSA)
+    ONE: tl.constexpr = 1 if dtype == tl.bfloat16 else 8
+    BIAS: tl.constexpr = ONE * (272 if NUM_BITS == 8 else 2**NUM_BITS)
+    PART: tl.constexpr = 2.0 ** (NUM_BITS - 5)
+    step = _numbers(grids, 8 * HALF, 1.0, 1.0, QUADS)
+    return step, _numbers(grids, 8 * HALF + 4, PART, 6 * PART + BIAS, QUADS)
+
+
+@triton.jit
+def _numbers(grids, FIRST: tl.constexpr, FACTOR: tl.constexpr, SUMMAND: tl.constexpr, QUADS: tl.constexpr):
+    """FACTOR times the 4 bits from bit FIRST of both halves, plus SUMMAND: ``[BLOCK_N // 4, 2]`` float32."""
+    # As a float16 so small that it has no exponent, 4 bits are whatever place they have.
+    TO: tl.constexpr = FIRST % 8
+    half = (16 * tl.arange(0, 2))[None, :]
+    # If a lane has both rows, one mask does for both. On generation 10 it has one: there one shift does for all masks.
+    numbers = (
+        _field(grids, 4, FIRST, TO)[:, None] >> half if QUADS else (grids[:, None] >> half) >> FIRST - TO & 15 << TO
+    )
+    numbers = numbers.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    UNIT: tl.constexpr = 2.0 ** (24 - TO) * FACTOR
+    return (numbers + SUMMAND / UNIT) * UNIT
+
+
+@triton.jit
+def dequantize(
+    bias, words, step, offset, HALF: tl.constexpr, NUM_BITS: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr
+):
+    """The weights ``step * (biased code - offset)`` of half the rows, as ``halves`` has them, rounded once to dtype.
+
+    step, offset: as ``row_values`` has them. Both are numbers of dtype, and so is a code less the zero point.
+    """
+    pairs = biased_codes(bias, words, HALF, NUM_BITS, 0, dtype)
+    high = biased_codes(bias, words, HALF, NUM_BITS, 4, dtype) if NUM_BITS == 8 else pairs
     if PTX:
-        # Rounded to dtype, 128 and the zero point are about a whole number: codes less that are exact, and what the
-        # rounding took is small.
-        offset = _twice(-128.0 - zero_point, dtype)
-        rest = _low_half(offset, dtype) + 128.0 + zero_point
-        codes = _add_pairs(pairs, _of_rows(offset, pairs), dtype)
+        codes = _add_pairs(high, _of_rows(_twice(-offset, dtype), pairs), dtype)
         if NUM_BITS == 8:
-            high = biased_codes(bias, words, HALF, NUM_BITS, 4, MANTISSA)
-            high = _add_pairs(high, tl.full(pairs.shape, MINUS_2048, tl.int32), dtype)
-            codes = _add_pairs(high, codes, dtype)
-        weights = _fma_pairs(
-            codes, _of_rows(_twice(scale, dtype), pairs), _of_rows(_twice(-scale * rest, dtype), pairs), dtype
-        )
-        return halves(weights, dtype)
-    codes = halves(pairs, dtype).to(tl.float32) - 128.0
+            codes = _add_pairs(pairs, codes, dtype)
+        zeros = tl.full(pairs.shape, 0, tl.int32)
+        return halves(_fma_pairs(codes, _of_rows(_twice(step, dtype), pairs), zeros, dtype), dtype)
+    codes = halves(high, dtype).to(tl.float32) - tl.expand_dims(_of_rows(offset, pairs), 5)
     if NUM_BITS == 8:
-        codes += halves(biased_codes(bias, words, HALF, NUM_BITS, 4, MANTISSA), dtype).to(tl.float32) - 2048.0
-    shape: tl.constexpr = [scale.shape[0], 1, 2, 1, 1, 1]
-    return ((codes - tl.reshape(zero_point, shape)) * tl.reshape(scale, shape)).to(dtype)
+        codes += halves(pairs, dtype).to(tl.float32)
+    return (codes * tl.expand_dims(_of_rows(step, pairs), 5)).to(dtype)
 
 
 @triton.jit
@@ -174,14 +195,11 @@ def _twice(values, dtype: tl.constexpr):
 
 
 @triton.jit
-def _low_half(pairs, dtype: tl.constexpr):
-    return (pairs & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-
-
-@triton.jit
 def _of_rows(values, pairs):
-    """One value of each row, ``[BLOCK_N, 2]``, for all of the row's pairs."""
-    return tl.broadcast_to(tl.reshape(values, [pairs.shape[0], 1, 2, 1, 1]), pairs.shape)
+    """One value of each row, ``[BLOCK_N // 4, 2]``, for all of the row's pairs."""
+    LANES: tl.constexpr = values.shape[0]
+    values = tl.broadcast_to(tl.reshape(values, [LANES, 1, 1, 2, 1, 1]), [LANES, 4, pairs.shape[1], 2, 2, 2])
+    return tl.reshape(values, pairs.shape)
 
 
 @triton.jit

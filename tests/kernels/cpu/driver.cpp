@@ -38,7 +38,7 @@ void run(void (*work)(void*), void* data, unsigned count, unsigned) {
 struct Stem {
   std::vector<uint8_t> packed = read<uint8_t>();
   std::vector<uint16_t> scales = read<uint16_t>();
-  std::vector<uint16_t> zero_points = read<uint16_t>();
+  std::vector<uint8_t> grids = read<uint8_t>();
   std::vector<int32_t> num_bits = read<int32_t>();
   std::vector<int64_t> offsets = read<int64_t>();
   std::vector<uint8_t> bias = read<uint8_t>();
@@ -51,13 +51,12 @@ struct Stem {
     for (size_t i = 0; i < num_bits.size(); ++i) {
       failed |= alphaq_reorder(packed.data() + 4 * offsets[i], N, K, num_bits[i], 0, &threads);
     }
-    failed |= alphaq_reorder_groups(scales.data(), num_bits.size() * N, groups, &threads);
-    failed |= alphaq_reorder_groups(zero_points.data(), num_bits.size() * N, groups, &threads);
+    failed |= alphaq_reorder_groups(grids.data(), num_bits.size() * N, groups, 1, &threads);
     if (failed) std::abort();
     const void* biases = bias.empty() ? nullptr : bias.data();
     return {packed.data(),
             scales.data(),
-            zero_points.data(),
+            grids.data(),
             num_bits.data(),
             offsets.data(),
             biases,

@@ -63,7 +63,7 @@ def test_the_sample_has_every_width(make_experts):
     assert set(check.routing_of(stored, 2, expert_map, False).topk_ids.unique().tolist()) == {4, 1}
 
 
-@pytest.mark.parametrize("what", ["scales", "packed", "zero_points"])
+@pytest.mark.parametrize("what", ["scales", "packed", "grids"])
 def test_weights_that_kernels_read_otherwise_are_refused(what, sample, emulated_gpu):
     stored, given = sample
     weights = repacked(stored)

@@ -142,10 +142,11 @@ def empty_weights(num_experts: int, N: int, K: int) -> MoEWeights:
 
 def empty_experts(num_experts: int, projections: int, N: int, K: int) -> PackedExperts:
     matrices = (num_experts, projections)
-    values = torch.empty(*matrices, N, K // 128, dtype=torch.bfloat16)
+    scales = torch.empty(*matrices, N, 1, dtype=torch.bfloat16)
+    grids = torch.empty(*matrices, N, K // 128, dtype=torch.uint8)
     num_bits = torch.empty(matrices, dtype=torch.int32)
     packed = torch.empty(128, dtype=torch.int32)
-    return PackedExperts(packed, values, values.half(), num_bits, num_bits.long(), 128, (2, 3, 4), "gpu")
+    return PackedExperts(packed, scales, grids, num_bits, num_bits.long(), 128, (2, 3, 4), "gpu")
 
 
 @pytest.mark.parametrize("expert_map", [None, torch.zeros(64, dtype=torch.int32)], ids=["all-experts", "some-experts"])

@@ -26,9 +26,11 @@ def tiled_code(words: list[int], row: int, column: int, K: int, num_bits: int, g
     per_word = 16 // num_bits
     first_word = (stripe * (K // group_size) + group) * num_bits * 32 * chunks
 
+    turn = 3 if num_bits == 8 else 7 - num_bits
+
     def bit(word: int, position: int) -> int:
         place = first_word + (word * 32 + lane) * chunks + chunk
-        return words[place] >> (position + 16 * (column % 2)) & 1
+        return words[place] >> (position + 16 * (column % 2) + turn) % 32 & 1
 
     code = 0
     for i in range(num_bits):
@@ -51,15 +53,16 @@ def test_repack_puts_every_code_where_the_layout_says(num_bits, group_size, gene
     N, K = 64, 2 * group_size
     experts = make_experts([[num_bits]], N, K, group_size)
     codes = unpack(experts.packed.view(N, -1), num_bits)
-    scales, zero_points = experts.scales[0, 0].clone(), experts.zero_points[0, 0].clone()
+    scales, grids = experts.scales.clone(), experts.grids[0, 0].clone()
     tiled = repack_(experts)
     words = [word & 0xFFFFFFFF for word in tiled.packed.tolist()]
     for row, column in product(range(0, N, 3), range(0, K, 5)):
         assert tiled_code(words, row, column, K, num_bits, group_size, generation == 8) == codes[row, column]
     for row, group in product(range(N), range(2)):
-        place = (row // 32 * 2 + group) * 32 + row % 8 * 4 + row % 32 // 8
-        assert tiled.scales.flatten()[place] == scales[row, group]
-        assert tiled.zero_points.flatten()[place] == zero_points[row, group]
+        r = row % 32 // 8
+        place = (row // 32 * 2 + group) * 32 + row % 8 * 4 + r % 2 * 2 + r // 2
+        assert tiled.grids.flatten()[place] == grids[row, group]
+    assert torch.equal(tiled.scales, scales)
 
 
 def test_repack_moves_bits_within_each_stripe_of_each_matrix(make_experts):
@@ -79,7 +82,7 @@ def test_repack_moves_bits_within_each_stripe_of_each_matrix(make_experts):
 def test_repack_stays_in_place_and_repeats_after_loading_again(make_experts):
     torch.manual_seed(0)
     experts = make_experts([[3, 4], [2, 3]], 64, 128, 128)
-    tensors = (experts.packed, experts.scales, experts.zero_points)
+    tensors = (experts.packed, experts.scales, experts.grids)
     stored = [tensor.clone() for tensor in tensors]
     tiled = repack_(experts)
     assert tiled.order == "gpu"
@@ -94,9 +97,11 @@ def test_repack_stays_in_place_and_repeats_after_loading_again(make_experts):
 def test_repack_does_large_matrices_in_pieces(make_experts, monkeypatch):
     torch.manual_seed(0)
     experts = make_experts([[3]], 160, 64, 32)
-    whole = repack_(dataclasses.replace(experts, packed=experts.packed.clone(), scales=experts.scales.clone()))
+    whole = repack_(dataclasses.replace(experts, packed=experts.packed.clone(), grids=experts.grids.clone()))
     monkeypatch.setattr("alphaq_vllm.kernels.triton.layout.PIECE", 1)
-    assert torch.equal(repack_(dataclasses.replace(experts, scales=experts.scales.clone())).packed, whole.packed)
+    pieces = repack_(experts)
+    assert torch.equal(pieces.packed, whole.packed)
+    assert torch.equal(pieces.grids, whole.grids)
 
 
 class Operations(TorchDispatchMode):
@@ -125,7 +130,7 @@ def test_repack_starts_no_more_operations_for_more_matrices(make_experts):
 def test_repack_knows_widths_that_no_matrix_has(make_experts):
     experts = make_experts([[3]], 64, 64, 32)
     known = dataclasses.replace(
-        experts, widths=(2, 3, 5), **{n: getattr(experts, n).clone() for n in ("packed", "scales")}
+        experts, widths=(2, 3, 5), **{n: getattr(experts, n).clone() for n in ("packed", "grids")}
     )
     assert torch.equal(repack_(known).packed, repack_(experts).packed)
 

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from alphaq_vllm import packing
-from alphaq_vllm.format import PACKED, SCALE, ZERO
+from alphaq_vllm.format import GRID, PACKED, SCALE
 from offline.journal import Journal
 from offline.layerwise import sequential
 from offline.layerwise.sequential import SequentialGptq
@@ -50,7 +50,7 @@ def run(path, calibration, stored, widths=None, **options):
 
 
 def restore(stored, matrix, num_bits):
-    return packing.dequantize(*(stored[f"{matrix.name}.{suffix}"] for suffix in (PACKED, SCALE, ZERO)), num_bits)
+    return packing.dequantize(*(stored[f"{matrix.name}.{suffix}"] for suffix in (PACKED, SCALE, GRID)), num_bits)
 
 
 def write_dequantized(path, source, experts, results, widths):
@@ -97,7 +97,7 @@ def test_gptq_changes_the_output_of_experts_less_than_the_data_free_quantizer(
 
         originals = [load_weight(source, matrix) for matrix in matrices]
         plain = [quantize(weight, num_bits, 64) for weight in originals]
-        data_free = [packing.dequantize(q.packed, q.scale, q.zero_point, num_bits) for q in plain]
+        data_free = [packing.dequantize(q.packed, q.scale, q.grid, num_bits) for q in plain]
         calibrated = [restore(stored, matrix, num_bits) for matrix in matrices]
         error, before = ((outputs(w) - outputs(originals)).norm() for w in (calibrated, data_free))
         assert error < 0.6 * before

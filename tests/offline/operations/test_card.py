@@ -39,8 +39,8 @@ def test_card_says_what_from_what_and_how(tiny_model, tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     for part in (
         "# qwen2_moe, quantized with AlphaQ to 3 bits",
-        "3.0000 by codes, 3.5000 as stored, with scales and zero points of groups of 64",
-        "experts: 786.4 KB before, 172.0 KB now",
+        "3.0000 by codes, 3.2500 as stored, with the grids of groups of 64",
+        "experts: 786.4 KB before, 159.7 KB now",
         "3 bits: ####",
         "- widths: the same for all experts",
         "vllm serve PATH_OF_THIS_DIRECTORY --quantization alphaq",

@@ -47,7 +47,7 @@ def other_bytes(job, ranks):
     return total
 
 
-@pytest.mark.parametrize(("ranks", "group_size"), [(1, 128), (2, 64), (4, 32)])
+@pytest.mark.parametrize(("ranks", "group_size"), [(1, 64), (2, 64), (4, 32)])
 def test_ranks_of_tensor_parallelism_hold_their_shares(job, ranks, group_size):
     divided = divide(job, BITS, ranks, "tensor")
     assert divided.group_size == group_size
@@ -61,9 +61,9 @@ def test_one_rank_holds_what_conversion_writes(job):
 def test_a_rank_of_expert_parallelism_holds_whole_experts(job):
     experts = job.experts.num_experts
     for ranks in (2, 4):
-        held = expert_bytes(job, 1, 128) * math.ceil(experts / ranks) // experts
+        held = expert_bytes(job, 1, 64) * math.ceil(experts / ranks) // experts
         divided = divide(job, BITS, ranks, "expert")
-        assert (divided.weights, divided.group_size) == (held + other_bytes(job, ranks), 128)
+        assert (divided.weights, divided.group_size) == (held + other_bytes(job, ranks), 64)
 
 
 def test_quantized_linear_layers_take_less(job):

@@ -15,4 +15,4 @@ def student_t5(*shape):
 
 
 def restore(quantized, num_bits):
-    return dequantize(quantized.packed, quantized.scale, quantized.zero_point, num_bits)
+    return dequantize(quantized.packed, quantized.scale, quantized.grid, num_bits)

@@ -109,7 +109,7 @@ def test_outputs_are_nearer_to_what_they_were(num_bits, tokens):
     back = feedback(present, 128)
 
     def error(quantized):
-        outputs = now[tokens:] @ dequantize(quantized.packed, quantized.scale, quantized.zero_point, num_bits).T
+        outputs = now[tokens:] @ dequantize(quantized.packed, quantized.scale, quantized.grid, num_bits).T
         return float((outputs - before[tokens:] @ weight.T).square().mean())
 
     plain = gptq(weight, back, num_bits, 128)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alphaq_vllm.format import matrix_tensors
-from alphaq_vllm.packing import dequantize, unpack
+from alphaq_vllm.packing import dequantize, grid_steps, unpack
 from offline.quantizers.gptq import DAMPING, Feedback, feedback, gptq, sampling_share
 from offline.quantizers.quantize import quantize
 
@@ -23,7 +23,7 @@ def correlated(tokens, features, seed=0):
 
 
 def restore(quantized, num_bits):
-    return dequantize(quantized.packed, quantized.scale, quantized.zero_point, num_bits)
+    return dequantize(quantized.packed, quantized.scale, quantized.grid, num_bits)
 
 
 def damped_hessian(inputs):
@@ -73,7 +73,7 @@ def test_gptq_leaves_each_column_no_more_than_its_grid_does():
     back = feedback(inputs, 32)
     quantized = gptq(weight, back, 4, 32, improvements=0)
     codes = unpack(quantized.packed, 4)[:, back.order]
-    steps = quantized.scale.double().repeat_interleave(32, 1)[:, back.order]
+    steps = quantized.scale.double() * grid_steps(quantized.grid).repeat_interleave(32, 1)[:, back.order]
     left = (weight - restore(quantized, 4)).double()[:, back.order] @ back.factor.double().T
     inside = (codes > 0) & (codes < 15)
     assert inside.float().mean() > 0.7
@@ -110,7 +110,7 @@ def test_gptq_of_independent_inputs_is_the_data_free_result(num_bits, group_size
     plain = quantize(weight, num_bits, group_size)
     assert torch.equal(calibrated.packed, plain.packed)
     assert torch.equal(calibrated.scale, plain.scale)
-    assert torch.equal(calibrated.zero_point, plain.zero_point)
+    assert torch.equal(calibrated.grid, plain.grid)
     assert calibrated.mse == pytest.approx(plain.mse, rel=1e-6)
 
 
@@ -186,7 +186,7 @@ def test_gptq_of_few_tokens_holds_for_others(strength, monkeypatch):
 def test_gptq_reports_the_error_of_the_format_s_tensors(num_bits):
     weight, inputs = gaussian(33, 192), correlated(300, 192)
     quantized = gptq(weight, feedback(inputs, 64), num_bits, 64)
-    tensors = (quantized.packed, quantized.scale, quantized.zero_point)
+    tensors = (quantized.packed, quantized.scale, quantized.grid)
     specs = matrix_tensors(33, 192, num_bits, 64).values()
     assert [(t.shape, t.dtype) for t in tensors] == [(torch.Size(s.shape), s.dtype) for s in specs]
     true = (restore(quantized, num_bits).double() - weight).square().mean().item()
@@ -227,12 +227,13 @@ def test_each_improvement_lowers_the_error_of_outputs(num_bits, group_size):
         return float(((left @ hessian) * left).sum())
 
     errors = [error(improvements) for improvements in (0, 1, 3)]
-    assert all(later < before for before, later in pairwise(errors))
     # Grids of small groups have little to gain.
-    assert errors[2] < {32: 0.99, 128: 0.97}[group_size] * errors[0]
+    assert all(later < {32: 1.001, 128: 1}[group_size] * before for before, later in pairwise(errors))
+    assert errors[2] < {32: 0.999, 128: 0.97}[group_size] * errors[0]
 
 
-def test_improvements_leave_constant_groups_exact():
-    weight = gaussian(9, 1).expand(9, 128).bfloat16()
-    quantized = gptq(weight, feedback(correlated(400, 128), 32), 3, 32)
-    assert torch.equal(restore(quantized, 3), weight.float())
+def test_improvements_leave_groups_of_zeros_exact():
+    weight = gaussian(9, 128)
+    weight[:, 32:64] = 0
+    quantized = gptq(weight, no_feedback(128), 3, 32)
+    assert not restore(quantized, 3)[:, 32:64].any()

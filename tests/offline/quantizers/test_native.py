@@ -63,12 +63,12 @@ def test_columns_are_rounded_as_by_torch(use, monkeypatch):
     """Grids apart, there is one right answer, but for codes that rounding decides."""
     block, factor = student_t5(64, 77), feedback(gaussian(300, 64), 64).factor
     moved = gaussian(64, 77, seed=3) / 8
-    step, offset = gaussian(77).abs() + 0.1, gaussian(77, seed=2) + 3
+    scale, grid = gaussian(77).abs() / 10 + 0.01, torch.arange(77, dtype=torch.uint8) * 3
     results = []
     for name in (None, *supported()):
         use(name)
         codes, errors = torch.empty(64, 77, dtype=torch.uint8), torch.empty(64, 77)
-        Columns(codes, step, offset, 7).round(block, block + moved, factor, errors)
+        Columns(codes, scale, grid, 3).round(block, block + moved, factor, errors)
         results.append((codes, errors))
     for codes, errors in results[1:]:
         same = (codes == results[0][0]).all(0)

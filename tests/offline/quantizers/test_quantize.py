@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from alphaq_vllm.format import matrix_tensors
+from alphaq_vllm.packing import grid_steps, grid_zero_points
+from offline.operations.compare import greatest_mse
 from offline.quantizers import quantize as module
+from offline.quantizers.groups import encode, normalize
 from offline.quantizers.quantize import quantization_mse, quantize
 from tests.offline.quantizers.samples import gaussian, restore, student_t5
 
@@ -15,23 +18,41 @@ def true_mse(weight, quantized, num_bits):
     return (restore(quantized, num_bits).double() - weight.float().double()).square().mean().item()
 
 
-# The error of a search over a grid with 300 starts, plus 2 %.
+def least_error(weight, quantized, num_bits, group_size):
+    """That of the best of all 256 grids in each group, for the scales of the rows."""
+    groups = normalize(weight, group_size)
+    scale = quantized.scale.float().repeat_interleave(groups.per_row, 0)
+    grids = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1).expand(-1, len(scale), 1)
+    errors = torch.stack([encode(groups.weight, scale, grid, num_bits)[1] for grid in grids])
+    return (errors.amin(0).sum() / weight.numel()).item()
+
+
+@pytest.mark.parametrize("sample", [gaussian, student_t5])
+@pytest.mark.parametrize(("num_bits", "times"), [(1, 1.01), (2, 1.01), (3, 1.01), (4, 1.03), (6, 1.02), (8, 1.08)])
+def test_quantize_is_near_the_least_error_of_all_grids(sample, num_bits, times):
+    weight = sample(16, 1024)
+    quantized = quantize(weight, num_bits, 128)
+    assert quantized.mse < least_error(weight, quantized, num_bits, 128) * times
+
+
+# What a search over unlimited scales and zero points finds for groups of 128, which would take 0.19 bits more.
 @pytest.mark.parametrize(
-    ("sample", "num_bits", "limit"),
+    ("sample", "num_bits", "unlimited"),
     [
-        (gaussian, 1, 0.362),
-        (gaussian, 2, 0.112),
-        (gaussian, 3, 0.0323),
-        (gaussian, 4, 0.0084),
-        (gaussian, 8, 3.2e-5),
-        (student_t5, 2, 0.172),
-        (student_t5, 3, 0.0556),
-        (student_t5, 4, 0.0149),
+        (gaussian, 1, 0.355),
+        (gaussian, 2, 0.1098),
+        (gaussian, 3, 0.0317),
+        (gaussian, 4, 0.00823),
+        (student_t5, 2, 0.1686),
+        (student_t5, 3, 0.0545),
+        (student_t5, 4, 0.0146),
     ],
 )
-def test_quantize_reaches_the_least_error_known(sample, num_bits, limit):
+def test_coarse_grids_cost_little_and_smaller_groups_give_it_back(sample, num_bits, unlimited):
     weight = sample(128, 2048)
-    assert quantize(weight, num_bits, 128).mse / weight.var().item() < limit
+    variance = weight.var().item()
+    assert quantize(weight, num_bits, 128).mse / variance < 1.1 * unlimited
+    assert quantize(weight, num_bits, 64).mse / variance < unlimited
 
 
 @pytest.mark.parametrize("num_bits", range(1, 9))
@@ -48,39 +69,49 @@ def test_quantize_reports_the_error_of_what_is_stored(num_bits, dtype):
 def test_quantize_gives_the_tensors_of_the_format(group_size, num_bits, shape):
     quantized = quantize(gaussian(*shape), num_bits, group_size)
     specs = matrix_tensors(*shape, num_bits, group_size).values()
-    tensors = (quantized.packed, quantized.scale, quantized.zero_point)
+    tensors = (quantized.packed, quantized.scale, quantized.grid)
     assert [(t.shape, t.dtype) for t in tensors] == [(torch.Size(s.shape), s.dtype) for s in specs]
 
 
 def test_quantize_picks_the_nearest_code_of_the_stored_grid():
     weight = gaussian(16, 128)
     quantized = quantize(weight, 3, 128)
-    grid = (torch.arange(8) - quantized.zero_point.float()) * quantized.scale.float()
+    step = quantized.scale.float() * grid_steps(quantized.grid)
+    grid = (torch.arange(8) - grid_zero_points(quantized.grid, 3)) * step
     nearest = (weight[..., None] - grid[:, None, :]).abs().amin(-1)
     torch.testing.assert_close((restore(quantized, 3) - weight).abs(), nearest)
 
 
-def test_quantize_depends_on_nothing_but_the_group(monkeypatch):
+def test_quantize_depends_on_nothing_but_the_row(monkeypatch):
     weight = gaussian(40, 256)
-    whole, part = quantize(weight, 3, 64), quantize(weight[8:24, 64:192], 3, 64)
-    torch.testing.assert_close(restore(whole, 3)[8:24, 64:192], restore(part, 3), rtol=0, atol=0)
+    whole, part = quantize(weight, 3, 64), quantize(weight[8:24], 3, 64)
+    torch.testing.assert_close(restore(whole, 3)[8:24], restore(part, 3), rtol=0, atol=0)
     monkeypatch.setattr(module, "CPU_CHUNK", 1)
     assert torch.equal(quantize(weight, 3, 64).packed, whole.packed)
 
 
 @pytest.mark.parametrize("num_bits", range(1, 9))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_quantize_is_exact_on_constant_groups(num_bits, dtype):
-    values = torch.tensor([0.0, 1.0, -1.0, 0.1, -3.3e-5, 1234.5, -6e4, 1.9990234375]).to(dtype)
-    weight = values.repeat_interleave(32).expand(3, -1)
-    quantized = quantize(weight, num_bits, 32)
-    assert torch.equal(restore(quantized, num_bits), weight.float())
-    assert quantized.mse == 0
+def test_quantize_is_exact_on_groups_of_zeros(num_bits):
+    weight = gaussian(5, 128)
+    weight[1] = weight[2:, 32:64] = 0
+    restored = restore(quantize(weight, num_bits, 32), num_bits)
+    assert not restored[weight == 0].any()
+    assert restored[0].any()
 
 
-@pytest.mark.parametrize("num_bits", [1, 2, 4])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+def test_small_groups_of_a_row_are_no_further_than_0(num_bits):
+    weight = gaussian(9, 256)
+    weight[:, 64:128] /= 1000
+    error = (restore(quantize(weight, num_bits, 64), num_bits) - weight)[:, 64:128]
+    assert error.square().sum() <= weight[:, 64:128].square().sum()
+
+
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
 def test_quantize_is_exact_on_a_grid(num_bits):
-    weight = (gaussian(8, 128).abs() * 100 % 2**num_bits).floor() * 0.25 - 0.5
+    weight = (gaussian(8, 128).abs() * 100 % 2**num_bits).floor() - 2 ** (num_bits - 1)
+    weight[:, 0], weight[:, 1] = 1 - 2 ** (num_bits - 1), 2 ** (num_bits - 1) - 1
+    weight[:, 2] = -(2 ** (num_bits - 1))
     assert quantize(weight, num_bits, 128).mse < 1e-12
 
 
@@ -109,17 +140,12 @@ def test_quantize_does_not_depend_on_scale(num_bits, scale):
     ],
     ids=["huge", "subnormal", "subnormals", "offset", "bf16 steps", "outlier", "tiny outlier", "rank 1", "heavy tail"],
 )
-def test_quantize_of_extremes_is_finite_and_no_worse_than_the_mean(num_bits, weight):
+def test_quantize_of_extremes_is_finite_and_within_a_step(num_bits, weight):
     quantized = quantize(weight, num_bits, 128)
-    assert quantized.scale.isfinite().all() and quantized.zero_point.isfinite().all()
+    assert quantized.scale.isfinite().all()
     restored = restore(quantized, num_bits)
     assert restored.isfinite().all()
-    exact = weight.double()
-    mean = exact.mean(-1, keepdim=True)
-    # A mean is stored to 11 bits, and nothing below the smallest normal number of bfloat16.
-    stored = (mean.abs() * 2**-11 + 1.2e-38) ** 2
-    error = (restored.double() - exact).square().mean(-1, keepdim=True)
-    assert (error <= ((exact - mean).square().mean(-1, keepdim=True) + stored) * (1 + 1e-5)).all()
+    assert (restored.double() - weight.double()).square().mean() <= greatest_mse(weight, num_bits, 128) + 1.2e-38**2
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -45,7 +45,7 @@ def test_error_gains_are_those_of_the_whole_model(gains, text, projection):
     quantized = quantize(weight, 4, 128, "rtn")
     with torch.no_grad():
         model(text, use_cache=False)
-        weight.copy_(packing.dequantize(quantized.packed, quantized.scale, quantized.zero_point, 4))
+        weight.copy_(packing.dequantize(quantized.packed, quantized.scale, quantized.grid, 4))
         model(text, use_cache=False)
     exact, changed = outputs
     expected = ((changed - exact).square().sum() / exact.square().sum()).item() / quantized.mse
@@ -68,7 +68,7 @@ def test_error_gains_account_for_biases_gates_and_weights_on_inputs(tiny_model, 
         stored = last.get_parameter(f"{matrix.module.split('.')[-2]}.{matrix.fused.tensor.split('.', 4)[4]}")
         weight = matrix.fused.view(stored.detach()[matrix.expert])
         before, quantized = weight.clone(), quantize(weight, 4, 128, "rtn")
-        weight.copy_(packing.dequantize(quantized.packed, quantized.scale, quantized.zero_point, 4))
+        weight.copy_(packing.dequantize(quantized.packed, quantized.scale, quantized.grid, 4))
         with torch.no_grad():
             model(words, use_cache=False)
         weight.copy_(before)
@@ -91,7 +91,7 @@ def test_expert_gains_without_a_gate_are_those_behind_the_projection_from_latent
 
     for matrix, gain in zip(expert, gains, strict=True):
         quantized = quantize(weights[matrix], 4, 64, "rtn")
-        changed = packing.dequantize(quantized.packed, quantized.scale, quantized.zero_point, 4)
+        changed = packing.dequantize(quantized.packed, quantized.scale, quantized.grid, 4)
         error = ((outputs({**weights, matrix: changed}) - outputs(weights)) @ back.T).square().sum().item()
         assert gain == pytest.approx(error / quantized.mse, rel=1e-3)
 

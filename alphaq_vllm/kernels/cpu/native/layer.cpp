@@ -27,6 +27,14 @@ void reorder(uint8_t* packed, int64_t rows, int64_t columns, int bits, const Thr
   });
 }
 
+template <typename Value>
+void reorder_groups(Value* values, int64_t rows, int64_t groups, const Threads& threads) {
+  parallel(threads, rows / ROWS, [&](int64_t block) {
+    std::vector<Value> scratch(ROWS * groups);
+    reorder_block_groups(values + block * ROWS * groups, scratch.data(), groups);
+  });
+}
+
 }  // namespace
 }  // namespace alphaq
 
@@ -52,13 +60,11 @@ EXPORT int alphaq_reorder(uint8_t* packed, int64_t rows, int64_t columns, int64_
   });
 }
 
-// Bring scales or zero points [rows, groups] into the order of layout.h.
-EXPORT int alphaq_reorder_groups(uint16_t* values, int64_t rows, int64_t groups, const Threads* threads) {
+// Bring values [rows, groups] of 1 or 2 bytes, grids or a linear layer's scales, into the order of layout.h.
+EXPORT int alphaq_reorder_groups(void* values, int64_t rows, int64_t groups, int64_t itemsize, const Threads* threads) {
   return result_of([&] {
-    parallel(*threads, rows / ROWS, [&](int64_t block) {
-      std::vector<uint16_t> scratch(ROWS * groups);
-      reorder_groups(values + block * ROWS * groups, scratch.data(), groups);
-    });
+    itemsize == 1 ? reorder_groups((uint8_t*)values, rows, groups, *threads)
+                  : reorder_groups((uint16_t*)values, rows, groups, *threads);
     return DONE;
   });
 }

@@ -6,7 +6,7 @@
 // Each of these holds, in every byte, 8 / BITS whole codes, from the lowest bit up; the bits that remain at the top of
 // the bytes, in order, hold the last code vectors. So no bit is wasted, and few instructions take a code out.
 //
-// Scales and zero points of a block are stored [group, row].
+// What a block has for each group and row, grids of experts and scales of linear layers, is stored [group, row].
 #pragma once
 
 #include "vectors.h"
@@ -103,7 +103,8 @@ void reorder_block(uint8_t* block, uint8_t* scratch, int64_t columns) {
 }
 
 // [row, group] to [group, row] in place; scratch has as many bytes as the block.
-INLINE void reorder_groups(uint16_t* block, uint16_t* scratch, int64_t groups) {
+template <typename Value>
+void reorder_block_groups(Value* block, Value* scratch, int64_t groups) {
   std::memcpy(scratch, block, ROWS * groups * sizeof *block);
   for (int64_t group = 0; group < groups; ++group) {
     for (int row = 0; row < ROWS; ++row) block[group * ROWS + row] = scratch[row * groups + group];

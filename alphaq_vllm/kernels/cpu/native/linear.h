@@ -16,7 +16,7 @@ struct Linear {
   int64_t group_size;
 
   Block block(int64_t index) const {
-    return {(int)num_bits, packed + index * ROWS * K * num_bits / 8, scales + index * ROWS * (K / group_size), nullptr};
+    return {(int)num_bits, packed + index * ROWS * K * num_bits / 8, nullptr, scales + index * ROWS * (K / group_size)};
   }
 };
 

@@ -10,7 +10,7 @@ namespace alphaq {
 struct Experts {
   const uint8_t* packed;
   const uint16_t* scales;
-  const uint16_t* zero_points;
+  const uint8_t* grids;
   const int32_t* num_bits;
   const int64_t* offsets;
   // [E, projections, N] of bias_dtype, or null.
@@ -22,17 +22,18 @@ struct Experts {
   int64_t group_size;
 
   Block block(int64_t expert, int64_t projection, int64_t index) const {
-    const int64_t matrix = expert * projections + projection, groups = K / group_size;
-    const int64_t first_group = (matrix * N + index * ROWS) * groups;
+    const int64_t matrix = expert * projections + projection;
     return {num_bits[matrix], packed + 4 * offsets[matrix] + index * ROWS * K * num_bits[matrix] / 8,
-            scales + first_group, zero_points + first_group};
+            grids + (matrix * N + index * ROWS) * (K / group_size), nullptr};
   }
 
-  // The biases of a block's rows, zeros if there are none.
-  void load_bias(int64_t expert, int64_t projection, int64_t index, float (&to)[ROWS]) const {
+  // The scales of a block's rows, and their biases: zeros if there are none.
+  void load_rows(int64_t expert, int64_t projection, int64_t index, float (&row_scales)[ROWS],
+                 float (&row_biases)[ROWS]) const {
     const int64_t first = (expert * projections + projection) * N + index * ROWS;
     for (int row = 0; row < ROWS; row += LANES) {
-      store(to + row, bias ? load_as(bias_dtype, bias, first + row) : F32{});
+      store(row_scales + row, widen_bfloat16(scales + first + row));
+      store(row_biases + row, bias ? load_as(bias_dtype, bias, first + row) : F32{});
     }
   }
 };
@@ -70,21 +71,23 @@ void multiply_first(const Experts& w13, const Call& call, const Routes& routes, 
     constexpr int64_t STEMS = GATED ? 2 : 1;
     for (int64_t block = first; block < last; block += BLOCKS_AT_ONCE / STEMS) {
       const int64_t count = std::min<int64_t>(last - block, BLOCKS_AT_ONCE / STEMS);
-      alignas(64) float products[BLOCKS_AT_ONCE][ROUTES_AT_ONCE * ROWS], biases[BLOCKS_AT_ONCE][ROWS];
+      alignas(64) float products[BLOCKS_AT_ONCE][ROUTES_AT_ONCE * ROWS];
+      alignas(64) float scales[BLOCKS_AT_ONCE][ROWS], biases[BLOCKS_AT_ONCE][ROWS];
       float* to[BLOCKS_AT_ONCE];
       Block together[BLOCKS_AT_ONCE];
       for (int64_t b = 0; b < count * STEMS; ++b) {
         const int64_t projection = b % STEMS, index = block + b / STEMS;
         to[b] = products[b];
         together[b] = w13.block(piece.expert, projection, index);
-        w13.load_bias(piece.expert, projection, index, biases[b]);
+        w13.load_rows(piece.expert, projection, index, scales[b], biases[b]);
       }
       multiply(together, count * STEMS, operand, to);
       for (int64_t i = 0; i < piece.count; ++i) {
         const float weight = call.weight_on_input ? routes.weight[piece.first + i] : 1;
         const int64_t at = (piece.first + i) * w13.N + block * ROWS;
         auto product = [&](int64_t b, int row) INLINE_LAMBDA {
-          return load<F32>(products[b] + i * ROWS + row) * weight + load<F32>(biases[b] + row);
+          const F32 scale = load<F32>(scales[b] + row) * weight;
+          return load<F32>(products[b] + i * ROWS + row) * scale + load<F32>(biases[b] + row);
         };
         for (int64_t b = 0; b < count; ++b) {
           for (int row = 0; row < ROWS; row += LANES) {
@@ -104,20 +107,21 @@ void multiply_first(const Experts& w13, const Call& call, const Routes& routes, 
 // Add to `sums` [tokens, N of w2] what up to BLOCKS_AT_ONCE blocks have for one piece's tokens.
 inline void add_down(const Experts& w2, const Call& call, const Routes& routes, const Routes::Piece& piece,
                      const Operand& hidden, int64_t first, int64_t count, float* sums) {
-  alignas(64) float products[BLOCKS_AT_ONCE][ROUTES_AT_ONCE * ROWS], bias[ROWS];
+  alignas(64) float products[BLOCKS_AT_ONCE][ROUTES_AT_ONCE * ROWS], scales[ROWS], biases[ROWS];
   float* to[BLOCKS_AT_ONCE];
   Block blocks[BLOCKS_AT_ONCE];
   for (int64_t b = 0; b < count; ++b) to[b] = products[b], blocks[b] = w2.block(piece.expert, 0, first + b);
   multiply(blocks, count, hidden, to);
   for (int64_t block = 0; block < count; ++block) {
-    w2.load_bias(piece.expert, 0, first + block, bias);
+    w2.load_rows(piece.expert, 0, first + block, scales, biases);
     for (int64_t i = 0; i < piece.count; ++i) {
       const int64_t route = piece.first + i;
       const float weight = call.weight_on_input ? 1 : routes.weight[route];
       float* at = sums + routes.token[route] * w2.N + (first + block) * ROWS;
       for (int row = 0; row < ROWS; row += LANES) {
-        const F32 product = load<F32>(products[block] + i * ROWS + row) + load<F32>(bias + row);
-        store(at + row, load<F32>(at + row) + product * weight);
+        const F32 product = load<F32>(products[block] + i * ROWS + row);
+        const F32 scaled = product * load<F32>(scales + row) + load<F32>(biases + row);
+        store(at + row, load<F32>(at + row) + scaled * weight);
       }
     }
   }

@@ -1,7 +1,7 @@
 // One block of rows of a matrix times some rows of x: the products that the time of a layer goes into.
 //
-// With a weight of `scale * (code - zero)` and x as integers with a step per group, a group's part of a product is
-// `scale * step * (sum of code * integer - zero * sum of integers)`. The first sum is exact in int32; the second is
+// With a weight of `step * (code - zero)` and x as integers with a factor per group, a group's part of a product is
+// `step * factor * (sum of code * integer - zero * sum of integers)`. The first sum is exact in int32; the second is
 // made with the integers.
 #pragma once
 
@@ -12,13 +12,29 @@ namespace alphaq {
 
 constexpr int LARGEST_GROUP = 128;
 
-// ROWS rows of a matrix. zero_points: null if all are 2^(bits - 1).
+// ROWS rows of a matrix. Those of an expert have grids: see packing.py. The scales of its rows come after the products.
+// Those of a linear layer have scales for each group instead, and zero points of 2^(bits - 1).
 struct Block {
   int bits;
   const uint8_t* packed;
+  const uint8_t* grids;
   const uint16_t* scales;
-  const uint16_t* zero_points;
 };
+
+// Of one group and the rows of a register: a code means `step * (code - zero)`.
+struct Grid {
+  F32 step;
+  F32 zero;
+};
+
+INLINE Grid load_grid(const Block& block, int64_t group, int part) {
+  const int64_t at = group * ROWS + part * LANES;
+  // A 32nd of the number of codes.
+  const F32 part_of_codes = spread<F32>((1 << block.bits) / 32.0f);
+  if (block.scales) return {widen_bfloat16(block.scales + at), 16 * part_of_codes};
+  const I32 grids = widen_bytes(block.grids + at);
+  return {to_float((grids & 15) + 1), to_float(grids >> 4) * part_of_codes + 6 * part_of_codes};
+}
 
 // Tokens whose sums the registers hold beside a unit's codes.
 constexpr int tokens_at_once(int digits) {
@@ -39,17 +55,17 @@ constexpr int PREFETCHED = 4096;
 
 // Add a group's part to `out`, from the sums of products of each digit.
 template <int DIGITS>
-INLINE void add_group_sum(const I32* sums, const float* factors, F32 scale, F32 zero, F32& out) {
+INLINE void add_group_sum(const I32* sums, const float* factors, const Grid& grid, F32& out) {
   // Two digits fit int32 together, three do not.
   F32 sum = to_float(DIGITS == 1 ? sums[0] : sums[0] + (sums[1 % DIGITS] << 8));
   if (DIGITS == 3) sum += 65536.0f * to_float(sums[2 % DIGITS]);
-  out += (sum - zero * factors[1]) * (scale * factors[0]);
+  out += (sum - grid.zero * factors[1]) * (grid.step * factors[0]);
 }
 
 // Add a group's part to `out` of TOKENS tokens. code(unit, q) yields code vector q of a unit.
 template <int BITS, int DIGITS, int TOKENS, typename Code>
 INLINE void add_group(Code code, int64_t group_size, const int8_t* const (&digits)[TOKENS],
-                      const float* const (&factors)[TOKENS], F32 scale, F32 zero, F32 (&out)[TOKENS]) {
+                      const float* const (&factors)[TOKENS], const Grid& grid, F32 (&out)[TOKENS]) {
   I32 sums[TOKENS * DIGITS] = {};
   for (int64_t unit = 0; unit < group_size / UNIT; ++unit) {
     const int8_t* x[TOKENS];
@@ -58,12 +74,7 @@ INLINE void add_group(Code code, int64_t group_size, const int8_t* const (&digit
     multiply_unit<BITS, DIGITS, TOKENS * DIGITS>([&](int q) INLINE_LAMBDA { return code(unit, q); }, x, sums);
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < TOKENS; ++t) add_group_sum<DIGITS>(sums + t * DIGITS, factors[t], scale, zero, out[t]);
-}
-
-INLINE F32 zero_point(const Block& block, int64_t group, int part) {
-  if (!block.zero_points) return spread<F32>((float)(1 << (block.bits - 1)));
-  return widen_float16(block.zero_points + group * ROWS + part * LANES);
+  for (int t = 0; t < TOKENS; ++t) add_group_sum<DIGITS>(sums + t * DIGITS, factors[t], grid, out[t]);
 }
 
 // TOKENS tokens: codes go from their word to their product.
@@ -83,9 +94,8 @@ void multiply_few(const Block& block, const Digits& x, const int32_t* rows, floa
         if (q < BITS && part == 0) __builtin_prefetch(from + q * VECTOR + PREFETCHED);
         return unpack<BITS>(from, q);
       };
-      const F32 scale = widen_bfloat16(block.scales + group * ROWS + part * LANES);
-      const F32 zero = zero_point(block, group, part);
-      add_group<BITS, DIGITS, TOKENS>(code, group_size, digits, factors, scale, zero, sums[part]);
+      const Grid grid = load_grid(block, group, part);
+      add_group<BITS, DIGITS, TOKENS>(code, group_size, digits, factors, grid, sums[part]);
     }
     for (int t = 0; t < TOKENS; ++t) digits[t] += DIGITS * group_size, factors[t] += 2;
   }
@@ -96,7 +106,7 @@ void multiply_few(const Block& block, const Digits& x, const int32_t* rows, floa
 
 // A group's part for TOKENS tokens, from codes that were taken out of their words.
 template <int BITS, int DIGITS, int TOKENS>
-INLINE void multiply_tile(const uint8_t* tile, const Block& block, int64_t group, const Digits& x, const int32_t* rows,
+INLINE void multiply_tile(const uint8_t* tile, const Grid* grids, int64_t group, const Digits& x, const int32_t* rows,
                           float* out) {
   const int8_t* digits[TOKENS];
   const float* factors[TOKENS];
@@ -108,12 +118,10 @@ INLINE void multiply_tile(const uint8_t* tile, const Block& block, int64_t group
   for (int part = 0; part < PARTS; ++part) {
     auto code = [&](int64_t unit, int q)
                     INLINE_LAMBDA { return load<U16>(tile + (unit * VECTORS + q) * VECTOR + part * WIDTH); };
-    const F32 scale = widen_bfloat16(block.scales + group * ROWS + part * LANES);
-    const F32 zero = zero_point(block, group, part);
     F32 sums[TOKENS];
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t) sums[t] = load<F32>(out + t * ROWS + part * LANES);
-    add_group<BITS, DIGITS, TOKENS>(code, x.group_size, digits, factors, scale, zero, sums);
+    add_group<BITS, DIGITS, TOKENS>(code, x.group_size, digits, factors, grids[part], sums);
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t) store(out + t * ROWS + part * LANES, sums[t]);
   }
@@ -144,19 +152,21 @@ INLINE void unpack_group(const Block& block, int64_t group, int64_t group_size, 
 template <int BITS, int DIGITS>
 void multiply_many(const Block& block, const Digits& x, const int32_t* rows, int64_t count, float* out) {
   alignas(64) uint8_t tile[LARGEST_GROUP * ROWS];
+  Grid grids[PARTS];
   std::memset(out, 0, count * ROWS * sizeof *out);
   const uint8_t* packed = block.packed;
   for (int64_t group = 0; group < x.groups(); ++group, packed += x.group_size * ROWS * BITS / 8) {
     unpack_group<BITS>(packed, x.group_size, tile);
+    for (int part = 0; part < PARTS; ++part) grids[part] = load_grid(block, group, part);
     constexpr int MOST = tokens_at_once(DIGITS);
     int64_t t = 0;
     for (; t + MOST <= count; t += MOST) {
-      multiply_tile<BITS, DIGITS, MOST>(tile, block, group, x, rows + t, out + t * ROWS);
+      multiply_tile<BITS, DIGITS, MOST>(tile, grids, group, x, rows + t, out + t * ROWS);
     }
     if constexpr (MOST > 2) {
-      for (; t + 2 <= count; t += 2) multiply_tile<BITS, DIGITS, 2>(tile, block, group, x, rows + t, out + t * ROWS);
+      for (; t + 2 <= count; t += 2) multiply_tile<BITS, DIGITS, 2>(tile, grids, group, x, rows + t, out + t * ROWS);
     }
-    for (; t < count; ++t) multiply_tile<BITS, DIGITS, 1>(tile, block, group, x, rows + t, out + t * ROWS);
+    for (; t < count; ++t) multiply_tile<BITS, DIGITS, 1>(tile, grids, group, x, rows + t, out + t * ROWS);
   }
 }
 
@@ -164,7 +174,7 @@ void multiply_many(const Block& block, const Digits& x, const int32_t* rows, int
 
 // A group's part for TOKENS tokens and BLOCKS blocks, from codes that were taken out of their words.
 template <int DIGITS, int BLOCKS, int TOKENS>
-INLINE void multiply_tiles_of(const uint8_t (*tiles)[LARGEST_GROUP * ROWS], const Block* blocks, int64_t group,
+INLINE void multiply_tiles_of(const uint8_t (*tiles)[LARGEST_GROUP * ROWS], const Grid (*grids)[PARTS], int64_t group,
                               const Digits& x, const int32_t* rows, int64_t first, float* const* out) {
   const int8_t* digits[TOKENS];
   const float* factors[TOKENS];
@@ -186,13 +196,11 @@ INLINE void multiply_tiles_of(const uint8_t (*tiles)[LARGEST_GROUP * ROWS], cons
     }
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; ++b) {
-      const F32 scale = widen_bfloat16(blocks[b].scales + group * ROWS + part * LANES);
-      const F32 zero = zero_point(blocks[b], group, part);
 #pragma GCC unroll 4
       for (int t = 0; t < TOKENS; ++t) {
         float* at = out[b] + (first + t) * ROWS + part * LANES;
         F32 sum = load<F32>(at);
-        add_group_sum<DIGITS>(sums[b] + t * DIGITS, factors[t], scale, zero, sum);
+        add_group_sum<DIGITS>(sums[b] + t * DIGITS, factors[t], grids[b][part], sum);
         store(at, sum);
       }
     }
@@ -203,14 +211,18 @@ INLINE void multiply_tiles_of(const uint8_t (*tiles)[LARGEST_GROUP * ROWS], cons
 template <int DIGITS, int BLOCKS>
 void multiply_together(const Block* blocks, const Digits& x, const int32_t* rows, int64_t count, float* const* out) {
   alignas(64) uint8_t tiles[BLOCKS][LARGEST_GROUP * ROWS];
+  Grid grids[BLOCKS][PARTS];
   for (int b = 0; b < BLOCKS; ++b) std::memset(out[b], 0, count * ROWS * sizeof **out);
   for (int64_t group = 0; group < x.groups(); ++group) {
-    for (int b = 0; b < BLOCKS; ++b) unpack_group(blocks[b], group, x.group_size, tiles[b]);
+    for (int b = 0; b < BLOCKS; ++b) {
+      unpack_group(blocks[b], group, x.group_size, tiles[b]);
+      for (int part = 0; part < PARTS; ++part) grids[b][part] = load_grid(blocks[b], group, part);
+    }
     // The registers hold 24 sums beside what they are made of, 12 where a register has half a code vector.
     constexpr int MOST = 6 * (WIDTH / 16) / (DIGITS * BLOCKS) >= 4 ? 4 : 2;
     int64_t t = 0;
-    for (; t + MOST <= count; t += MOST) multiply_tiles_of<DIGITS, BLOCKS, MOST>(tiles, blocks, group, x, rows, t, out);
-    for (; t < count; ++t) multiply_tiles_of<DIGITS, BLOCKS, 1>(tiles, blocks, group, x, rows, t, out);
+    for (; t + MOST <= count; t += MOST) multiply_tiles_of<DIGITS, BLOCKS, MOST>(tiles, grids, group, x, rows, t, out);
+    for (; t < count; ++t) multiply_tiles_of<DIGITS, BLOCKS, 1>(tiles, grids, group, x, rows, t, out);
   }
 }
 

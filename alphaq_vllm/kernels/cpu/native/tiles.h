@@ -161,13 +161,13 @@ INLINE void multiply_group(const uint8_t* codes, const int8_t* x, int64_t height
 
 // Add a group's part to `out` [height, ROWS].
 template <int DIGITS>
-INLINE void add_tile(const int32_t* sums, int64_t height, const float* factors, F32 scale, F32 zero, float* out) {
+INLINE void add_tile(const int32_t* sums, int64_t height, const float* factors, const Grid& grid, float* out) {
   const int64_t size = height * ROWS;
   for (int64_t i = 0; i < size; i += ROWS, factors += 2) {
     I32 of_token[DIGITS];
     for (int d = 0; d < DIGITS; ++d) of_token[d] = load<I32>(sums + d * size + i);
     F32 sum = load<F32>(out + i);
-    add_group_sum<DIGITS>(of_token, factors, scale, zero, sum);
+    add_group_sum<DIGITS>(of_token, factors, grid, sum);
     store(out + i, sum);
   }
 }
@@ -181,10 +181,10 @@ void multiply_tiles(const Block* blocks, const Tiles& x, float* const* out) {
   const int64_t height = x.height, stride = height * x.columns * DIGITS, tiles = x.padded / height;
   for (int b = 0; b < BLOCKS; ++b) std::memset(out[b], 0, x.padded * ROWS * sizeof(float));
   for (int64_t group = 0; group < x.columns / group_size; ++group) {
-    F32 scale[BLOCKS], zero[BLOCKS];
+    Grid grids[BLOCKS];
     for (int b = 0; b < BLOCKS; ++b) {
       unpack_group(blocks[b], group, group_size, codes[b]);
-      scale[b] = widen_bfloat16(blocks[b].scales + group * ROWS), zero[b] = zero_point(blocks[b], group, 0);
+      grids[b] = load_grid(blocks[b], group, 0);
     }
     settle();
     const int8_t* digits = x.bytes + group * height * group_size * DIGITS;
@@ -193,7 +193,7 @@ void multiply_tiles(const Block* blocks, const Tiles& x, float* const* out) {
       multiply_group<DIGITS, BLOCKS>(codes[0], digits, height, step, steps, sums);
       for (int b = 0; b < BLOCKS; ++b) {
         const int32_t* from = sums + b * DIGITS * height * ROWS;
-        add_tile<DIGITS>(from, height, factors, scale[b], zero[b], out[b] + tile * height * ROWS);
+        add_tile<DIGITS>(from, height, factors, grids[b], out[b] + tile * height * ROWS);
       }
     }
   }
@@ -212,8 +212,8 @@ void dequantize_block(const Block& block, int64_t columns, int64_t group_size, u
   }
   const uint8_t* packed = block.packed;
   for (int64_t group = 0; group < columns / group_size; ++group) {
-    const __m512 scale = (__m512)widen_bfloat16(block.scales + group * ROWS);
-    const __m512 offset = (__m512)(-(256.0f + zero_point(block, group, 0)) * (F32)scale);
+    const Grid grid = load_grid(block, group, 0);
+    const __m512 step = (__m512)grid.step, offset = (__m512)(-(256.0f + grid.zero) * grid.step);
     for (int64_t unit = 0; unit < group_size / UNIT; ++unit, packed += BITS * VECTOR) {
 #pragma GCC unroll 8
       for (int q = 0; q < VECTORS; ++q, weights += 2 * VECTOR / 2) {
@@ -221,7 +221,7 @@ void dequantize_block(const Block& block, int64_t columns, int64_t group_size, u
         const __m512i codes = (__m512i)unpack<BITS>(packed, q);
         auto weight = [&](__m512i moved) INLINE_LAMBDA {
           // (moved & digits) | base
-          return _mm512_fmadd_ps((__m512)_mm512_ternarylogic_epi32(moved, digits, base, 0xea), scale, offset);
+          return _mm512_fmadd_ps((__m512)_mm512_ternarylogic_epi32(moved, digits, base, 0xea), step, offset);
         };
         auto pair = [&](__m512 first, __m512 second) INLINE_LAMBDA {
           return _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(second, first));

@@ -59,6 +59,18 @@ INLINE Vector spread(Value value) {
 
 INLINE F32 to_float(I32 values) { return __builtin_convertvector(values, F32); }
 
+// Widen LANES bytes, which compilers do one by one.
+INLINE I32 widen_bytes(const uint8_t* from) {
+#if defined(__AVX512BW__)
+  return (I32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  return (I32)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  return __builtin_convertvector(load<Bytes>(from), I32);
+#endif
+}
+
 // Widen LANES bfloat16.
 INLINE F32 widen_bfloat16(const uint16_t* from) {
   typedef uint16_t Halves __attribute__((vector_size(WIDTH / 2)));
