@@ -335,7 +335,7 @@ def run_static(arguments: argparse.Namespace) -> None:
     for sm in arguments.sm:
         for width in arguments.widths:
             for tiles in tiles_for(sm // 10, width):
-                code = compile_gemm(sm, arguments.dtype, tiles, (width,))
+                code = compile_gemm(sm, arguments.dtype, tiles, (width,), arguments.group_size)
                 if arguments.json:
                     print(json.dumps(code.as_dict()), flush=True)
                     continue
@@ -358,6 +358,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--static", action="store_true", help="compile only, for absent GPUs")
     parser.add_argument("--json", action="store_true", help="with --static: JSON lines")
+    parser.add_argument("--group-size", type=int, default=GROUP_SIZE, help="with --static")
     parser.add_argument("--sm", type=several(int), default=[80, 90, 100])
     parser.add_argument("--widths", type=several(int), default=[2, 3, 4])
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16"])

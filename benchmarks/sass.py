@@ -33,6 +33,8 @@ POINTERS = {
 INTEGER = re.compile(
     r"(LOP3|SHF|SHL|SHR|PRMT|IMAD|IADD\w*|VIADD\w*|LEA|SEL|ISETP|IMNMX|VIMNMX|MOV|BFE|BMSK|SGXT|LOP|I2F\w*|F2I\w*|F2F\w*)$"
 )
+# Of a slab, as most matrices are read.
+COLUMNS = 128
 MATRIX = re.compile(r"(HMMA|HGMMA|UTCHMMA|UTCMMA)$")
 
 
@@ -78,7 +80,7 @@ def compile_gemm(
     dtype: str,
     tiles: Tiles,
     widths: tuple[int, ...],
-    group_size: int = 128,
+    group_size: int,
     projections: int = 2,
     is_down: bool = False,
 ) -> KernelCode:
@@ -91,6 +93,7 @@ def compile_gemm(
         "P": projections,
         "IS_DOWN": is_down,
         "GROUP_SIZE": group_size,
+        "COLUMNS": COLUMNS,
         "WIDTHS": widths,
         "QUADS": Device(1, sm // 10).quads,
         "SCALE_WEIGHTS": tiles.scale_weights,
@@ -105,7 +108,7 @@ def compile_gemm(
         constants["x_sums_ptr"] = None
     signature = {**POINTERS, "x_ptr": f"*{dtype}"}
     compiled = compile_kernel(
-        moe_gemm_kernel, signature, constants, ("num_routes", "groups_per_split", "bias"), sm,
+        moe_gemm_kernel, signature, constants, ("num_routes", "slabs_per_split", "bias"), sm,
         num_warps=tiles.num_warps, maxnreg=tiles.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -118,7 +121,7 @@ def compile_gemm(
     programs = programs_per_multiprocessor(sm, tiles.num_warps, int(registers), shared)
     result = KernelCode(sm, dtype, tiles.block_m, widths, programs, int(registers), int(stack), shared)
     if len(widths) == 1:
-        weights = tiles.block_n * group_size // (32 * tiles.num_warps)
+        weights = tiles.block_n * COLUMNS // (32 * tiles.num_warps)
         body = inner_loop(code, weights // 2)
         opcodes = Counter(instruction.split(".")[0] for instruction in body)
         result.integer_per_weight = sum(n for op, n in opcodes.items() if INTEGER.match(op)) / weights
@@ -139,13 +142,16 @@ def programs_per_multiprocessor(sm: int, num_warps: int, registers: int, shared_
 
 
 def inner_loop(code: str, pairs: int) -> list[str]:
-    """The instructions of the smallest loop that multiplies matrices and masks out that many pairs of weights."""
+    """The instructions of the smallest loop that multiplies matrices and masks out that many pairs of weights.
+
+    A jump right behind another is not the end of one: it leads back from where a loop waits, behind all other code.
+    """
     lines = code.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
     bodies = []
     for end, line in enumerate(lines):
         jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-        if jump and labels.get(jump[1], end) < end:
+        if jump and labels.get(jump[1], end) < end and "BRA" not in lines[end - 1]:
             found = (re.search(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", x) for x in lines[labels[jump[1]] : end + 1])
             body = [match[1] for match in found if match]
             opcodes = [instruction.split(".")[0] for instruction in body]

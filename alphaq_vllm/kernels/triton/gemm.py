@@ -9,7 +9,8 @@ is
 For few routes codes go to the matrix unit as they are, whose sum starts from the zero points' part, and steps meet the
 float32 result: there are fewer of these than weights. For many routes weights get their steps before the product, and
 are rounded to 16 bits; then one sum runs over all groups, beside which the next weights are unpacked. The scale of each
-row meets the sum over all groups.
+row meets the sum over all groups. A turn of the loop takes a slab of columns, one group or several, so that loads are
+wide and what a turn itself costs is little.
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ import triton
 import triton.language as tl
 
 from alphaq_vllm.kernels.triton.launches import wait_for_previous_kernel
-from alphaq_vllm.kernels.triton.unpack import biased_codes, dequantize, first_operand, halves, load_words, row_values
+from alphaq_vllm.kernels.triton.unpack import (
+    biased_codes,
+    dequantize,
+    first_operand,
+    halves,
+    load_words,
+    row_values,
+    words_of_group,
+)
 
 
 @triton.jit
 def _spread(values, BLOCK_M: tl.constexpr):
-    """``[BLOCK_N // 4, 2]`` over the columns of an accumulator: ``[BLOCK_N // 2, BLOCK_M]``."""
+    """``[BLOCK_N // 4, 1, 2]`` over the columns of an accumulator: ``[BLOCK_N // 2, BLOCK_M]``."""
     STRIPES: tl.constexpr = values.shape[0] // 8
     # stripe, t // 4, t % 4, r % 2, and the lane's columns
     values = tl.broadcast_to(tl.reshape(values, [STRIPES, 8, 1, 2, 1, 1]), [STRIPES, 8, 4, 2, BLOCK_M // 8, 2])
@@ -31,31 +40,26 @@ def _spread(values, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _add_product(
-    acc,
-    bias,
-    words,
-    grids,
-    x,
-    x_sum,
-    HALF: tl.constexpr,
-    NUM_BITS: tl.constexpr,
-    QUADS: tl.constexpr,
-    SCALE_WEIGHTS: tl.constexpr,
-    PTX: tl.constexpr,
-):
+def _add_codes(acc, bias, words, grids, x, x_sum, HALF: tl.constexpr, NUM_BITS: tl.constexpr, QUADS: tl.constexpr):
+    """Add what one group of columns has, by products of codes that steps meet behind."""
     step, offset = row_values(grids, HALF, NUM_BITS, QUADS, x.dtype)
-    if SCALE_WEIGHTS:
-        weights = dequantize(bias, words, step, offset, HALF, NUM_BITS, x.dtype, PTX)
-        return tl.dot(first_operand(weights, QUADS), x, acc)
-    else:  # noqa: RET505, for there may be no sums, and then this must not be compiled
-        product = -_spread(offset, x.shape[1]) * x_sum[None, :]
-        codes = halves(biased_codes(bias, words, HALF, NUM_BITS, 0, x.dtype), x.dtype)
+    product = -_spread(offset, x.shape[1]) * x_sum[None, :]
+    codes = halves(biased_codes(bias, words, HALF, NUM_BITS, 0, x.dtype), x.dtype)
+    product = tl.dot(first_operand(codes, QUADS), x, product)
+    if NUM_BITS == 8:
+        codes = halves(biased_codes(bias, words, HALF, NUM_BITS, 4, x.dtype), x.dtype)
         product = tl.dot(first_operand(codes, QUADS), x, product)
-        if NUM_BITS == 8:
-            codes = halves(biased_codes(bias, words, HALF, NUM_BITS, 4, x.dtype), x.dtype)
-            product = tl.dot(first_operand(codes, QUADS), x, product)
-        return acc + _spread(step, x.shape[1]) * product
+    return acc + _spread(step, x.shape[1]) * product
+
+
+@triton.jit
+def _add_weights(
+    acc, bias, words, grids, x, HALF: tl.constexpr, NUM_BITS: tl.constexpr, QUADS: tl.constexpr, PTX: tl.constexpr
+):
+    """Add what a slab has, by products of weights."""
+    step, offset = row_values(grids, HALF, NUM_BITS, QUADS, x.dtype)
+    weights = dequantize(bias, words, step, offset, HALF, NUM_BITS, x.dtype, PTX)
+    return tl.dot(first_operand(weights, QUADS), x, acc)
 
 
 @triton.jit
@@ -75,36 +79,43 @@ def _project(
     x_sum_ptrs,
     word_ptrs,
     grid_ptrs,
-    first_group,
-    end_group,
+    first_slab,
+    end_slab,
     NUM_BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     QUADS: tl.constexpr,
     SCALE_WEIGHTS: tl.constexpr,
     PTX: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """``W @ x.T`` over some groups of columns, for rows of one width: two ``[BLOCK_N // 2, BLOCK_M]`` float32."""
+    """``W @ x.T`` over some slabs of columns, for rows of one width: two ``[BLOCK_N // 2, BLOCK_M]`` float32."""
     BLOCK_N: tl.constexpr = word_ptrs.shape[0]
     BLOCK_M: tl.constexpr = x_offsets.shape[1]
+    GROUPS: tl.constexpr = COLUMNS // GROUP_SIZE
     first = tl.zeros([BLOCK_N // 2, BLOCK_M], tl.float32)
     last = tl.zeros([BLOCK_N // 2, BLOCK_M], tl.float32)
     x_ptrs = x_ptr + x_offsets.to(tl.int64)
     # As an option of the loop, unlike the kernel's own, it holds for loads that do not lead to a product as well: those
-    # of grids and sums would otherwise be waited for in every step.
-    for group in tl.range(first_group, end_group, num_stages=NUM_STAGES):
-        group = _opaque(group, PTX)
-        group_64 = tl.cast(group, tl.int64)
+    # of grids and sums would otherwise be waited for in every turn.
+    for slab in tl.range(first_slab, end_slab, num_stages=NUM_STAGES):
+        slab = _opaque(slab, PTX)
+        slab_64 = tl.cast(slab, tl.int64)
+        words = load_words(word_ptrs + slab_64 * (NUM_BITS * COLUMNS), NUM_BITS, COLUMNS)
         if SCALE_WEIGHTS:
             # Offsets take half the registers of pointers, and padding, which is rare here, is the first row.
-            x = tl.load(x_ptr + (x_offsets + group * GROUP_SIZE))
+            x = tl.load(x_ptr + (x_offsets + slab * COLUMNS))
+            grids = tl.load(grid_ptrs[:, None] + (slab_64 * (8 * GROUPS) + 8 * tl.arange(0, GROUPS)[None, :]))
+            first = _add_weights(first, bias, words, grids, x, 0, NUM_BITS, QUADS, PTX)
+            last = _add_weights(last, bias, words, grids, x, 1, NUM_BITS, QUADS, PTX)
         else:
-            x = tl.load(x_ptrs + group * GROUP_SIZE, mask=x_mask, other=0.0)
-        words = load_words(word_ptrs + group_64 * (NUM_BITS * GROUP_SIZE), NUM_BITS, GROUP_SIZE)
-        grids = tl.load(grid_ptrs + group_64 * 8)
-        x_sum = 0.0 if SCALE_WEIGHTS else tl.load(x_sum_ptrs + group_64)
-        first = _add_product(first, bias, words, grids, x, x_sum, 0, NUM_BITS, QUADS, SCALE_WEIGHTS, PTX)
-        last = _add_product(last, bias, words, grids, x, x_sum, 1, NUM_BITS, QUADS, SCALE_WEIGHTS, PTX)
+            for i in tl.static_range(GROUPS):
+                grids = tl.load(grid_ptrs + (slab_64 * (8 * GROUPS) + 8 * i))[:, None]
+                x_sum = tl.load(x_sum_ptrs + (slab_64 * GROUPS + i))
+                x = tl.load(x_ptrs + (slab * COLUMNS + i * GROUP_SIZE), mask=x_mask, other=0.0)
+                of_group = words_of_group(words, i, GROUPS, NUM_BITS)
+                first = _add_codes(first, bias, of_group, grids, x, x_sum, 0, NUM_BITS, QUADS)
+                last = _add_codes(last, bias, of_group, grids, x, x_sum, 1, NUM_BITS, QUADS)
     return first, last
 
 
@@ -134,7 +145,7 @@ def _place(BLOCKS_TOGETHER: tl.constexpr):
     return x, y, z
 
 
-@triton.jit(do_not_specialize=["num_routes", "groups_per_split", "bias"])
+@triton.jit(do_not_specialize=["num_routes", "slabs_per_split", "bias"])
 def moe_gemm_kernel(
     x_ptr,  # [rows, K] bfloat16 or float16; route r takes row r // ROUTES_PER_ROW
     x_sums_ptr,  # [rows, K / GROUP_SIZE] float32: of each group of x; None if SCALE_WEIGHTS
@@ -149,12 +160,13 @@ def moe_gemm_kernel(
     num_routes,
     N,
     K,
-    groups_per_split,
+    slabs_per_split,
     bias,  # the bits of two floats of 128: see BIASES
     ROUTES_PER_ROW: tl.constexpr,
     P: tl.constexpr,
     IS_DOWN: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of a slab: one group or several
     WIDTHS: tl.constexpr,  # tuple of the widths that occur in num_bits, and maybe others
     QUADS: tl.constexpr,  # whether the words are in the order of quads
     SCALE_WEIGHTS: tl.constexpr,  # steps before the product, not after it: for many routes
@@ -180,7 +192,7 @@ def moe_gemm_kernel(
     routes = tl.load(route_ids_ptr + block_m * BLOCK_M + tl.arange(0, BLOCK_M))
     is_route = routes >= 0
     rows = tl.maximum(routes, 0) // ROUTES_PER_ROW
-    x_offsets = (rows * K)[None, :] + tl.arange(0, GROUP_SIZE)[:, None]
+    x_offsets = (rows * K)[None, :] + tl.arange(0, COLUMNS if SCALE_WEIGHTS else GROUP_SIZE)[:, None]
     num_groups = K // GROUP_SIZE
 
     matrix = expert * P + projection
@@ -192,21 +204,22 @@ def moe_gemm_kernel(
     # Unchanged, for no offset is that large, but no longer known to be an argument: LOP3 does not take one beside a
     # mask, and would be two instructions on generation 8.
     bias += (offset >> 62).to(tl.int32)
-    word_ptrs = packed_ptr + tl.multiple_of(offset, 4) + thread % 32 * (GROUP_SIZE // 32)
+    word_ptrs = packed_ptr + tl.multiple_of(offset, 4) + thread % 32 * (COLUMNS // 32)
     # The grids of four rows are one int32.
     four = tl.arange(0, BLOCK_N // 4)
     first_four = matrix.to(tl.int64) * (N // 4) + tl.minimum(block_n * (BLOCK_N // 32) + four // 8, N // 32 - 1) * 8
     grid_ptrs = grids_ptr.to(tl.pointer_type(tl.int32)) + first_four * num_groups + four % 8
-    first_group = split * groups_per_split
-    end_group = tl.minimum(first_group + groups_per_split, num_groups)
+    first_slab = split * slabs_per_split
+    end_slab = tl.minimum(first_slab + slabs_per_split, K // COLUMNS)
     if IS_DOWN:
         if OVERLAP and PTX:
-            num_ahead = tl.minimum(end_group - first_group, NUM_STAGES - 1)
-            _prefetch(grid_ptrs + first_group * 8, num_ahead, 8)
-            first_word = (stripe * K + first_group * GROUP_SIZE) * num_bits
-            _prefetch(word_ptrs + first_word, num_ahead * num_bits, GROUP_SIZE)
+            GRIDS: tl.constexpr = 8 * (COLUMNS // GROUP_SIZE)
+            num_ahead = tl.minimum(end_slab - first_slab, NUM_STAGES - 1)
+            _prefetch(grid_ptrs + first_slab * GRIDS, num_ahead, GRIDS)
+            first_word = (stripe * K + first_slab * COLUMNS) * num_bits
+            _prefetch(word_ptrs + first_word, num_ahead * num_bits, COLUMNS)
         wait_for_previous_kernel(OVERLAP)
-    word_ptrs = word_ptrs[:, None] + tl.arange(0, GROUP_SIZE // 32)[None, :]
+    word_ptrs = word_ptrs[:, None] + tl.arange(0, COLUMNS // 32)[None, :]
 
     first = tl.zeros([BLOCK_N // 2, BLOCK_M], tl.float32)
     last = tl.zeros([BLOCK_N // 2, BLOCK_M], tl.float32)
@@ -220,10 +233,11 @@ def moe_gemm_kernel(
                 None if SCALE_WEIGHTS else x_sums_ptr + rows * num_groups,
                 word_ptrs + (stripe * K * WIDTHS[i])[:, None],
                 grid_ptrs,
-                first_group,
-                end_group,
+                first_slab,
+                end_slab,
                 WIDTHS[i],
                 GROUP_SIZE,
+                COLUMNS,
                 QUADS,
                 SCALE_WEIGHTS,
                 PTX,

@@ -14,7 +14,8 @@ from alphaq_vllm.kernels.triton.blocks import MAX_DIRECT_ROUTES, Blocks, make_bl
 from alphaq_vllm.kernels.triton.elementwise import activate_kernel, sum_routes_kernel
 from alphaq_vllm.kernels.triton.gemm import moe_gemm_kernel
 from alphaq_vllm.kernels.triton.launches import Launches
-from alphaq_vllm.kernels.triton.tiles import ROUTES_PER_EXPERT, Tiles, choose_groups_per_split, choose_tiles
+from alphaq_vllm.kernels.triton.layout import columns_of_a_slab
+from alphaq_vllm.kernels.triton.tiles import ROUTES_PER_EXPERT, Tiles, choose_slabs_per_split, choose_tiles
 from alphaq_vllm.kernels.triton.unpack import BIASES
 from alphaq_vllm.kernels.weights import MoEWeights
 
@@ -116,23 +117,25 @@ def _gemm(
     in_parts: whether there may be more than one part.
     """
     P, tiles_n, num_blocks = experts.num_projections, triton.cdiv(experts.N, tiles.block_n), len(blocks.expert_ids)
-    num_groups = groups_per_split = experts.K // experts.group_size
+    columns = columns_of_a_slab(experts.K)
+    num_slabs = slabs_per_split = experts.K // columns
     # For few routes precision costs nothing; for many the results leave the cache, and parts of them would be too many.
     dtype = x.dtype
     if in_parts:
         busy = tiles_n * P * min(num_blocks, experts.num_experts)
-        groups_per_split = choose_groups_per_split(busy, num_groups, device.num_multiprocessors * tiles.programs)
+        slabs_per_split = choose_slabs_per_split(busy, num_slabs, device.num_multiprocessors * tiles.programs)
         dtype = torch.float32
-    num_splits = triton.cdiv(num_groups, groups_per_split)
+    num_splits = triton.cdiv(num_slabs, slabs_per_split)
     out = x.new_empty(num_splits, num_routes, P, experts.N, dtype=dtype)
     # Scales and sums meet in multiply-adds, which Triton 3.10 no longer makes by itself.
     options = {"maxnreg": tiles.maxnreg, "enable_fp_fusion": True} if device.ptx else {}
     moe_gemm_kernel[(tiles_n, P * num_splits, num_blocks)](
         x, x_sums, out, *experts.tensors, blocks.expert_ids, blocks.route_ids, num_routes, experts.N, experts.K,
-        groups_per_split, BIASES[x.dtype], ROUTES_PER_ROW=num_routes // x.shape[0], P=P, IS_DOWN=is_down,
-        GROUP_SIZE=experts.group_size, WIDTHS=experts.widths, QUADS=device.quads, SCALE_WEIGHTS=tiles.scale_weights,
-        PTX=device.ptx, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, NUM_STAGES=tiles.num_stages,
-        BLOCKS_TOGETHER=tiles.blocks_together, num_warps=tiles.num_warps, **options, **Launches(device.overlap).next,
+        slabs_per_split, BIASES[x.dtype], ROUTES_PER_ROW=num_routes // x.shape[0], P=P, IS_DOWN=is_down,
+        GROUP_SIZE=experts.group_size, COLUMNS=columns, WIDTHS=experts.widths, QUADS=device.quads,
+        SCALE_WEIGHTS=tiles.scale_weights, PTX=device.ptx, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+        NUM_STAGES=tiles.num_stages, BLOCKS_TOGETHER=tiles.blocks_together,
+        num_warps=tiles.num_warps, **options, **Launches(device.overlap).next,
     )  # fmt: skip
     return out
 

@@ -49,7 +49,7 @@ TILES = {
     8: (TILES_8, TILES_16, TILES_32, TILES_64),
     9: (TILES_16_OF_4, TILES_32_OF_3, TILES_64_OF_2, TILES_128_WIDE),
     10: (TILES_16_OF_4, TILES_32_OF_3, TILES_64._replace(maxnreg=128), TILES_128_WIDE),
-    12: (TILES_8, TILES_16, TILES_32, TILES_64._replace(maxnreg=255)),
+    12: (TILES_8, TILES_16, TILES_32_OF_3, TILES_64._replace(maxnreg=255)),
 }
 # Up to how many routes per expert, on average, each block_m is used. Every block unpacks its expert's weights, and an
 # expert's last block is half empty. Up to 32 routes unpacking takes more time than products, so a tile is used until
@@ -80,14 +80,14 @@ def choose_tiles(num_routes: int, num_experts: int, generation: int, widest: int
     return next((t for t in tiles if num_routes <= num_experts * ROUTES_PER_EXPERT.get(t.block_m, 0)), tiles[-1])
 
 
-def choose_groups_per_split(num_tiles: int, num_groups: int, num_programs: int) -> int:
-    """How many groups of columns one program takes; they are split among several only so that the chip is full once.
+def choose_slabs_per_split(num_tiles: int, num_slabs: int, num_programs: int) -> int:
+    """How many slabs of columns one program takes; they are split among several only so that the chip is full once.
 
-    num_tiles: the most programs without a split. num_groups: of a matrix; a program takes about two or more.
+    num_tiles: the most programs without a split. num_slabs: of a matrix; a program takes about two or more.
     num_programs: that run at a time.
 
-    >>> choose_groups_per_split(num_tiles=88, num_groups=16, num_programs=528)
+    >>> choose_slabs_per_split(num_tiles=88, num_slabs=16, num_programs=528)
     3
     """
-    num_splits = max(1, min(num_programs // num_tiles, num_groups // 2))
-    return -(-num_groups // num_splits)
+    num_splits = max(1, min(num_programs // num_tiles, num_slabs // 2))
+    return -(-num_slabs // num_splits)

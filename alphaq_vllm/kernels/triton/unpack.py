@@ -15,9 +15,9 @@ BIASES = {torch.bfloat16: 0x3F803F80, torch.float16: 0x48004800}
 
 
 @triton.jit
-def _load_word(word_ptrs, WORD: tl.constexpr, NUM_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """One of the NUM_BITS words of each lane and chunk, ``[BLOCK_N, GROUP_SIZE // 32]``; behind the last, nothing."""
-    return tl.load(word_ptrs + WORD * GROUP_SIZE) if WORD < NUM_BITS else 0
+def _load_word(word_ptrs, WORD: tl.constexpr, NUM_BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One of the NUM_BITS words of each lane and chunk, ``[BLOCK_N, COLUMNS // 32]``; behind the last, nothing."""
+    return tl.load(word_ptrs + WORD * COLUMNS) if WORD < NUM_BITS else 0
 
 
 @triton.jit
@@ -58,8 +58,12 @@ def _pair(bias, words, SLOT: tl.constexpr, NUM_BITS: tl.constexpr, LOW_BIT: tl.c
     elif SLOT < PER_WORD * NUM_BITS:
         pair |= _field(words[SLOT // PER_WORD], NUM_BITS, SLOT % PER_WORD * NUM_BITS + 7 - NUM_BITS, 7 - NUM_BITS)
     else:
+        # Of a chain of like operations the compiler makes a tree, which takes one instruction more.
         for i in tl.static_range(NUM_BITS):
-            pair |= _spare_bits(words[i], i, SLOT, NUM_BITS)
+            if i % 2:
+                pair ^= _spare_bits(words[i], i, SLOT, NUM_BITS)
+            else:
+                pair |= _spare_bits(words[i], i, SLOT, NUM_BITS)
     return pair
 
 
@@ -80,23 +84,54 @@ def _two_rows(
 
 
 @triton.jit
-def load_words(word_ptrs, NUM_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """The words of one group of columns, of each lane and chunk: NUM_BITS times ``[BLOCK_N, GROUP_SIZE // 32]``."""
+def load_words(word_ptrs, NUM_BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The words of a slab, of each lane and chunk: NUM_BITS times ``[BLOCK_N, COLUMNS // 32]``."""
     return (
-        _load_word(word_ptrs, 0, NUM_BITS, GROUP_SIZE),
-        _load_word(word_ptrs, 1, NUM_BITS, GROUP_SIZE),
-        _load_word(word_ptrs, 2, NUM_BITS, GROUP_SIZE),
-        _load_word(word_ptrs, 3, NUM_BITS, GROUP_SIZE),
-        _load_word(word_ptrs, 4, NUM_BITS, GROUP_SIZE),
-        _load_word(word_ptrs, 5, NUM_BITS, GROUP_SIZE),
-        _load_word(word_ptrs, 6, NUM_BITS, GROUP_SIZE),
-        _load_word(word_ptrs, 7, NUM_BITS, GROUP_SIZE),
+        _load_word(word_ptrs, 0, NUM_BITS, COLUMNS),
+        _load_word(word_ptrs, 1, NUM_BITS, COLUMNS),
+        _load_word(word_ptrs, 2, NUM_BITS, COLUMNS),
+        _load_word(word_ptrs, 3, NUM_BITS, COLUMNS),
+        _load_word(word_ptrs, 4, NUM_BITS, COLUMNS),
+        _load_word(word_ptrs, 5, NUM_BITS, COLUMNS),
+        _load_word(word_ptrs, 6, NUM_BITS, COLUMNS),
+        _load_word(word_ptrs, 7, NUM_BITS, COLUMNS),
+    )
+
+
+@triton.jit
+def _half(values, WHICH: tl.constexpr):
+    """The first or second half of the columns of ``[rows, columns]``."""
+    first, last = tl.split(tl.permute(tl.reshape(values, [values.shape[0], 2, values.shape[1] // 2]), [0, 2, 1]))
+    return last if WHICH else first
+
+
+@triton.jit
+def _word_of_group(words, WORD: tl.constexpr, NUM_BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    if WORD >= NUM_BITS or GROUPS == 1:
+        return words
+    else:  # noqa: RET505, for there may be no words, and then this must not be compiled
+        words = _half(words, GROUP * 2 // GROUPS)
+        return words if GROUPS == 2 else _half(words, GROUP % 2)
+
+
+@triton.jit
+def words_of_group(words, GROUP: tl.constexpr, GROUPS: tl.constexpr, NUM_BITS: tl.constexpr):
+    """What one of a slab's groups of columns has of the words that ``load_words`` loaded."""
+    return (
+        _word_of_group(words[0], 0, NUM_BITS, GROUP, GROUPS),
+        _word_of_group(words[1], 1, NUM_BITS, GROUP, GROUPS),
+        _word_of_group(words[2], 2, NUM_BITS, GROUP, GROUPS),
+        _word_of_group(words[3], 3, NUM_BITS, GROUP, GROUPS),
+        _word_of_group(words[4], 4, NUM_BITS, GROUP, GROUPS),
+        _word_of_group(words[5], 5, NUM_BITS, GROUP, GROUPS),
+        _word_of_group(words[6], 6, NUM_BITS, GROUP, GROUPS),
+        _word_of_group(words[7], 7, NUM_BITS, GROUP, GROUPS),
     )
 
 
 @triton.jit
 def biased_codes(bias, words, HALF: tl.constexpr, NUM_BITS: tl.constexpr, LOW_BIT: tl.constexpr, dtype: tl.constexpr):
-    """The codes of half the rows as pairs of floats, ``[BLOCK_N, GROUP_SIZE // 32, 2, 2, 2]`` int32: see ``_pair``.
+    """The codes of half the rows as pairs of floats, ``[BLOCK_N, chunks, 2, 2, 2]`` int32: see ``_pair``.
 
     Behind lane and chunk: ``r % 2``, ``s // 2`` and ``s % 2`` of the slot. Rows are r // 2 = HALF of each lane's.
     """
@@ -122,7 +157,7 @@ def halves(pairs, dtype: tl.constexpr):
 
 @triton.jit
 def first_operand(values, QUADS: tl.constexpr):
-    """Values as ``halves`` has them, in the order of rows and columns: ``[BLOCK_N // 2, GROUP_SIZE]``.
+    """Values as ``halves`` has them, in the order of rows and columns: ``[BLOCK_N // 2, 32 * chunks]``.
 
     Every 16 rows of the result are the first (HALF = 0) or last (HALF = 1) rows of a stripe: the matrix unit wants them
     in the registers of one warp, which is where they come from.
@@ -137,9 +172,9 @@ def first_operand(values, QUADS: tl.constexpr):
 
 @triton.jit
 def row_values(grids, HALF: tl.constexpr, NUM_BITS: tl.constexpr, QUADS: tl.constexpr, dtype: tl.constexpr):
-    """What the grids of half the rows say: ``[BLOCK_N // 4, 2]`` float32, steps, and zero points plus the codes' bias.
+    """What the grids of half the rows say: ``[BLOCK_N // 4, groups, 2]`` float32, steps, and zero points plus the bias.
 
-    grids: ``[BLOCK_N // 4]`` int32, of four rows each.
+    grids: ``[BLOCK_N // 4, groups]`` int32, of four rows each. The bias is that of codes: see ``_pair``.
     """
     ONE: tl.constexpr = 1 if dtype == tl.bfloat16 else 8
     BIAS: tl.constexpr = ONE * (272 if NUM_BITS == 8 else 2**NUM_BITS)
@@ -150,14 +185,15 @@ def row_values(grids, HALF: tl.constexpr, NUM_BITS: tl.constexpr, QUADS: tl.cons
 
 @triton.jit
 def _numbers(grids, FIRST: tl.constexpr, FACTOR: tl.constexpr, SUMMAND: tl.constexpr, QUADS: tl.constexpr):
-    """FACTOR times the 4 bits from bit FIRST of both halves, plus SUMMAND: ``[BLOCK_N // 4, 2]`` float32."""
+    """FACTOR times the 4 bits from bit FIRST of both halves, plus SUMMAND: ``[BLOCK_N // 4, groups, 2]`` float32."""
     # As a float16 so small that it has no exponent, 4 bits are whatever place they have.
     TO: tl.constexpr = FIRST % 8
-    half = (16 * tl.arange(0, 2))[None, :]
+    half = (16 * tl.arange(0, 2))[None, None, :]
     # If a lane has both rows, one mask does for both. On generation 10 it has one: there one shift does for all masks.
-    numbers = (
-        _field(grids, 4, FIRST, TO)[:, None] >> half if QUADS else (grids[:, None] >> half) >> FIRST - TO & 15 << TO
-    )
+    if QUADS:
+        numbers = _field(grids, 4, FIRST, TO)[:, :, None] >> half
+    else:
+        numbers = (grids[:, :, None] >> half) >> FIRST - TO & 15 << TO
     numbers = numbers.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     UNIT: tl.constexpr = 2.0 ** (24 - TO) * FACTOR
     return (numbers + SUMMAND / UNIT) * UNIT
@@ -196,9 +232,11 @@ def _twice(values, dtype: tl.constexpr):
 
 @triton.jit
 def _of_rows(values, pairs):
-    """One value of each row, ``[BLOCK_N // 4, 2]``, for all of the row's pairs."""
+    """One value of each row and group, ``[BLOCK_N // 4, groups, 2]``, for all pairs of the row in the group."""
     LANES: tl.constexpr = values.shape[0]
-    values = tl.broadcast_to(tl.reshape(values, [LANES, 1, 1, 2, 1, 1]), [LANES, 4, pairs.shape[1], 2, 2, 2])
+    GROUPS: tl.constexpr = values.shape[1]
+    values = tl.reshape(values, [LANES, 1, GROUPS, 1, 2, 1, 1])
+    values = tl.broadcast_to(values, [LANES, 4, GROUPS, pairs.shape[1] // GROUPS, 2, 2, 2])
     return tl.reshape(values, pairs.shape)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from alphaq_vllm.kernels import Routing
 from alphaq_vllm.kernels.triton.blocks import MAX_DIRECT_ROUTES, make_blocks, max_blocks
-from alphaq_vllm.kernels.triton.tiles import OTHER_TILES, TILES, choose_groups_per_split, choose_tiles
+from alphaq_vllm.kernels.triton.tiles import OTHER_TILES, TILES, choose_slabs_per_split, choose_tiles
 
 ROUTINGS = {
     "one route": [[3]],
@@ -85,12 +85,12 @@ def test_choose_tiles_grows_with_the_routes_per_expert(generation):
     assert choose_tiles(10**6, 8, generation, widest=8).block_m == 64
 
 
-def test_choose_groups_per_split_fills_the_chip_once_and_no_more():
-    def choose(num_tiles, num_groups, num_programs=528):
-        return choose_groups_per_split(num_tiles, num_groups, num_programs)
+def test_choose_slabs_per_split_fills_the_chip_once_and_no_more():
+    def choose(num_tiles, num_slabs, num_programs=528):
+        return choose_slabs_per_split(num_tiles, num_slabs, num_programs)
 
-    assert choose(num_tiles=448, num_groups=32) == 32
-    assert choose(num_tiles=64, num_groups=112) == 14
-    assert choose(num_tiles=64, num_groups=112, num_programs=264) == 28
-    assert choose(num_tiles=1, num_groups=8) == 2
-    assert choose(num_tiles=1, num_groups=1) == 1
+    assert choose(num_tiles=448, num_slabs=32) == 32
+    assert choose(num_tiles=64, num_slabs=112) == 14
+    assert choose(num_tiles=64, num_slabs=112, num_programs=264) == 28
+    assert choose(num_tiles=1, num_slabs=8) == 2
+    assert choose(num_tiles=1, num_slabs=1) == 1

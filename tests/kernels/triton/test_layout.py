@@ -14,17 +14,17 @@ from alphaq_vllm.packing import unpack
 ALL_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
-def tiled_code(words: list[int], row: int, column: int, K: int, num_bits: int, group_size: int, quads: bool) -> int:
+def tiled_code(words: list[int], row: int, column: int, K: int, num_bits: int, columns: int, quads: bool) -> int:
     """One code, found as the layout's description says, bit by bit."""
-    stripe, group, chunks = row // 32, column // group_size, group_size // 32
-    chunk = column % group_size // 32
+    stripe, slab, chunks = row // 32, column // columns, columns // 32
+    chunk = column % columns // 32
     if quads:
         lane, s = row % 8 * 4 + column % 16 // 4, column % 32 // 16 * 2 + column % 4 // 2
     else:
         lane, s = row % 8 * 4 + column % 8 // 2, column % 32 // 8
     slot = s * 4 + row % 32 // 8
     per_word = 16 // num_bits
-    first_word = (stripe * (K // group_size) + group) * num_bits * 32 * chunks
+    first_word = (stripe * (K // columns) + slab) * num_bits * 32 * chunks
 
     turn = 3 if num_bits == 8 else 7 - num_bits
 
@@ -45,22 +45,22 @@ def tiled_code(words: list[int], row: int, column: int, K: int, num_bits: int, g
 
 
 @pytest.mark.parametrize("generation", [8, 9])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("K", "group_size"), [(96, 32), (192, 64), (256, 32), (256, 64), (256, 128)])
 @pytest.mark.parametrize("num_bits", ALL_WIDTHS)
-def test_repack_puts_every_code_where_the_layout_says(num_bits, group_size, generation, make_experts, monkeypatch):
+def test_repack_puts_every_code_where_the_layout_says(num_bits, K, group_size, generation, make_experts, monkeypatch):
     monkeypatch.setattr(devices, "device_of", lambda _: devices.Device(4, generation))
     torch.manual_seed(0)
-    N, K = 64, 2 * group_size
+    N, columns, groups = 64, 128 if K == 256 else group_size, K // group_size
     experts = make_experts([[num_bits]], N, K, group_size)
     codes = unpack(experts.packed.view(N, -1), num_bits)
     scales, grids = experts.scales.clone(), experts.grids[0, 0].clone()
     tiled = repack_(experts)
     words = [word & 0xFFFFFFFF for word in tiled.packed.tolist()]
     for row, column in product(range(0, N, 3), range(0, K, 5)):
-        assert tiled_code(words, row, column, K, num_bits, group_size, generation == 8) == codes[row, column]
-    for row, group in product(range(N), range(2)):
+        assert tiled_code(words, row, column, K, num_bits, columns, generation == 8) == codes[row, column]
+    for row, group in product(range(N), range(groups)):
         r = row % 32 // 8
-        place = (row // 32 * 2 + group) * 32 + row % 8 * 4 + r % 2 * 2 + r // 2
+        place = (row // 32 * groups + group) * 32 + row % 8 * 4 + r % 2 * 2 + r // 2
         assert tiled.grids.flatten()[place] == grids[row, group]
     assert torch.equal(tiled.scales, scales)
 
