@@ -201,12 +201,12 @@ class OnlineMoEMethod(AlphaQMoEMethod):
         unit = self.group_size if dim == 1 else 1
         first, end = start // unit * unit, math.ceil(end / unit) * unit
         weight = loaded_weight.narrow(dim, first, end - first)
-        rows = (0, first, end - first) if dim == 0 else (0, 0, full[0])
         num_bits = self.num_bits[shard_id][expert_id]
         device = getattr(layer, f"{stem}_{PACKED}").device
         try:
-            # Of rows that ranks share, all have the scales.
-            scales = None if weight.is_meta else scales_of(loaded_weight, num_bits, self.group_size).narrow(*rows)
+            # Ranks that share rows have the same scales, those of whole rows.
+            shares_rows = weight.shape[1] < full[1] and not weight.is_meta
+            scales = scales_of(loaded_weight, num_bits, self.group_size) if shares_rows else None
             tensors = _quantize(weight.to(device), scales, num_bits, self.group_size, self.quantizer)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
@@ -220,19 +220,23 @@ class OnlineMoEMethod(AlphaQMoEMethod):
 def _quantize(
     weight: torch.Tensor, scales: torch.Tensor | None, num_bits: int, group_size: int, quantizer: str
 ) -> dict[str, torch.Tensor]:
-    """The stored tensors of a matrix by suffix, computed on all cores of this process; rows do not depend on others."""
-    if scales is None:
+    """The stored tensors of a matrix by suffix, computed on all cores of this process; rows do not depend on others.
+
+    scales: of the rows, if these are some of a matrix's columns.
+    """
+    if weight.is_meta:
         # Where vLLM loads weights again, it counts first what will be copied.
         specs = matrix_tensors(weight.shape[0], weight.shape[1], num_bits, group_size)
         return {suffix: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for suffix, spec in specs.items()}
-    scales = scales.to(weight.device)
+    scales = None if scales is None else scales.to(weight.device)
     if weight.device.type != "cpu":
         parts = [quantize(weight, num_bits, group_size, quantizer, scales)]
     else:
         threads = within_quota(torch.get_num_threads())
         work = partial(_quantize_rows, num_bits=num_bits, group_size=group_size, quantizer=quantizer)
-        pieces = min(threads, len(weight))
-        parts = list(_pool(threads).map(work, weight.tensor_split(pieces), scales.tensor_split(pieces)))
+        rows = weight.tensor_split(min(threads, len(weight)))
+        scales_of_rows = [None] * len(rows) if scales is None else scales.tensor_split(len(rows))
+        parts = list(_pool(threads).map(work, rows, scales_of_rows))
     return {
         PACKED: torch.cat([part.packed for part in parts]),
         SCALE: torch.cat([part.scale for part in parts]),
@@ -241,7 +245,9 @@ def _quantize(
 
 
 @one_thread()
-def _quantize_rows(rows: torch.Tensor, scales: torch.Tensor, num_bits: int, group_size: int, quantizer: str) -> Any:
+def _quantize_rows(
+    rows: torch.Tensor, scales: torch.Tensor | None, num_bits: int, group_size: int, quantizer: str
+) -> Any:
     return quantize(rows, num_bits, group_size, quantizer, scales)
 
 
