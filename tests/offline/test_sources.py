@@ -16,6 +16,7 @@ from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts, load_matrix
 from tests.offline.conftest import STEP
 from tests.offline.model.whole import whole_model
+from tests.offline.quantizers.samples import assert_rounded_to_8_bits
 
 
 def run_expert(experts, expert, x):
@@ -95,9 +96,7 @@ def assert_dequantized(path, dequantized):
     matrices = find_experts(output).matrices
     assert matrices == find_experts(source).matrices
     for matrix in matrices:
-        expected = load_matrix(source, matrix)
-        error = (load_matrix(output, matrix) - expected).abs().max()
-        assert 0 < error < expected.abs().max() / 100
+        assert_rounded_to_8_bits(load_matrix(output, matrix), load_matrix(source, matrix))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

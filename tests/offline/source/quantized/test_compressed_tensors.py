@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from alphaq_vllm import convert, dequantize, validate
 from offline.source.checkpoint import SINGLE, open_checkpoint
 from offline.source.families import find_experts, load_matrix
+from tests.offline.quantizers.samples import assert_rounded_to_8_bits
 
 ALONE = "model.layers.1.mlp.experts.2.up_proj"
 INT, FLOAT = {"type": "int", "num_bits": 4}, {"type": "float", "num_bits": 8}
@@ -137,8 +138,7 @@ def test_convert_takes_int4_as_kimi_has_it(tiny_model, tmp_path, model_type, nes
     output = open_checkpoint(str(tmp_path / "dequantized"))
     assert set(output.tensors) == set(source.tensors) and output.quantization is None
     for name, weight in expected.items():
-        # Half a step of 8 bits, and scales and zero points of 16 bits.
-        torch.testing.assert_close(output.load(name), weight.float(), rtol=0, atol=float(weight.abs().max()) / 100)
+        assert_rounded_to_8_bits(output.load(name), weight)
 
 
 def test_open_checkpoint_reads_stacked_experts_with_zero_points(tmp_path):
