@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
-#if defined(__AMX_INT8__)
+#if defined(__AMX_TILE__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -79,7 +79,7 @@ int main(int, char** arguments) {
   const std::vector<float> topk_weights = read<float>();
   const std::vector<int32_t> expert_ids = read<int32_t>();
   Stem w13, w2;
-#if defined(__AMX_INT8__)
+#if defined(__AMX_TILE__)
   if (syscall(SYS_arch_prctl, 0x1023, 18)) std::abort();
 #endif
   const Threads threads{run, (int32_t)numbers[6]};

@@ -8,10 +8,17 @@
 
 namespace alphaq {
 
-// What a matrix is multiplied with: rows of x, each group of columns as integers with a factor of its own.
+// Columns of x that become integers with one factor: a slab, of one group or several.
+constexpr int SLAB = 128;
+
+// Where slabs do not divide the columns, they are groups.
+INLINE int64_t slab_of(int64_t columns, int64_t group_size) { return columns % SLAB ? group_size : SLAB; }
+
+// What a matrix is multiplied with: rows of x, each slab of columns as integers with a factor of its own.
 //
 // An integer is DIGITS bytes from -128 to 127, `sum of digit[d] * 256^d`. Of a row, `digits` has [unit, digit, column
-// of the unit], and `factors` [group, 2]: what one step of the integers means, and the sum of the group's integers.
+// of the unit], and `factors` [group, 2]: what one step of the integers means, and what the group's integers mean in
+// sum.
 struct Digits {
   int8_t* digits;
   float* factors;
@@ -27,17 +34,18 @@ struct Digits {
 // The largest integer of so many digits, less one where float32 might round it up.
 constexpr int32_t largest(int digits) { return digits == 1 ? 127 : digits == 2 ? 32639 : 8355710; }
 
-// Write row i of `to` from row i of x. A group with a number that is not finite yields NaN.
+// Write row i of `to` from row i of x. A slab with a number that is not finite yields NaN.
 template <int DIGITS, Dtype DTYPE>
 void quantize_row(const void* x, const Digits& to, int64_t i) {
   typedef int8_t Bytes __attribute__((vector_size(LANES)));
   int8_t* digits = to.row(i);
   float* factors = to.row_factors(i);
   int64_t first = i * to.columns;
-  for (int64_t group = 0; group < to.groups(); ++group, first += to.group_size, digits += DIGITS * to.group_size) {
+  const int64_t slab = slab_of(to.columns, to.group_size), end = first + to.columns;
+  for (; first < end; first += slab) {
     F32 most{};
     I32 finite = (I32)spread<U32>(~0u);
-    for (int64_t k = 0; k < to.group_size; k += LANES) {
+    for (int64_t k = 0; k < slab; k += LANES) {
       const F32 values = load_as(DTYPE, x, first + k);
       const F32 sizes = values < 0 ? -values : values;
       finite &= sizes <= FLT_MAX;
@@ -52,22 +60,25 @@ void quantize_row(const void* x, const Digits& to, int64_t i) {
     const float step = size / largest(DIGITS);
     // Numbers so small that a step would be subnormal count as nothing.
     const float inverse = all_finite && step >= FLT_MIN ? largest(DIGITS) / size : 0;
-    I32 sums{};
-    for (int64_t k = 0; k < to.group_size; k += LANES) {
-      const F32 values = inverse ? load_as(DTYPE, x, first + k) * inverse : F32{};
-      I32 rest = __builtin_convertvector(values + (values < 0 ? spread<F32>(-0.5f) : spread<F32>(0.5f)), I32);
-      sums += rest;
+    const float factor = all_finite ? step : NAN;
+    for (int64_t group = first; group < first + slab; group += to.group_size, digits += DIGITS * to.group_size) {
+      I32 sums{};
+      for (int64_t k = 0; k < to.group_size; k += LANES) {
+        const F32 values = inverse ? load_as(DTYPE, x, group + k) * inverse : F32{};
+        I32 rest = __builtin_convertvector(values + (values < 0 ? spread<F32>(-0.5f) : spread<F32>(0.5f)), I32);
+        sums += rest;
 #pragma GCC unroll 3
-      for (int d = 0; d < DIGITS; ++d) {
-        const I32 digit = ((rest + 128) & 255) - 128;
-        store(digits + k / UNIT * UNIT * DIGITS + d * UNIT + k % UNIT, __builtin_convertvector(digit, Bytes));
-        rest = (rest - digit) >> 8;
+        for (int d = 0; d < DIGITS; ++d) {
+          const I32 digit = ((rest + 128) & 255) - 128;
+          store(digits + k / UNIT * UNIT * DIGITS + d * UNIT + k % UNIT, __builtin_convertvector(digit, Bytes));
+          rest = (rest - digit) >> 8;
+        }
       }
+      int32_t sum = 0;
+      for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
+      *factors++ = factor;
+      *factors++ = factor * sum;
     }
-    int32_t sum = 0;
-    for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
-    factors[2 * group] = all_finite ? step : NAN;
-    factors[2 * group + 1] = sum;
   }
 }
 

@@ -133,18 +133,18 @@ class TileShapes {
 #define ALPHAQ_SUMS(do) \
   do (0) do(1) do(2) do(3) do(4) do(5)
 
-// sums [BLOCKS, DIGITS, height, ROWS] of one group and one tile of tokens; codes [BLOCKS, group].
+// sums [BLOCKS, DIGITS, height, ROWS] of some columns and one tile of tokens; codes [BLOCKS, SLAB].
 template <int DIGITS, int BLOCKS>
-INLINE void multiply_group(const uint8_t* codes, const int8_t* x, int64_t height, int64_t step, int64_t steps,
-                           int32_t* sums) {
+INLINE void multiply_columns(const uint8_t* codes, const int8_t* x, int64_t height, int64_t step, int64_t steps,
+                             int32_t* sums) {
   const int64_t size = height * step;
 #define ALPHAQ_ZERO(i) \
   if (BLOCKS * DIGITS > i) _tile_zero(i);
-#define ALPHAQ_MULTIPLY(i)                                                                    \
-  if (BLOCKS * DIGITS > i) {                                                                  \
-    if (i % DIGITS == 0) _tile_loadd(7, codes + i / DIGITS * LARGEST_GROUP * ROWS, 4 * ROWS); \
-    _tile_loadd(6, x + i % DIGITS * size, step);                                              \
-    _tile_dpbsud(i, 6, 7);                                                                    \
+#define ALPHAQ_MULTIPLY(i)                                                           \
+  if (BLOCKS * DIGITS > i) {                                                         \
+    if (i % DIGITS == 0) _tile_loadd(7, codes + i / DIGITS * SLAB * ROWS, 4 * ROWS); \
+    _tile_loadd(6, x + i % DIGITS * size, step);                                     \
+    _tile_dpbsud(i, 6, 7);                                                           \
   }
 #define ALPHAQ_STORE(i) \
   if (BLOCKS * DIGITS > i) _tile_stored(i, sums + i * height * ROWS, 4 * ROWS);
@@ -159,44 +159,60 @@ INLINE void multiply_group(const uint8_t* codes, const int8_t* x, int64_t height
 #undef ALPHAQ_ZERO
 }
 
-// Add a group's part to `out` [height, ROWS].
-template <int DIGITS>
-INLINE void add_tile(const int32_t* sums, int64_t height, const float* factors, const Grid& grid, float* out) {
-  const int64_t size = height * ROWS;
-  for (int64_t i = 0; i < size; i += ROWS, factors += 2) {
-    I32 of_token[DIGITS];
-    for (int d = 0; d < DIGITS; ++d) of_token[d] = load<I32>(sums + d * size + i);
-    F32 sum = load<F32>(out + i);
-    add_group_sum<DIGITS>(of_token, factors, grid, sum);
-    store(out + i, sum);
-  }
-}
-
 // out [BLOCKS][padded tokens, ROWS] = tiles of digits times the transposes of the blocks.
-template <int DIGITS, int BLOCKS>
+//
+// GROUPS: so many groups are summed together, of blocks with grids and few bits; 0: one at a time, of any blocks.
+template <int DIGITS, int BLOCKS, int GROUPS>
 void multiply_tiles(const Block* blocks, const Tiles& x, float* const* out) {
-  alignas(64) uint8_t codes[BLOCKS][LARGEST_GROUP * ROWS];
+  constexpr int AT_ONCE = GROUPS ? GROUPS : 1;
+  alignas(64) uint8_t codes[BLOCKS][SLAB * ROWS];
   alignas(64) int32_t sums[BLOCKS * DIGITS * TILE * ROWS];
-  const int64_t group_size = x.group_size, step = x.step(), steps = group_size / step;
+  const int64_t group_size = x.group_size, step = x.step(), steps = AT_ONCE * group_size / step;
   const int64_t height = x.height, stride = height * x.columns * DIGITS, tiles = x.padded / height;
   for (int b = 0; b < BLOCKS; ++b) std::memset(out[b], 0, x.padded * ROWS * sizeof(float));
-  for (int64_t group = 0; group < x.columns / group_size; ++group) {
-    Grid grids[BLOCKS];
+  for (int64_t group = 0; group < x.columns / group_size; group += AT_ONCE) {
+    Grid grids[BLOCKS][AT_ONCE];
+    F32 offsets[BLOCKS][AT_ONCE];
     for (int b = 0; b < BLOCKS; ++b) {
-      unpack_group(blocks[b], group, group_size, codes[b]);
-      grids[b] = load_grid(blocks[b], group, 0);
+      for (int i = 0; i < AT_ONCE; ++i) {
+        uint8_t* to = codes[b] + i * group_size * ROWS;
+        GROUPS ? unpack_in_steps(blocks[b], group + i, group_size, to) : unpack_group(blocks[b], group, group_size, to);
+        grids[b][i] = load_grid(blocks[b], group + i, 0);
+        offsets[b][i] = grids[b][i].step * grids[b][i].zero;
+      }
     }
     settle();
     const int8_t* digits = x.bytes + group * height * group_size * DIGITS;
     const float* factors = x.factors + group * x.padded * 2;
     for (int64_t tile = 0; tile < tiles; ++tile, digits += stride, factors += height * 2) {
-      multiply_group<DIGITS, BLOCKS>(codes[0], digits, height, step, steps, sums);
+      multiply_columns<DIGITS, BLOCKS>(codes[0], digits, height, step, steps, sums);
       for (int b = 0; b < BLOCKS; ++b) {
         const int32_t* from = sums + b * DIGITS * height * ROWS;
-        add_tile<DIGITS>(from, height, factors, grids[b], out[b] + tile * height * ROWS);
+        for (int64_t i = 0; i < height; ++i) {
+          I32 of_token[DIGITS];
+          for (int d = 0; d < DIGITS; ++d) of_token[d] = load<I32>(from + (d * height + i) * ROWS);
+          float* at = out[b] + (tile * height + i) * ROWS;
+          F32 sum = load<F32>(at);
+          if (GROUPS) {
+            sum += whole_sums<DIGITS>(of_token) * factors[2 * i];
+            for (int g = 0; g < AT_ONCE; ++g) sum -= offsets[b][g] * factors[2 * (g * x.padded + i) + 1];
+          } else {
+            add_group_sum<DIGITS>(of_token, factors + 2 * i, grids[b][0], sum);
+          }
+          store(at, sum);
+        }
       }
     }
   }
+}
+
+template <int DIGITS, int BLOCKS>
+INLINE void multiply_tiles(const Block* blocks, const Tiles& x, float* const* out) {
+  const int64_t groups = slab_of(x.columns, x.group_size) / x.group_size;
+  if (!all_in_steps(blocks, BLOCKS)) return multiply_tiles<DIGITS, BLOCKS, 0>(blocks, x, out);
+  if (groups == 1) multiply_tiles<DIGITS, BLOCKS, 1>(blocks, x, out);
+  if (groups == 2) multiply_tiles<DIGITS, BLOCKS, 2>(blocks, x, out);
+  if (groups == 4) multiply_tiles<DIGITS, BLOCKS, 4>(blocks, x, out);
 }
 
 // Tiles of weights rounded to bfloat16, [step of 32 columns, pair of columns, row, column of the pair].
