@@ -18,9 +18,11 @@ INLINE int64_t slab_of(int64_t columns, int64_t group_size) { return columns % S
 //
 // An integer is DIGITS bytes from -128 to 127, `sum of digit[d] * 256^d`. Of a row, `digits` has [unit, digit, column
 // of the unit], and `factors` [group, 2]: what one step of the integers means, and what the group's integers mean in
-// sum.
+// sum. Integers of two digits are there in one piece too, where products of them are made (HAS_PAIRS): `wholes` has of
+// four columns the first, the third, the second, the fourth.
 struct Digits {
   int8_t* digits;
+  int16_t* wholes;
   float* factors;
   int64_t columns;
   int64_t group_size;
@@ -28,6 +30,7 @@ struct Digits {
 
   int64_t groups() const { return columns / group_size; }
   int8_t* row(int64_t i) const { return digits + i * columns * count; }
+  int16_t* row_wholes(int64_t i) const { return wholes + i * columns; }
   float* row_factors(int64_t i) const { return factors + i * groups() * 2; }
 };
 
@@ -67,6 +70,7 @@ void quantize_row(const void* x, const Digits& to, int64_t i) {
         const F32 values = inverse ? load_as(DTYPE, x, group + k) * inverse : F32{};
         I32 rest = __builtin_convertvector(values + (values < 0 ? spread<F32>(-0.5f) : spread<F32>(0.5f)), I32);
         sums += rest;
+        if (HAS_PAIRS && DIGITS == 2) store_wholes(to.row_wholes(i) + group - i * to.columns + k, rest);
 #pragma GCC unroll 3
         for (int d = 0; d < DIGITS; ++d) {
           const I32 digit = ((rest + 128) & 255) - 128;

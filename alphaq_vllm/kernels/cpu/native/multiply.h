@@ -2,8 +2,7 @@
 //
 // With a weight of `step * (code - zero)` and x as integers with a factor, a group's part of a product is
 // `step * (factor * sum of code * integer - zero * sum of x)`. The first sum is exact in int32; the second is made with
-// the integers. Up to 4 bits a step times a code is a byte, too: then the first sum may run through all groups whose x
-// has one factor.
+// the integers.
 #pragma once
 
 #include "activations.h"
@@ -131,15 +130,15 @@ INLINE void multiply_tile(const uint8_t* tile, const Grid* grids, int64_t group,
   }
 }
 
-// Take the codes of a group out of their words: code vectors in order. `of_code` makes of a register what is stored.
-template <int BITS, typename OfCode>
-INLINE void unpack_group(const uint8_t* packed, int64_t group_size, uint8_t* codes, OfCode of_code) {
-  for (int64_t unit = 0; unit < group_size / UNIT; ++unit, packed += BITS * VECTOR, codes += VECTORS * VECTOR) {
+// Take the codes of a group out of their words: `put(vector, part, code)` has the code vectors in order.
+template <int BITS, typename Put>
+INLINE void unpack_group(const uint8_t* packed, int64_t group_size, Put put) {
+  for (int64_t unit = 0; unit < group_size / UNIT; ++unit, packed += BITS * VECTOR) {
     for (int part = 0; part < PARTS; ++part) {
 #pragma GCC unroll 8
       for (int q = 0; q < VECTORS; ++q) {
         if (q < BITS && part == 0) __builtin_prefetch(packed + q * VECTOR + PREFETCHED);
-        store(codes + q * VECTOR + part * WIDTH, of_code(part, unpack<BITS>(packed + part * WIDTH, q)));
+        put(unit * VECTORS + q, part, unpack<BITS>(packed + part * WIDTH, q));
       }
     }
   }
@@ -147,17 +146,13 @@ INLINE void unpack_group(const uint8_t* packed, int64_t group_size, uint8_t* cod
 
 template <int BITS>
 void unpack_group(const uint8_t* packed, int64_t group_size, uint8_t* codes) {
-  unpack_group<BITS>(packed, group_size, codes, [](int, U16 code) INLINE_LAMBDA { return code; });
+  auto put = [&](int64_t vector, int part, U16 code)
+                 INLINE_LAMBDA { store(codes + vector * VECTOR + part * WIDTH, code); };
+  unpack_group<BITS>(packed, group_size, put);
 }
 
-INLINE void unpack_group(const Block& block, int64_t group, int64_t group_size, uint8_t* codes) {
-  using Unpack = void (*)(const uint8_t*, int64_t, uint8_t*);
-  constexpr Unpack functions[] = {unpack_group<1>, unpack_group<2>, unpack_group<3>, unpack_group<4>,
-                                  unpack_group<5>, unpack_group<6>, unpack_group<7>, unpack_group<8>};
-  functions[block.bits - 1](block.packed + group * group_size * ROWS * block.bits / 8, group_size, codes);
-}
-
-// Many tokens: the codes of a group are taken out of their words once, into the first cache.
+// Many tokens, where slabs.h has nothing for them: the codes of a group are taken out of their words once, into the
+// first cache.
 template <int BITS, int DIGITS>
 void multiply_many(const Block& block, const Digits& x, const int32_t* rows, int64_t count, float* out) {
   alignas(64) uint8_t tile[SLAB * ROWS];
@@ -178,135 +173,5 @@ void multiply_many(const Block& block, const Digits& x, const int32_t* rows, int
     for (; t < count; ++t) multiply_tile<BITS, DIGITS, 1>(tile, grids, group, x, rows + t, out + t * ROWS);
   }
 }
-
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-
-// Widths whose codes are bytes also when they are multiplied with a step.
-constexpr int WIDEST_IN_STEPS = 4;
-
-// Bytes `step * code` of a group.
-template <int BITS>
-void unpack_in_steps(const uint8_t* packed, const uint8_t* grids, int64_t group_size, uint8_t* codes) {
-  U16 steps[PARTS];
-  // No byte carries into the other of its 16 bits.
-  for (int part = 0; part < PARTS; ++part) {
-    steps[part] = (U16)(((widen_bytes(grids + part * LANES) & 15) + 1) * 0x00010001);
-  }
-  unpack_group<BITS>(packed, group_size, codes, [&](int part, U16 code) INLINE_LAMBDA { return code * steps[part]; });
-}
-
-INLINE void unpack_in_steps(const Block& block, int64_t group, int64_t group_size, uint8_t* codes) {
-  using Unpack = void (*)(const uint8_t*, const uint8_t*, int64_t, uint8_t*);
-  constexpr Unpack functions[] = {unpack_in_steps<1>, unpack_in_steps<2>, unpack_in_steps<3>, unpack_in_steps<4>};
-  static_assert(sizeof functions / sizeof *functions == WIDEST_IN_STEPS, "one for each width");
-  functions[block.bits - 1](block.packed + group * group_size * ROWS * block.bits / 8, block.grids + group * ROWS,
-                            group_size, codes);
-}
-
-INLINE bool all_in_steps(const Block* blocks, int count) {
-  bool all = true;
-  for (int b = 0; b < count; ++b) all &= blocks[b].grids && blocks[b].bits <= WIDEST_IN_STEPS;
-  return all;
-}
-
-// What some columns have for TOKENS tokens and BLOCKS blocks, from bytes that were taken out of their words: sums of
-// products, which `add(block, part, sums, factors, out)` adds to the results.
-template <int DIGITS, int BLOCKS, int TOKENS, typename Add>
-INLINE void multiply_bytes_of(const uint8_t (*bytes)[SLAB * ROWS], int64_t first_group, int64_t columns,
-                              const Digits& x, const int32_t* rows, int64_t first, float* const* out, Add add) {
-  const int8_t* digits[TOKENS];
-  const float* factors[TOKENS];
-#pragma GCC unroll 4
-  for (int t = 0; t < TOKENS; ++t) {
-    digits[t] = x.row(rows[first + t]) + first_group * DIGITS * x.group_size;
-    factors[t] = x.row_factors(rows[first + t]) + first_group * 2;
-  }
-  for (int part = 0; part < PARTS; ++part) {
-    I32 sums[BLOCKS][TOKENS * DIGITS] = {};
-    for (int64_t unit = 0; unit < columns / UNIT; ++unit) {
-      const int8_t* from[TOKENS];
-#pragma GCC unroll 4
-      for (int t = 0; t < TOKENS; ++t) from[t] = digits[t] + unit * DIGITS * UNIT;
-      auto code = [&](int b, int q)
-                      INLINE_LAMBDA { return load<U16>(bytes[b] + (unit * VECTORS + q) * VECTOR + part * WIDTH); };
-      multiply_units<DIGITS, BLOCKS, TOKENS * DIGITS>(code, from, sums);
-    }
-#pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) {
-#pragma GCC unroll 4
-      for (int t = 0; t < TOKENS; ++t) {
-        float* at = out[b] + (first + t) * ROWS + part * LANES;
-        F32 sum = load<F32>(at);
-        add(b, part, sums[b] + t * DIGITS, factors[t], sum);
-        store(at, sum);
-      }
-    }
-  }
-}
-
-// The same for all tokens.
-template <int DIGITS, int BLOCKS, typename Add>
-INLINE void multiply_bytes_of(const uint8_t (*bytes)[SLAB * ROWS], int64_t first_group, int64_t columns,
-                              const Digits& x, const int32_t* rows, int64_t count, float* const* out, Add add) {
-  // The registers hold 24 sums beside what they are made of, 12 where a register has half a code vector.
-  constexpr int MOST = 6 * (WIDTH / 16) / (DIGITS * BLOCKS) >= 4 ? 4 : 2;
-  int64_t t = 0;
-  for (; t + MOST <= count; t += MOST) {
-    multiply_bytes_of<DIGITS, BLOCKS, MOST>(bytes, first_group, columns, x, rows, t, out, add);
-  }
-  for (; t < count; ++t) multiply_bytes_of<DIGITS, BLOCKS, 1>(bytes, first_group, columns, x, rows, t, out, add);
-}
-
-// The same as multiply_many of several blocks, slab by slab of GROUPS groups, which have grids and few bits.
-template <int DIGITS, int BLOCKS, int GROUPS>
-void multiply_slabs(const Block* blocks, const Digits& x, const int32_t* rows, int64_t count, float* const* out) {
-  alignas(64) uint8_t bytes[BLOCKS][SLAB * ROWS];
-  F32 offsets[BLOCKS][PARTS][GROUPS];
-  for (int64_t group = 0; group < x.groups(); group += GROUPS) {
-    for (int b = 0; b < BLOCKS; ++b) {
-      for (int i = 0; i < GROUPS; ++i) {
-        unpack_in_steps(blocks[b], group + i, x.group_size, bytes[b] + i * x.group_size * ROWS);
-        for (int part = 0; part < PARTS; ++part) {
-          const Grid grid = load_grid(blocks[b], group + i, part);
-          offsets[b][part][i] = grid.step * grid.zero;
-        }
-      }
-    }
-    auto add = [&](int b, int part, const I32* sums, const float* factors, F32& out) INLINE_LAMBDA {
-      out += whole_sums<DIGITS>(sums) * factors[0];
-#pragma GCC unroll 4
-      for (int i = 0; i < GROUPS; ++i) out -= offsets[b][part][i] * factors[2 * i + 1];
-    };
-    multiply_bytes_of<DIGITS, BLOCKS>(bytes, group, GROUPS * x.group_size, x, rows, count, out, add);
-  }
-}
-
-// The same of any blocks, group by group.
-template <int DIGITS, int BLOCKS>
-void multiply_groups(const Block* blocks, const Digits& x, const int32_t* rows, int64_t count, float* const* out) {
-  alignas(64) uint8_t codes[BLOCKS][SLAB * ROWS];
-  Grid grids[BLOCKS][PARTS];
-  for (int64_t group = 0; group < x.groups(); ++group) {
-    for (int b = 0; b < BLOCKS; ++b) {
-      unpack_group(blocks[b], group, x.group_size, codes[b]);
-      for (int part = 0; part < PARTS; ++part) grids[b][part] = load_grid(blocks[b], group, part);
-    }
-    auto add = [&](int b, int part, const I32* sums, const float* factors, F32& out)
-                   INLINE_LAMBDA { add_group_sum<DIGITS>(sums, factors, grids[b][part], out); };
-    multiply_bytes_of<DIGITS, BLOCKS>(codes, group, x.group_size, x, rows, count, out, add);
-  }
-}
-
-template <int DIGITS, int BLOCKS>
-void multiply_together(const Block* blocks, const Digits& x, const int32_t* rows, int64_t count, float* const* out) {
-  for (int b = 0; b < BLOCKS; ++b) std::memset(out[b], 0, count * ROWS * sizeof **out);
-  const int64_t groups = slab_of(x.columns, x.group_size) / x.group_size;
-  if (!all_in_steps(blocks, BLOCKS)) return multiply_groups<DIGITS, BLOCKS>(blocks, x, rows, count, out);
-  if (groups == 1) multiply_slabs<DIGITS, BLOCKS, 1>(blocks, x, rows, count, out);
-  if (groups == 2) multiply_slabs<DIGITS, BLOCKS, 2>(blocks, x, rows, count, out);
-  if (groups == 4) multiply_slabs<DIGITS, BLOCKS, 4>(blocks, x, rows, count, out);
-}
-
-#endif
 
 }  // namespace alphaq

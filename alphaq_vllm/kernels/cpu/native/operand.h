@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "multiply.h"
+#include "slabs.h"
 #include "tiles.h"
 
 namespace alphaq {
@@ -22,7 +22,7 @@ void multiply_block(const Block& block, const Operand& x, float* out) {
   // Up to two tokens, to take a code out of its word where it is multiplied costs less than a tile.
   if (x.count == 1) return multiply_few<BITS, DIGITS, 1>(block, x.x, x.rows, out);
   if (x.count == 2) return multiply_few<BITS, DIGITS, 2>(block, x.x, x.rows, out);
-  multiply_many<BITS, DIGITS>(block, x.x, x.rows, x.count, out);
+  if constexpr (!(HAS_PAIRS && DIGITS == 2)) multiply_many<BITS, DIGITS>(block, x.x, x.rows, x.count, out);
 }
 
 template <int DIGITS>
@@ -37,8 +37,17 @@ INLINE void multiply_block(const Block& block, const Operand& x, float* out) {
 // Up to two tokens, and what is left of blocks, are multiplied one block after the other.
 template <int DIGITS, int BLOCKS>
 INLINE void multiply_digits(const Block* blocks, const Operand& x, float* const* out) {
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-  if (BLOCKS > 1 && x.count > 2) return multiply_together<DIGITS, BLOCKS>(blocks, x.x, x.rows, x.count, out);
+#if defined(__AVX2__)
+  if constexpr (HAS_PAIRS ? DIGITS == 2 : BLOCKS > 1) {
+    // Two parts of a block share a load as well as two blocks do.
+    constexpr int TOGETHER = HAS_PAIRS && PARTS > 1 ? 1 : BLOCKS;
+    if (x.count > 2) {
+      for (int b = 0; b < BLOCKS; b += TOGETHER) {
+        multiply_together<DIGITS, TOGETHER>(blocks + b, x.x, x.rows, x.count, out + b);
+      }
+      return;
+    }
+  }
 #endif
   for (int b = 0; b < BLOCKS; ++b) multiply_block<DIGITS>(blocks[b], x, out[b]);
 }

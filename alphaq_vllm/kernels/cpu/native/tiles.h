@@ -5,7 +5,7 @@
 // it as in any other program: then nothing is left to do for each group of columns.
 #pragma once
 
-#include "multiply.h"
+#include "slabs.h"
 #include "workspace.h"
 
 namespace alphaq {
@@ -176,7 +176,7 @@ void multiply_tiles(const Block* blocks, const Tiles& x, float* const* out) {
     for (int b = 0; b < BLOCKS; ++b) {
       for (int i = 0; i < AT_ONCE; ++i) {
         uint8_t* to = codes[b] + i * group_size * ROWS;
-        GROUPS ? unpack_in_steps(blocks[b], group + i, group_size, to) : unpack_group(blocks[b], group, group_size, to);
+        take_codes<GROUPS != 0>(blocks[b], group + i, group_size, to);
         grids[b][i] = load_grid(blocks[b], group + i, 0);
         offsets[b][i] = grids[b][i].step * grids[b][i].zero;
       }

@@ -138,10 +138,31 @@ INLINE void store_as(Dtype dtype, void* to, int64_t i, F32 values) {
   dtype == BFLOAT16 ? narrow_bfloat16(halves, values) : narrow_float16(halves, values);
 }
 
-INLINE int32_t four_bytes(const int8_t* from) {
+// Four integers of 8 bits, or two of 16.
+INLINE int32_t four_bytes(const void* from) {
   int32_t four;
   std::memcpy(&four, from, 4);
   return four;
+}
+
+// Where nothing multiplies bytes and adds up four products, many tokens are multiplied in pairs of 16-bit integers.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+constexpr bool HAS_PAIRS = true;
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
+
+// Write LANES integers of 16 bits, of each four the second after the third.
+INLINE void store_wholes([[maybe_unused]] int16_t* to, [[maybe_unused]] I32 values) {
+#if defined(__AVX2__)
+  typedef int16_t Wholes __attribute__((vector_size(WIDTH / 2)));
+#if defined(__AVX512BW__)
+  const I32 swapped = (I32)_mm512_shuffle_epi32((__m512i)values, (_MM_PERM_ENUM)0xd8);
+#else
+  const I32 swapped = (I32)_mm256_shuffle_epi32((__m256i)values, 0xd8);
+#endif
+  store(to, __builtin_convertvector(swapped, Wholes));
+#endif
 }
 
 // The products of a unit: sums[s] += the unit's codes times x[s / DIGITS]'s digit s % DIGITS, one sum for each row.
@@ -201,15 +222,15 @@ INLINE void multiply_units(Code code, const int8_t* const (&x)[SUMS / DIGITS], I
 INLINE U16 multiply_bytes(U16 codes, int32_t four) {
   return (U16)_mm512_maddubs_epi16((__m512i)codes, _mm512_set1_epi32(four));
 }
-INLINE I32 add_pairs(U16 sums, int16_t factor) {
-  return (I32)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(factor));
+INLINE I32 multiply_pairs(U16 codes, int32_t two) {
+  return (I32)_mm512_madd_epi16((__m512i)codes, _mm512_set1_epi32(two));
 }
 #else
 INLINE U16 multiply_bytes(U16 codes, int32_t four) {
   return (U16)_mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(four));
 }
-INLINE I32 add_pairs(U16 sums, int16_t factor) {
-  return (I32)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(factor));
+INLINE I32 multiply_pairs(U16 codes, int32_t two) {
+  return (I32)_mm256_madd_epi16((__m256i)codes, _mm256_set1_epi32(two));
 }
 #endif
 
@@ -235,8 +256,8 @@ INLINE void multiply_unit(Code code, const int8_t* const (&x)[SUMS / DIGITS], I3
     }
 #pragma GCC unroll 8
     for (int s = 0; s < SUMS; ++s) {
-      sums[s] += add_pairs(low[s], 1);
-      if (BITS == 8) sums[s] += add_pairs(high[s], 16);
+      sums[s] += multiply_pairs(low[s], 0x00010001);
+      if (BITS == 8) sums[s] += multiply_pairs(high[s], 0x00100010);
     }
   }
 }

@@ -50,12 +50,14 @@ inline Workspace& workspace(int which = 0) {
 
 // What take_digits takes, and what Tiles take for so many padded tokens.
 inline int64_t digit_bytes(int64_t rows, int64_t columns, int64_t group_size, int64_t digits) {
-  return rows * (columns * digits + columns / group_size * 2 * sizeof(float)) + 128;
+  const int64_t wholes = HAS_PAIRS && digits == 2 ? 2 : 0;
+  return rows * (columns * (digits + wholes) + columns / group_size * 2 * sizeof(float)) + 192;
 }
 
 inline Digits take_digits(Workspace& from, int64_t rows, int64_t columns, int64_t group_size, int64_t count) {
-  Digits digits{nullptr, nullptr, columns, group_size, (int)count};
+  Digits digits{nullptr, nullptr, nullptr, columns, group_size, (int)count};
   digits.digits = from.take<int8_t>(rows * columns * count);
+  if (HAS_PAIRS && count == 2) digits.wholes = from.take<int16_t>(rows * columns);
   digits.factors = from.take<float>(rows * digits.groups() * 2);
   return digits;
 }
