@@ -161,13 +161,14 @@ def figure(time):
 
 def test_kernels_on_a_cpu():
     found = [table for file in (README, BENCHMARKS) for table in by_column(file, "one layer, ms")]
-    assert [len(rows) for _, rows in found] == [4, 16, 3]
+    assert [len(rows) for _, rows in found] == [4, 16, 3, 3]
     latest = {
         (row["instruction_set"], row["model"], row["kernel"], row["bits"], row.get("tokens")): row["ms"]
         for row in results("cpu_kernels.jsonl")
         if row["threads"] == 2 and "ms" in row
     }
-    for instruction_set, (head, rows) in zip(("avx512_vnni", "avx512_vnni", "amx"), found, strict=True):
+    sets = ("avx512_vnni", "avx512_vnni", "avx2", "amx")
+    for instruction_set, (head, rows) in zip(sets, found, strict=True):
         for model, kernel, *cells in rows:
             setting = (instruction_set, NAMES[model], *ON_A_CPU[kernel])
             assert cells == [figure(latest[(*setting, int(tokens))]) for tokens in head[2:]], (model, kernel)
