@@ -90,15 +90,36 @@ void multiply_few(const Block& block, const Digits& x, const int32_t* rows, floa
   for (int t = 0; t < TOKENS; ++t) digits[t] = x.row(rows[t]), factors[t] = x.row_factors(rows[t]);
   const uint8_t* packed = block.packed;
   for (int64_t group = 0; group < x.groups(); ++group, packed += group_size * ROWS * BITS / 8) {
+    auto code = [&](int64_t unit, int part, int q) INLINE_LAMBDA {
+      const uint8_t* from = packed + unit * BITS * VECTOR + part * WIDTH;
+      if (q < BITS && part == 0) __builtin_prefetch(from + q * VECTOR + PREFETCHED);
+      return unpack<BITS>(from, q);
+    };
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+    // The registers hold eight sums beside what they are made of.
+    if constexpr (PARTS == 2 && TOKENS * DIGITS <= 4 && BITS < 8) {
+      I32 of_group[PARTS][TOKENS * DIGITS] = {};
+      for (int64_t unit = 0; unit < group_size / UNIT; ++unit) {
+        const int8_t* from[TOKENS];
+        for (int t = 0; t < TOKENS; ++t) from[t] = digits[t] + unit * DIGITS * UNIT;
+        auto of_unit = [&](int part, int q) INLINE_LAMBDA { return code(unit, part, q); };
+        multiply_parts<BITS, DIGITS, TOKENS * DIGITS>(of_unit, from, of_group);
+      }
+      for (int part = 0; part < PARTS; ++part) {
+        const Grid grid = load_grid(block, group, part);
+        for (int t = 0; t < TOKENS; ++t) {
+          add_group_sum<DIGITS>(of_group[part] + t * DIGITS, factors[t], grid, sums[part][t]);
+        }
+      }
+    } else
+#endif
+    {
 #pragma GCC unroll 4
-    for (int part = 0; part < PARTS; ++part) {
-      auto code = [&](int64_t unit, int q) INLINE_LAMBDA {
-        const uint8_t* from = packed + unit * BITS * VECTOR + part * WIDTH;
-        if (q < BITS && part == 0) __builtin_prefetch(from + q * VECTOR + PREFETCHED);
-        return unpack<BITS>(from, q);
-      };
-      const Grid grid = load_grid(block, group, part);
-      add_group<BITS, DIGITS, TOKENS>(code, group_size, digits, factors, grid, sums[part]);
+      for (int part = 0; part < PARTS; ++part) {
+        auto of_part = [&](int64_t unit, int q) INLINE_LAMBDA { return code(unit, part, q); };
+        add_group<BITS, DIGITS, TOKENS>(of_part, group_size, digits, factors, load_grid(block, group, part),
+                                        sums[part]);
+      }
     }
     for (int t = 0; t < TOKENS; ++t) digits[t] += DIGITS * group_size, factors[t] += 2;
   }

@@ -234,12 +234,19 @@ INLINE I32 multiply_pairs(U16 codes, int32_t two) {
 }
 #endif
 
-// Sums of two products have 16 bits, so that only so many may be added before they are widened. Codes of 8 bits are
-// multiplied as two of 4.
+// Add now. Left alone, compilers make all products first, and add them up from the stack.
+INLINE void add_to(U16& sum, U16 products) {
+  sum += products;
+  asm("" : "+v"(sum));
+}
+
+// Code vectors whose products may be added up in 16 bits before they are widened.
+constexpr int added_in_16_bits(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1; }
+
+// Codes of 8 bits are multiplied as two of 4.
 template <int BITS, int DIGITS, int SUMS, typename Code>
 INLINE void multiply_unit(Code code, const int8_t* const (&x)[SUMS / DIGITS], I32 (&sums)[SUMS]) {
-  constexpr int HALF = BITS == 8 ? 4 : BITS;
-  constexpr int ADDED = HALF <= 4 ? 8 : HALF == 5 ? 4 : HALF == 6 ? 2 : 1;
+  constexpr int HALF = BITS == 8 ? 4 : BITS, ADDED = added_in_16_bits(HALF);
   static_assert(ADDED * 2 * 128 * ((1 << HALF) - 1) < 1 << 15, "sums fit 16 bits");
 #pragma GCC unroll 8
   for (int first = 0; first < VECTORS; first += ADDED) {
@@ -250,14 +257,41 @@ INLINE void multiply_unit(Code code, const int8_t* const (&x)[SUMS / DIGITS], I3
 #pragma GCC unroll 8
       for (int s = 0; s < SUMS; ++s) {
         const int32_t four = four_bytes(x[s / DIGITS] + s % DIGITS * UNIT + 4 * q);
-        low[s] += multiply_bytes(BITS == 8 ? codes & 0x0f0f : codes, four);
-        if (BITS == 8) high[s] += multiply_bytes((codes >> 4) & 0x0f0f, four);
+        add_to(low[s], multiply_bytes(BITS == 8 ? codes & 0x0f0f : codes, four));
+        if (BITS == 8) add_to(high[s], multiply_bytes((codes >> 4) & 0x0f0f, four));
       }
     }
 #pragma GCC unroll 8
     for (int s = 0; s < SUMS; ++s) {
       sums[s] += multiply_pairs(low[s], 0x00010001);
       if (BITS == 8) sums[s] += multiply_pairs(high[s], 0x00100010);
+    }
+  }
+}
+
+// The same of all parts of code vectors, code(part, q), of less than 8 bits: each piece of x is loaded once for all.
+template <int BITS, int DIGITS, int SUMS, typename Code>
+INLINE void multiply_parts(Code code, const int8_t* const (&x)[SUMS / DIGITS], I32 (&sums)[PARTS][SUMS]) {
+  constexpr int ADDED = added_in_16_bits(BITS);
+#pragma GCC unroll 8
+  for (int first = 0; first < VECTORS; first += ADDED) {
+    U16 low[PARTS][SUMS] = {};
+#pragma GCC unroll 8
+    for (int q = first; q < first + ADDED; ++q) {
+      U16 codes[PARTS];
+#pragma GCC unroll 2
+      for (int part = 0; part < PARTS; ++part) codes[part] = code(part, q);
+#pragma GCC unroll 4
+      for (int s = 0; s < SUMS; ++s) {
+        const int32_t four = four_bytes(x[s / DIGITS] + s % DIGITS * UNIT + 4 * q);
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; ++part) add_to(low[part][s], multiply_bytes(codes[part], four));
+      }
+    }
+#pragma GCC unroll 2
+    for (int part = 0; part < PARTS; ++part) {
+#pragma GCC unroll 4
+      for (int s = 0; s < SUMS; ++s) sums[part][s] += multiply_pairs(low[part][s], 0x00010001);
     }
   }
 }
