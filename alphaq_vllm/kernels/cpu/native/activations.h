@@ -70,7 +70,7 @@ void quantize_row(const void* x, const Digits& to, int64_t i) {
         const F32 values = inverse ? load_as(DTYPE, x, group + k) * inverse : F32{};
         I32 rest = __builtin_convertvector(values + (values < 0 ? spread<F32>(-0.5f) : spread<F32>(0.5f)), I32);
         sums += rest;
-        if (HAS_PAIRS && DIGITS == 2) store_wholes(to.row_wholes(i) + group - i * to.columns + k, rest);
+        if (HAS_PAIRS && DIGITS == 2) store_wholes(to.wholes + group + k, rest);
 #pragma GCC unroll 3
         for (int d = 0; d < DIGITS; ++d) {
           const I32 digit = ((rest + 128) & 255) - 128;

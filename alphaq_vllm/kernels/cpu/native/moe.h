@@ -157,7 +157,8 @@ inline void multiply_down(const Experts& w2, const Call& call, const Routes& rou
 
 // What a token takes of the workspace, about.
 inline int64_t bytes_per_token(const Experts& w13, const Call& call) {
-  const int64_t top_k = call.top_k, floats = sizeof(float), digits = call.digits + (HAS_PAIRS ? 3 : 1);
+  // Digits and factors, and where there are, whole integers.
+  const int64_t top_k = call.top_k, floats = sizeof(float), digits = call.digits + 1 + (HAS_PAIRS ? 2 : 0);
   if (!HAS_TILES) return w13.K * (digits + floats) + w13.N * top_k * (floats + digits);
   const bool halves = call.dtype == BFLOAT16 && call.num_tokens * top_k >= FEWEST_IN_HALVES * call.num_experts;
   if (halves) return w13.K * (top_k * 2 + floats) + w13.N * top_k * (2 + 2);

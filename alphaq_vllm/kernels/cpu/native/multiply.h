@@ -95,7 +95,7 @@ void multiply_few(const Block& block, const Digits& x, const int32_t* rows, floa
       if (q < BITS && part == 0) __builtin_prefetch(from + q * VECTOR + PREFETCHED);
       return unpack<BITS>(from, q);
     };
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#if defined(ALPHAQ_PAIRS)
     // The registers hold eight sums beside what they are made of.
     if constexpr (PARTS == 2 && TOKENS * DIGITS <= 4 && BITS < 8) {
       I32 of_group[PARTS][TOKENS * DIGITS] = {};
@@ -103,7 +103,7 @@ void multiply_few(const Block& block, const Digits& x, const int32_t* rows, floa
         const int8_t* from[TOKENS];
         for (int t = 0; t < TOKENS; ++t) from[t] = digits[t] + unit * DIGITS * UNIT;
         auto of_unit = [&](int part, int q) INLINE_LAMBDA { return code(unit, part, q); };
-        multiply_parts<BITS, DIGITS, TOKENS * DIGITS>(of_unit, from, of_group);
+        multiply_parts<BITS, DIGITS, PARTS, TOKENS * DIGITS>(of_unit, from, of_group);
       }
       for (int part = 0; part < PARTS; ++part) {
         const Grid grid = load_grid(block, group, part);

@@ -22,6 +22,7 @@ void multiply_block(const Block& block, const Operand& x, float* out) {
   // Up to two tokens, to take a code out of its word where it is multiplied costs less than a tile.
   if (x.count == 1) return multiply_few<BITS, DIGITS, 1>(block, x.x, x.rows, out);
   if (x.count == 2) return multiply_few<BITS, DIGITS, 2>(block, x.x, x.rows, out);
+  // Of more, multiply_digits has pairs multiplied together.
   if constexpr (!(HAS_PAIRS && DIGITS == 2)) multiply_many<BITS, DIGITS>(block, x.x, x.rows, x.count, out);
 }
 

@@ -147,6 +147,7 @@ INLINE int32_t four_bytes(const void* from) {
 
 // Where nothing multiplies bytes and adds up four products, many tokens are multiplied in pairs of 16-bit integers.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+#define ALPHAQ_PAIRS
 constexpr bool HAS_PAIRS = true;
 #else
 constexpr bool HAS_PAIRS = false;
@@ -154,7 +155,7 @@ constexpr bool HAS_PAIRS = false;
 
 // Write LANES integers of 16 bits, of each four the second after the third.
 INLINE void store_wholes([[maybe_unused]] int16_t* to, [[maybe_unused]] I32 values) {
-#if defined(__AVX2__)
+#if defined(ALPHAQ_PAIRS)
   typedef int16_t Wholes __attribute__((vector_size(WIDTH / 2)));
 #if defined(__AVX512BW__)
   const I32 swapped = (I32)_mm512_shuffle_epi32((__m512i)values, (_MM_PERM_ENUM)0xd8);
@@ -216,7 +217,7 @@ INLINE void multiply_units(Code code, const int8_t* const (&x)[SUMS / DIGITS], I
   }
 }
 
-#elif defined(__AVX2__)
+#elif defined(ALPHAQ_PAIRS)
 
 #if defined(__AVX512BW__)
 INLINE U16 multiply_bytes(U16 codes, int32_t four) {
@@ -240,60 +241,48 @@ INLINE void add_to(U16& sum, U16 products) {
   asm("" : "+v"(sum));
 }
 
-// Code vectors whose products may be added up in 16 bits before they are widened.
-constexpr int added_in_16_bits(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1; }
-
-// Codes of 8 bits are multiplied as two of 4.
-template <int BITS, int DIGITS, int SUMS, typename Code>
-INLINE void multiply_unit(Code code, const int8_t* const (&x)[SUMS / DIGITS], I32 (&sums)[SUMS]) {
-  constexpr int HALF = BITS == 8 ? 4 : BITS, ADDED = added_in_16_bits(HALF);
+// The same of several parts of code vectors, code(part, q): each piece of x is loaded once for all.
+//
+// Sums of two products have 16 bits, so that only so many may be added before they are widened. Codes of 8 bits are
+// multiplied as two of 4.
+template <int BITS, int DIGITS, int COUNT, int SUMS, typename Code>
+INLINE void multiply_parts(Code code, const int8_t* const (&x)[SUMS / DIGITS], I32 (&sums)[COUNT][SUMS]) {
+  constexpr int HALF = BITS == 8 ? 4 : BITS;
+  constexpr int ADDED = HALF <= 4 ? 8 : HALF == 5 ? 4 : HALF == 6 ? 2 : 1;
   static_assert(ADDED * 2 * 128 * ((1 << HALF) - 1) < 1 << 15, "sums fit 16 bits");
 #pragma GCC unroll 8
   for (int first = 0; first < VECTORS; first += ADDED) {
-    U16 low[SUMS] = {}, high[SUMS] = {};
+    U16 low[COUNT][SUMS] = {}, high[COUNT][SUMS] = {};
 #pragma GCC unroll 8
     for (int q = first; q < first + ADDED; ++q) {
-      const U16 codes = code(q);
+      U16 codes[COUNT];
+#pragma GCC unroll 2
+      for (int part = 0; part < COUNT; ++part) codes[part] = code(part, q);
 #pragma GCC unroll 8
       for (int s = 0; s < SUMS; ++s) {
         const int32_t four = four_bytes(x[s / DIGITS] + s % DIGITS * UNIT + 4 * q);
-        add_to(low[s], multiply_bytes(BITS == 8 ? codes & 0x0f0f : codes, four));
-        if (BITS == 8) add_to(high[s], multiply_bytes((codes >> 4) & 0x0f0f, four));
+#pragma GCC unroll 2
+        for (int part = 0; part < COUNT; ++part) {
+          add_to(low[part][s], multiply_bytes(BITS == 8 ? codes[part] & 0x0f0f : codes[part], four));
+          if (BITS == 8) add_to(high[part][s], multiply_bytes((codes[part] >> 4) & 0x0f0f, four));
+        }
       }
     }
+#pragma GCC unroll 2
+    for (int part = 0; part < COUNT; ++part) {
 #pragma GCC unroll 8
-    for (int s = 0; s < SUMS; ++s) {
-      sums[s] += multiply_pairs(low[s], 0x00010001);
-      if (BITS == 8) sums[s] += multiply_pairs(high[s], 0x00100010);
+      for (int s = 0; s < SUMS; ++s) {
+        sums[part][s] += multiply_pairs(low[part][s], 0x00010001);
+        if (BITS == 8) sums[part][s] += multiply_pairs(high[part][s], 0x00100010);
+      }
     }
   }
 }
 
-// The same of all parts of code vectors, code(part, q), of less than 8 bits: each piece of x is loaded once for all.
 template <int BITS, int DIGITS, int SUMS, typename Code>
-INLINE void multiply_parts(Code code, const int8_t* const (&x)[SUMS / DIGITS], I32 (&sums)[PARTS][SUMS]) {
-  constexpr int ADDED = added_in_16_bits(BITS);
-#pragma GCC unroll 8
-  for (int first = 0; first < VECTORS; first += ADDED) {
-    U16 low[PARTS][SUMS] = {};
-#pragma GCC unroll 8
-    for (int q = first; q < first + ADDED; ++q) {
-      U16 codes[PARTS];
-#pragma GCC unroll 2
-      for (int part = 0; part < PARTS; ++part) codes[part] = code(part, q);
-#pragma GCC unroll 4
-      for (int s = 0; s < SUMS; ++s) {
-        const int32_t four = four_bytes(x[s / DIGITS] + s % DIGITS * UNIT + 4 * q);
-#pragma GCC unroll 2
-        for (int part = 0; part < PARTS; ++part) add_to(low[part][s], multiply_bytes(codes[part], four));
-      }
-    }
-#pragma GCC unroll 2
-    for (int part = 0; part < PARTS; ++part) {
-#pragma GCC unroll 4
-      for (int s = 0; s < SUMS; ++s) sums[part][s] += multiply_pairs(low[part][s], 0x00010001);
-    }
-  }
+INLINE void multiply_unit(Code code, const int8_t* const (&x)[SUMS / DIGITS], I32 (&sums)[SUMS]) {
+  auto of_part = [&](int, int q) INLINE_LAMBDA { return code(q); };
+  multiply_parts<BITS, DIGITS, 1, SUMS>(of_part, x, reinterpret_cast<I32(&)[1][SUMS]>(sums));
 }
 
 #elif defined(__ARM_FEATURE_DOTPROD)
