@@ -68,7 +68,7 @@ class Slice:
     @cache  # noqa: B019 - it lives as long as the process
     def quantized(self, num_bits: int) -> Tensor:
         """Its weights as they would be restored. Raises ValueError for columns that no group size divides."""
-        size = shared_group_size(self.original.shape[1], 128)
+        size = shared_group_size(self.original.shape[1], 64)
         if size is None:
             raise ValueError(f"--slices: expected columns in groups of 32 or more, got {self.original.shape[1]}")
         return quantize(self.original, num_bits, size, "mse").dequantize(num_bits)
