@@ -118,7 +118,8 @@ def _gptq_seconds(job: Job, num_bits: int, tokens: int) -> float:
     # What the first matrices made of tokens, and what down has to make up for.
     *into, (out_features, inner) = (matrix.shape for matrix in first)
     whole = tells_all(tokens, inner)
-    operations += 2 * (tokens if whole else min(tokens, FEW)) * sum(rows * columns for rows, columns in into)
+    seen = tokens if whole else tokens // -(-tokens // FEW)
+    operations += 2 * seen * sum(rows * columns for rows, columns in into)
     operations += out_features * inner**2 + (2 * (tokens + out_features) * inner**2 if whole else 0)
     return operations / rate + grids * sum(matrix.numel for matrix in first)
 

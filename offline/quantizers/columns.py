@@ -1,8 +1,8 @@
 """The columns of a group while it is quantized, and how they become better.
 
-Both ways of it lower ``E.T @ H @ E`` for the errors E of each row, and never raise it: the grid that fits the codes
-best, by least squares, and each code in turn, by coordinate descent. H weighs errors as the inputs do; data-free
-quantizers know only the case that it is the identity.
+Both ways of it lower ``E.T @ H @ E`` for the errors E of each row, beside what pulls at them, and never raise it: the
+grid that fits the codes best, by least squares, and each code in turn, by coordinate descent. H weighs errors as the
+inputs do; data-free quantizers know only the case that it is the identity.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Columns:
 def improve(columns: Columns, gradient: Tensor, own: Tensor, times: int) -> Tensor:
     """Fit the grid and then the codes, so many times, and the grid again.
 
-    gradient: ``[group_size, rows]`` float32, the columns' part of ``H @ E``, which is overwritten; E is the weight less
-    its value; own: ``[group_size, group_size]``, their part of H.
+    gradient: ``[group_size, rows]`` float32, the columns' part of ``H @ E`` and what pulls at them, which is overwritten;
+    E is the weight less its value; own: ``[group_size, group_size]``, their part of H.
     Returns what is added to E, ``[group_size, rows]``.
     """
     before = columns.values

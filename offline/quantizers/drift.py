@@ -15,8 +15,10 @@ from torch import Tensor
 
 from offline.quantizers.gptq import NOT_FINITE, Feedback, share_of_chance
 
-# Tokens that are enough for what became of each feature alone.
+# Tokens at most that what became of each feature alone is seen in.
 FEW = 2048
+# What became of a feature in a few tokens is chance. So many more, in which nothing became of it, are thought of.
+_UNCHANGED = 8
 # Tokens that are looked at together, and rows of a matrix.
 _TOKENS, _ROWS = 2048, 512
 _TINY = torch.finfo(torch.float32).tiny
@@ -29,7 +31,8 @@ def tells_all(tokens: int, features: int) -> bool:
 
 def drift(inputs: Tensor, wanted: Callable[[slice], Tensor], counts: Tensor) -> Tensor:
     """``differences.T @ counts.diag() @ inputs``, ``[in_features, in_features]``, with less of what only a sample has
-    off the diagonal; or the diagonal, ``[in_features]``, from ``FEW`` tokens, where it takes more to ``tells_all``.
+    off the diagonal, and less of all where tokens are few; or the diagonal, ``[in_features]``, from ``FEW`` tokens at
+    most, where it takes more to ``tells_all``.
 
     inputs: ``[tokens, in_features]`` float32, as they are; wanted: some of them as they were; counts: as of
     ``feedback``. Raises ValueError for NaN or Inf.
@@ -38,8 +41,9 @@ def drift(inputs: Tensor, wanted: Callable[[slice], Tensor], counts: Tensor) -> 
     parts = [slice(start, start + _TOKENS) for start in range(0, tokens, _TOKENS)]
     if not tells_all(tokens, features):
         few = slice(0, tokens, -(-tokens // FEW))
-        given, times = inputs[few], counts.sum() / counts[few].sum().clamp(_TINY)
-        return _finite(counts[few] @ (wanted(few) - given).mul_(given) * times)
+        given, some = inputs[few], counts[few]
+        for_all = counts.sum() / some.sum() if bool(some.any()) else 0.0
+        return _finite(some @ (wanted(few) - given).mul_(given) * (for_all * _trust(some)))
     energy = sum(counts[part] @ inputs[part].square() for part in parts)
     products = inputs.new_zeros(features, features)
     change, spread, own = (inputs.new_zeros(features) for _ in range(3))
@@ -51,14 +55,23 @@ def drift(inputs: Tensor, wanted: Callable[[slice], Tensor], counts: Tensor) -> 
         given, differences = given.square().mul_(some), differences.square_().mul_(some)
         change += differences.sum(0)
         spread += (given @ inverse) @ differences
-        own += given.mul_(differences).sum(0)
+        own += given.mul_(inverse).mul_(differences).sum(0)
     # As of ``sampling_share``, of correlations between the differences and the inputs.
     diagonal, changed = _finite(products.diagonal().clone()), change.clamp(min=_TINY).reciprocal()
-    squares = torch.cat([part.square() @ inverse for part in products.split(_ROWS)]) - diagonal.square() * inverse
-    share = share_of_chance(tokens, float(squares @ changed), float((spread - own * inverse) @ changed))
+    # Divided before they are squared, which would be too much for float32.
+    root = inverse.sqrt()
+    squares = torch.cat([(part * root).square_().sum(1) for part in products.split(_ROWS)])
+    squares -= (diagonal * root).square()
+    share = share_of_chance(tokens, float(squares @ changed), float((spread - own) @ changed))
     products.mul_(1 - share)
     products.diagonal().copy_(diagonal)
-    return products
+    return products.mul_(_trust(counts))
+
+
+def _trust(counts: Tensor) -> float:
+    """How much of what tokens that count so much show is believed."""
+    number = counts.sum().square() / counts.square().sum().clamp(_TINY)
+    return float(number / (number + _UNCHANGED))
 
 
 def _finite(diagonal: Tensor) -> Tensor:

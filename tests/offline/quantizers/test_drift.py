@@ -23,7 +23,8 @@ def drifted(before, now, counts=None):
 
 @pytest.fixture
 def believing(monkeypatch):
-    """No sample is shrunk, so that all is as the formula says."""
+    """No sample is shrunk, nor doubted, so that all is as the formula says."""
+    monkeypatch.setattr(module, "_UNCHANGED", 0)
     monkeypatch.setattr(module, "share_of_chance", lambda *_: 0.0)
     monkeypatch.setattr("offline.quantizers.gptq.sampling_share", lambda *_: 0.0)
 
@@ -36,7 +37,7 @@ def test_drift_is_the_product_of_differences_and_inputs(believing):
     torch.testing.assert_close(drifted(before, now, counts).double(), expected, rtol=1e-4, atol=1e-2)
 
 
-def test_drift_of_fewer_tokens_than_features_is_what_became_of_each(monkeypatch):
+def test_drift_of_fewer_tokens_than_features_is_what_became_of_each(believing, monkeypatch):
     before, now = changed(90, 96)
     expected = ((before - now) * now).double().sum(0)
     torch.testing.assert_close(drifted(before, now).double(), expected, rtol=1e-4, atol=1e-3)
@@ -56,21 +57,44 @@ def test_drift_is_shrunk_by_the_variance_of_its_correlations_by_their_squares(to
     products = differences[:, :, None] * inputs[:, None, :]
     correlations = products.mean(0)
     variances = (products - correlations).square().sum(0) / (tokens * (tokens - 1))
-    others = ~torch.eye(16, dtype=bool)
+    others, trust = ~torch.eye(16, dtype=bool), tokens / (tokens + 8)
     share = min(1.0, float(variances[others].sum() / correlations[others].square().sum()))
-    whole, found = (before - now).T @ now, drifted(before, now)
+    whole, found = trust * (before - now).T @ now, drifted(before, now)
     assert 0 < share < 1
     torch.testing.assert_close(found[others], (1 - share) * whole[others], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.diagonal(), whole.diagonal(), rtol=1e-4, atol=1e-3)
 
 
+def test_of_few_tokens_less_is_believed():
+    before, now = changed(2000, 96)
+    for tokens, counts, number in ((1, 1.0, 1), (50, 2.0, 50), (2000, 1.0, 2000), (50, [5.0] + [0.0] * 49, 1)):
+        past, present, counts = before[:tokens], now[:tokens], torch.as_tensor(counts).expand(tokens)
+        found = drifted(past, present, counts)
+        expected = counts @ ((past - present) * present) * number / (number + 8)
+        torch.testing.assert_close(found if found.ndim == 1 else found.diagonal(), expected, rtol=1e-4, atol=1e-3)
+
+
+# Either way of it.
 @pytest.mark.parametrize("tokens", [60, 3000])
-def test_features_and_tokens_that_are_nothing_change_nothing(tokens):
+def test_features_and_tokens_that_are_nothing_change_nothing(tokens, monkeypatch):
     before, now = changed(tokens, 96)
-    before[:, 7] = now[:, 7] = 0
+    now[:, 7] = before[:, 8] = 0
     assert drifted(before, now).isfinite().all()
     assert not drifted(before, now, torch.zeros(tokens)).any()
     assert not drifted(now, now).any()
+    # Nor do those that happen to be the ones looked at.
+    monkeypatch.setattr(module, "FEW", 40)
+    found = drifted(before, now, torch.arange(tokens) % -(-tokens // 40) / 1.0)
+    assert found.isfinite().all()
+    assert found.any() == (tokens > 96)
+
+
+@pytest.mark.parametrize("tokens", [60, 3000])
+@pytest.mark.parametrize("times", [2.0**-40, 2.0**34])
+def test_drift_follows_the_size_of_inputs(tokens, times):
+    before, now = changed(tokens, 96)
+    found, expected = drifted(before * times, now * times) / times**2, drifted(before, now)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("tokens", [60, 3000])
@@ -115,3 +139,21 @@ def test_outputs_are_nearer_to_what_they_were(num_bits, tokens):
     plain = gptq(weight, back, num_bits, 128)
     better = gptq(weight, back, num_bits, 128, pull=pull(weight, back, drifted(past, present)))
     assert error(better) < (0.9 if tokens > 256 else 0.98) * error(plain)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+def test_few_tokens_do_next_to_no_harm(tokens):
+    """Without doubt, what one token shows makes errors half as large again, and more."""
+    ratios, both = [], changed(2400, 256, 0.5)
+    for first in range(0, 400, 40):
+        (before, now), weight = both, gaussian(70, 256)
+        some = slice(first, first + tokens)
+        back = feedback(now[some], 128)
+
+        def error(quantized):
+            outputs = now[400:] @ dequantize(quantized.packed, quantized.scale, quantized.grid, 3).T  # noqa: B023
+            return float((outputs - before[400:] @ weight.T).square().mean())  # noqa: B023
+
+        better = gptq(weight, back, 3, 128, pull=pull(weight, back, drifted(before[some], now[some])))
+        ratios.append(error(better) / error(gptq(weight, back, 3, 128)))
+    assert sum(ratios) / len(ratios) < 1.02
