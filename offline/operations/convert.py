@@ -99,7 +99,7 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     check_path(out)
     check_output(out, source.path.resolve(), needed_bytes, options.resume)
     check_values(source, found, every_expert)
-    prepare(quantizer)
+    prepare()
     settings = {
         "widths": asdict(widths) if isinstance(widths, Budget) else widths,
         "group_size": group_size,

@@ -61,7 +61,7 @@ def measure(model: str | Path, output: str | Path | None, options: MeasureOption
         output.touch()
         output.unlink()
     check_values(source, held, experts)
-    prepare(options.quantizer)
+    prepare()
     workers = choose_workers(options.workers, experts.numel)
     job = Job(str(model), source, experts, options.group_size, workers=workers, quantizer=options.quantizer)
     statistics = take_statistics(job, budget.measured_widths, gains=budget.needs_gains)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from alphaq_vllm.format import GRID_DTYPE, SCALE_DTYPE
 from alphaq_vllm.packing import grid_steps, grid_zero_points
+from offline.quantizers import native
 
 SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(SCALE_DTYPE).tiny, torch.finfo(SCALE_DTYPE).max / 16
-# Of a grid: steps are 1 to 16 scales, zero points 6 to 21 thirty-seconds of the number of codes.
+# Of a grid: steps are 1 to 16 scales, zero points 6 to 21 thirty-seconds of the number of codes. This, and how many
+# bits are few, stands in native/quantize.cpp as well.
 _STEPS, _FIRST_ZERO, _LAST_ZERO, _ZERO_PARTS = 16, 6, 21, 32
 # In scales of its row, the step with which the widest group's grid reaches all its weights. Of few codes the best grids
 # are finer than that, so it may be the largest; of many they are about as wide, and zero points leave less room.
@@ -50,14 +52,17 @@ FindGrid = Callable[[Groups, int], tuple[Tensor, Tensor]]
 
 def normalize(weight: Tensor, group_size: int) -> Groups:
     """The groups of ``weight``, ``[rows, columns]`` float32. Raises ValueError for NaN or Inf."""
-    per_row, weight = weight.shape[1] // group_size, weight.reshape(-1, group_size)
-    high, low = weight.amax(-1, keepdim=True) / 2, weight.amin(-1, keepdim=True) / 2
-    center, radius = high + low, high - low
+    per_row, weight = weight.shape[1] // group_size, weight.reshape(-1, group_size).contiguous()
+    if weight.device.type == "cpu" and (code := native.library()):
+        x, center, radius, mean, variance = native.normalize(code, weight)
+    else:
+        high, low = weight.amax(-1, keepdim=True) / 2, weight.amin(-1, keepdim=True) / 2
+        center, radius = high + low, high - low
+        x = (weight - center).div_(radius.where(radius > 0, 1))
+        mean = x.mean(-1, keepdim=True)
+        variance = (x - mean).square_().mean(-1, keepdim=True)
     if not radius.isfinite().all():
         raise ValueError("weight: expected finite values, got NaN or Inf: repair the source checkpoint")
-    x = (weight - center).div_(radius.where(radius > 0, 1))
-    mean = x.mean(-1, keepdim=True)
-    variance = (x - mean).square_().mean(-1, keepdim=True)
     return Groups(weight, x, center, radius, mean, variance, per_row)
 
 
@@ -136,6 +141,9 @@ def quantize_groups(
     scales = row_scales(groups, num_bits) if scales is None else scales
     scale = scales.float().repeat_interleave(groups.per_row, 0)
     inverse_step, zero = find_grid(groups, top)
+    if scale.device.type == "cpu" and (code := native.library()):
+        codes, grid, sse = native.store_groups(code, groups, num_bits, scale, inverse_step, zero)
+        return codes, scales, grid, sse.sum()
     step = groups.radius / inverse_step
     grids = _grids(scale, step, groups.center + (top / 2 - zero) * step, num_bits)
     best = _Best(groups.weight, scale, num_bits, *grids)

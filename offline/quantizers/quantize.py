@@ -11,13 +11,13 @@ from torch import Tensor
 from alphaq_vllm import packing
 from alphaq_vllm.format import GRID, PACKED, SCALE, SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, matrix_tensors
 from offline.quantizers import native
-from offline.quantizers.grids import GRIDS
+from offline.quantizers.grids import GRIDS, hqq_grid, mse_grid
 from offline.quantizers.groups import FindGrid, Groups, normalize, quantize_groups, row_scales
 
 QUANTIZERS = (*GRIDS, "gptq")
-_NATIVE = ("mse", "gptq")
-# Weights searched at a time: what keeps the disturbed copies in a CPU's cache, and a GPU busy.
-CPU_CHUNK, GPU_CHUNK = 2**16, 2**22
+# Weights searched at a time: what keeps the disturbed copies in a CPU's cache, what makes the calls of native code few,
+# which has no copies, and what keeps a GPU busy.
+CPU_CHUNK, NATIVE_CHUNK, GPU_CHUNK = 2**16, 2**20, 2**22
 # Rows that are packed or unpacked together.
 _PACKED_ROWS = 256
 # ``quantization_mse`` quantizes about this many groups, and no fewer rows.
@@ -46,7 +46,13 @@ class Quantized:
 
 def pack(codes: Tensor, num_bits: int) -> Tensor:
     """``packing.pack`` of a matrix of codes, ``[out_features, in_features]``, in little more memory than the result."""
-    return torch.cat([packing.pack(some.contiguous(), num_bits) for some in codes.split(_PACKED_ROWS)])
+    return torch.cat([_pack(some.contiguous(), num_bits) for some in codes.split(_PACKED_ROWS)])
+
+
+def _pack(codes: Tensor, num_bits: int) -> Tensor:
+    if codes.device.type == "cpu" and (code := native.library()):
+        return native.pack(code, codes, num_bits)
+    return packing.pack(codes, num_bits)
 
 
 def quantize(
@@ -65,10 +71,10 @@ def quantize(
     specs = matrix_tensors(weight.shape[0], weight.shape[1], num_bits, group_size)
     error = torch.zeros((), dtype=torch.float64, device=weight.device)
     parts: list[tuple[Tensor, ...]] = []
-    for rows, groups in chunks(weight, group_size):
+    for rows, groups in chunks(weight, group_size, find_grid):
         given, scales = (None, None) if scales is None else (scales[: len(rows)], scales[len(rows) :])
         codes, scale, grid, sse = quantize_groups(groups, num_bits, find_grid, given)
-        parts.append((packing.pack(codes.view(rows.shape), num_bits), scale, grid))
+        parts.append((_pack(codes.view(rows.shape), num_bits), scale, grid))
         error += sse
     packed, scale, grid = (
         torch.cat(tensors).view(spec.shape)
@@ -108,18 +114,18 @@ def _sum_errors(
 ) -> tuple[float, list[float]]:
     """Squared deviation from the groups' means, and squared quantization error at each width."""
     deviation, errors = 0.0, [0.0] * len(widths)
-    for _, groups in chunks(weight, group_size):
+    for _, groups in chunks(weight, group_size, find_grid):
         deviation += groups.sum_of_squares.item()
         for i, num_bits in enumerate(widths):
             errors[i] += quantize_groups(groups, num_bits, find_grid)[-1].item()
     return deviation, errors
 
 
-def prepare(quantizer: str) -> None:
-    """Compile what a quantizer runs on this machine, so that processes which use it at once find it ready, and so that
+def prepare() -> None:
+    """Compile what quantizers run on this machine, so that processes which use it at once find it ready, and so that
     the lack of a compiler is told once.
     """
-    if quantizer in _NATIVE and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         native.library()
 
 
@@ -143,12 +149,12 @@ def _find_grid(quantizer: str) -> FindGrid:
     return GRIDS[quantizer]
 
 
-def _rows_at_a_time(like: Tensor, columns: int) -> int:
-    """The rows of so many columns that are worked on together, on the device of ``like``."""
-    return max(1, (CPU_CHUNK if like.device.type == "cpu" else GPU_CHUNK) // columns)
-
-
-def chunks(weight: Tensor, group_size: int) -> Iterator[tuple[Tensor, Groups]]:
+def chunks(weight: Tensor, group_size: int, find_grid: FindGrid = mse_grid) -> Iterator[tuple[Tensor, Groups]]:
     """Groups of as many whole rows at a time as are searched quickly, with those rows."""
-    for rows in weight.split(_rows_at_a_time(weight, weight.shape[1])):
+    if weight.device.type != "cpu":
+        chunk = GPU_CHUNK
+    else:
+        # HQQ is torch everywhere.
+        chunk = NATIVE_CHUNK if find_grid is not hqq_grid and native.library() else CPU_CHUNK
+    for rows in weight.split(max(1, chunk // weight.shape[1])):
         yield rows, normalize(rows.float(), group_size)

@@ -1,4 +1,5 @@
-// The two loops in which quantization spends its time: the search for grids, and the columns of GPTQ.
+// The loops in which quantization spends its time: the search for grids, the choice among those that can be stored, the
+// columns of GPTQ, and what comes before and after them.
 //
 // Lanes are groups of weights, and rows of a matrix: none adds up what belongs to another, and nothing is contracted to
 // fused operations. So every instruction set, of any width, computes the same bits.
@@ -20,7 +21,15 @@ constexpr int LANES = 4;
 // Vectors of lanes that the columns of GPTQ are worked on at a time, so that a factor is loaded once for them.
 constexpr int WIDE = 4;
 
+// As groups.py stores grids: steps are 1 to STEPS scales, zero points FIRST_ZERO to LAST_ZERO parts of all codes.
+constexpr float STEPS = 16, FIRST_ZERO = 6, LAST_ZERO = 21, ZERO_PARTS = 32;
+// Grids of more bits are tried with a third step.
+constexpr int64_t FEW_BITS = 4;
+
 typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+typedef double Doubles __attribute__((vector_size(LANES * sizeof(double))));
+typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 inline Floats load(const float* from) {
   Floats values;
@@ -38,9 +47,52 @@ inline Floats nearest(Floats codes) {
   return (codes + WHOLE) - WHOLE;
 }
 
-inline Floats clamped(Floats values, Floats top) {
-  values = values > 0.0f ? values : Floats{};
-  return values < top ? values : top;
+// To the next integer below, of the same.
+inline Floats floored(Floats codes) {
+  const Floats whole = nearest(codes);
+  return whole > codes ? whole - 1.0f : whole;
+}
+
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// NaN becomes low.
+inline Floats clamped(Floats values, float low, Floats top) { return smaller(larger(values, spread(low)), top); }
+
+inline Doubles doubles(Floats values) { return __builtin_convertvector(values, Doubles); }
+
+// In two steps, because GCC makes one conversion of this kind a lane at a time.
+inline Bytes bytes(Floats codes) { return __builtin_convertvector(__builtin_convertvector(codes, Ints), Bytes); }
+
+// Groups that are worked on together, one in each lane. Lanes without a group repeat the last one.
+struct Lanes {
+  int64_t first, count;
+
+  int64_t group(int64_t lane) const { return first + std::min(lane, count - 1); }
+
+  // A value of each group.
+  Floats values(const float* from) const {
+    Floats found;
+    for (int64_t lane = 0; lane < LANES; ++lane) found[lane] = from[group(lane)];
+    return found;
+  }
+
+  // A vector for each place in a group.
+  void columns(const float* from, int64_t size, Floats* to) const {
+    for (int64_t lane = 0; lane < LANES; ++lane)
+      for (int64_t k = 0; k < size; ++k) to[k][lane] = from[group(lane) * size + k];
+  }
+
+  void store(Floats values, float* to) const {
+    for (int64_t lane = 0; lane < count; ++lane) to[first + lane] = values[lane];
+  }
+};
+
+// Calls work with all groups, some at a time.
+template <typename Work>
+inline void by_lanes(int64_t groups, Work work) {
+  for (int64_t first = 0; first < groups; first += LANES) work(Lanes{first, std::min<int64_t>(LANES, groups - first)});
 }
 
 // A grid for each lane: code = inverse_step * x + zero.
@@ -59,7 +111,7 @@ inline Floats refit(const Groups& groups, Floats top, Grid& grid) {
   Floats sum_e{}, sum_eu{}, sum_ee{};
   for (int64_t k = 0; k < groups.size; ++k) {
     const Floats u = groups.x[k] * grid.inverse_step + grid.zero;
-    const Floats e = nearest(clamped(u, top)) - u;
+    const Floats e = nearest(clamped(u, 0, top)) - u;
     sum_e += e;
     sum_eu += e * u;
     sum_ee += e * e;
@@ -86,7 +138,116 @@ inline void compete(const Groups& groups, Floats top, Grid grid, Grid& best, Flo
   best.zero = better ? grid.zero : best.zero;
 }
 
+// Groups of weights, and the scales of their rows.
+struct Weights {
+  const Floats* weight;  // [size]
+  int64_t size, num_bits;
+  Floats scale;
+
+  float codes() const { return static_cast<float>(1 << num_bits); }
+};
+
+// A grid for each lane as it is stored: its step in scales, its zero point in parts, and the squared error it leaves.
+struct Stored {
+  Floats steps, parts;
+  Doubles error;
+};
+
+// The weights of place k in codes, before they are rounded. Divided as in torch: a product with the inverse differs.
+inline Floats exact_codes(const Weights& of, const Stored& grid, int64_t k) {
+  const Floats zero = grid.parts * (of.codes() / ZERO_PARTS);
+  return of.weight[k] / (of.scale * grid.steps) + zero;
+}
+
+// See encode of groups.py.
+inline Doubles squared_error(const Weights& of, const Stored& grid) {
+  Floats sum{};
+  for (int64_t k = 0; k < of.size; ++k) {
+    const Floats exact = exact_codes(of, grid, k);
+    const Floats error = exact - nearest(clamped(exact, 0, spread(of.codes() - 1)));
+    sum += error * error;
+  }
+  const Doubles step = doubles(of.scale * grid.steps);
+  return doubles(sum) * (step * step);
+}
+
+// See groups.py. NaN stays NaN.
+inline Floats reaching_step(Floats up, Floats down, float codes) {
+  const float most_up = codes - 1 - codes * FIRST_ZERO / ZERO_PARTS, most_down = codes * LAST_ZERO / ZERO_PARTS;
+  return larger(down / most_down, larger(up / most_up, up / (codes - 1) + down / (codes - 1)));
+}
+
+// Takes a grid of _grids of groups.py if it is better than the best, in lanes that are open.
+inline void compete(const Weights& of, Floats step, Floats middle, Ints open, Stored& best) {
+  const float codes = of.codes(), half = (codes - 1) / 2;
+  const Floats reaching = reaching_step(half * step + middle, half * step - middle, codes);
+  const Floats lower = floored(clamped(step / of.scale, 1, spread(STEPS)));
+  const Floats upper = floored(clamped(reaching / of.scale, 0, spread(STEPS - 1))) + 1.0f;
+  const Floats candidates[] = {lower, upper, smaller(upper + 1.0f, spread(STEPS))};
+  for (int64_t i = 0; i < (of.num_bits <= FEW_BITS ? 2 : 3); ++i) {
+    const Floats exact = half - middle / (of.scale * candidates[i]);
+    // Weights that are small beside the smallest step are nearest to 0.
+    Floats zero = step < of.scale ? spread(codes / 2) : exact;
+    // NaN comes of searches in groups whose weights are all equal.
+    zero = zero == zero ? zero : spread(half);
+    const Floats parts = nearest(clamped(zero * (ZERO_PARTS / codes), FIRST_ZERO, spread(LAST_ZERO)));
+    Stored grid{candidates[i], parts, Doubles{}};
+    grid.error = squared_error(of, grid);
+    // The first one, however bad, is better than the NaN before it.
+    const Ints better = open & ~__builtin_convertvector(grid.error >= best.error, Ints);
+    best.steps = better ? grid.steps : best.steps;
+    best.parts = better ? grid.parts : best.parts;
+    best.error = __builtin_convertvector(better, decltype(grid.error >= best.error)) ? grid.error : best.error;
+  }
+}
+
+// A plane of packing.py of one unit, whose codes are in pairs, 16 bits apart.
+template <int WIDTH>
+inline uint32_t* pack_plane(const uint32_t* pairs, int low_bit, uint32_t* to) {
+  constexpr int SLOTS = 16 / WIDTH;
+  constexpr uint32_t MASK = ((1u << WIDTH) - 1) * 0x00010001u;
+  for (int word = 0; word < WIDTH; ++word, ++to) {
+    *to = 0;
+    for (int slot = 0; slot < SLOTS; ++slot) *to |= (pairs[word * SLOTS + slot] >> low_bit & MASK) << slot * WIDTH;
+  }
+  return to;
+}
+
 }  // namespace
+
+// See normalize of groups.py.
+// weight [count, size]: groups; x [count, size], center, radius, mean, variance [count]: what comes of it. The radius
+// of a group that is not finite is not either.
+extern "C" __attribute__((visibility("default"))) void alphaq_normalize(const float* weight, int64_t count,
+                                                                        int64_t size, float* x, float* center,
+                                                                        float* radius, float* mean, float* variance) {
+  std::vector<Floats> columns(size);
+  by_lanes(count, [&](Lanes lanes) {
+    lanes.columns(weight, size, columns.data());
+    Floats high = columns[0], low = columns[0];
+    for (const Floats& values : columns) {
+      high = larger(values, high);
+      low = smaller(values, low);
+    }
+    // Halves, because the sum and the difference of the largest weights are infinite.
+    const Floats middle = high / 2.0f + low / 2.0f, reach = high / 2.0f - low / 2.0f;
+    const Floats divisor = reach > 0.0f ? reach : spread(1);
+    Floats sum{}, squares{};
+    for (Floats& values : columns) {
+      values = (values - middle) / divisor;
+      sum += values;
+    }
+    const Floats average = sum / static_cast<float>(size);
+    for (const Floats& values : columns) squares += (values - average) * (values - average);
+    for (int64_t lane = 0; lane < lanes.count; ++lane)
+      for (int64_t k = 0; k < size; ++k) x[lanes.group(lane) * size + k] = columns[k][lane];
+    lanes.store(middle, center);
+    // No comparison finds NaN, but the mean does, and it is 0 less itself otherwise.
+    lanes.store(reach + (average - average), radius);
+    lanes.store(average, mean);
+    lanes.store(squares / static_cast<float>(size), variance);
+  });
+}
 
 // See mse_grid of grids.py.
 // x [count, size], mean, variance [count]: groups; starts [num_starts]: inverse steps; factors, shifts [rounds,
@@ -97,16 +258,9 @@ extern "C" __attribute__((visibility("default"))) void alphaq_mse_grid(
     int64_t directions, float* inverse_steps, float* zeros) {
   std::vector<Floats> columns(size);
   const Floats tops = spread(top);
-  for (int64_t first = 0; first < count; first += LANES) {
-    const int64_t lanes = std::min<int64_t>(LANES, count - first);
-    Groups groups{columns.data(), size, Floats{}, Floats{}};
-    for (int64_t lane = 0; lane < LANES; ++lane) {
-      // Lanes without a group repeat the last one.
-      const int64_t group = first + std::min(lane, lanes - 1);
-      for (int64_t k = 0; k < size; ++k) columns[k][lane] = x[group * size + k];
-      groups.mean[lane] = mean[group];
-      groups.variance[lane] = variance[group];
-    }
+  by_lanes(count, [&](Lanes lanes) {
+    lanes.columns(x, size, columns.data());
+    const Groups groups{columns.data(), size, lanes.values(mean), lanes.values(variance)};
     Grid best{spread(starts[0]), tops / 2.0f};
     Floats least = spread(__builtin_inff());
     for (int64_t i = 0; i < num_starts; ++i) compete(groups, tops, {spread(starts[i]), tops / 2.0f}, best, least);
@@ -118,10 +272,64 @@ extern "C" __attribute__((visibility("default"))) void alphaq_mse_grid(
         compete(groups, tops, {from.inverse_step * factors[i], zero}, best, least);
       }
     }
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      inverse_steps[first + lane] = best.inverse_step[lane];
-      zeros[first + lane] = best.zero[lane];
+    lanes.store(best.inverse_step, inverse_steps);
+    lanes.store(best.zero, zeros);
+  });
+}
+
+// See quantize_groups of groups.py: from grids to the codes of those that are stored.
+// weight [count, size], center, radius, mean, variance [count]: groups; scales [count]: of their rows; inverse_steps,
+// zeros [count]: their grids; codes [count, size], grids, errors [count]: what comes of it.
+extern "C" __attribute__((visibility("default"))) void alphaq_store_groups(
+    const float* weight, const float* center, const float* radius, const float* mean, const float* variance,
+    const float* scales, int64_t count, int64_t size, int64_t num_bits, const float* inverse_steps, const float* zeros,
+    uint8_t* codes, uint8_t* grids, double* errors) {
+  std::vector<Floats> columns(size);
+  std::vector<Bytes> found(size);
+  by_lanes(count, [&](Lanes lanes) {
+    lanes.columns(weight, size, columns.data());
+    const Weights groups{columns.data(), size, num_bits, lanes.values(scales)};
+    const Floats middle = lanes.values(center), reach = lanes.values(radius), tops = spread(groups.codes() - 1);
+    Stored best{Floats{}, Floats{}, Doubles{} + __builtin_nan("")};
+    const Floats step = reach / lanes.values(inverse_steps);
+    compete(groups, step, middle + (tops / 2.0f - lanes.values(zeros)) * step, ~Ints{}, best);
+
+    // Where the grid is far from all that can be stored, these are not: the range of the group in equal steps, and 0.
+    const Floats up = reach + middle, down = reach - middle;
+    const Floats all = reaching_step(larger(up, Floats{}), larger(down, Floats{}), groups.codes());
+    const Doubles average = doubles(middle + reach * lanes.values(mean));
+    const Doubles square = average * average + doubles(reach) * doubles(reach) * doubles(lanes.values(variance));
+    const Doubles quarter = doubles(all) * doubles(all) / 4.0;
+    const Doubles most = static_cast<double>(size) * (square < quarter ? square : quarter);
+    const Ints far = __builtin_convertvector(best.error > most, Ints);
+    bool any = false;
+    for (int64_t lane = 0; lane < LANES; ++lane) any |= far[lane] != 0;
+    if (any) {
+      compete(groups, all, middle, far, best);
+      compete(groups, Floats{}, Floats{}, far, best);
     }
+
+    for (int64_t k = 0; k < size; ++k) found[k] = bytes(nearest(clamped(exact_codes(groups, best, k), 0, tops)));
+    for (int64_t lane = 0; lane < lanes.count; ++lane) {
+      const int64_t group = lanes.group(lane);
+      for (int64_t k = 0; k < size; ++k) codes[group * size + k] = found[k][lane];
+      grids[group] = static_cast<uint8_t>((best.parts[lane] - FIRST_ZERO) * 16 + (best.steps[lane] - 1));
+      errors[group] = best.error[lane];
+    }
+  });
+}
+
+// See pack of packing.py. codes [units, 32]; words [units, num_bits]: what comes of it.
+extern "C" __attribute__((visibility("default"))) void alphaq_pack(const uint8_t* codes, int64_t units,
+                                                                   int64_t num_bits, uint32_t* words) {
+  for (int64_t unit = 0; unit < units; ++unit, codes += 32) {
+    uint32_t pairs[16];
+    for (int k = 0; k < 16; ++k) pairs[k] = codes[2 * k] | static_cast<uint32_t>(codes[2 * k + 1]) << 16;
+    // The lowest bits are in the widest plane.
+    if (num_bits & 8) words = pack_plane<8>(pairs, 0, words);
+    if (num_bits & 4) words = pack_plane<4>(pairs, 0, words);
+    if (num_bits & 2) words = pack_plane<2>(pairs, num_bits & 4, words);
+    if (num_bits & 1) words = pack_plane<1>(pairs, num_bits & 6, words);
   }
 }
 
@@ -155,7 +363,7 @@ extern "C" __attribute__((visibility("default"))) void alphaq_gptq_columns(
         for (int part = 0; part < WIDE; ++part) moved.parts[part] += done[i].parts[part] * row[i];
       for (int part = 0; part < WIDE; ++part) {
         const Floats scale = load(steps + part * LANES), zero = load(offsets + part * LANES);
-        const Floats code = nearest(clamped(moved.parts[part] / scale + zero, tops));
+        const Floats code = nearest(clamped(moved.parts[part] / scale + zero, 0, tops));
         done[j].parts[part] = load(weights + part * LANES) - (code - zero) * scale;
         store(values + part * LANES, code);
       }

@@ -11,10 +11,44 @@ from alphaq_vllm.native_build import QUANTIZERS, load, supported
 from offline.quantizers import native
 from offline.quantizers.columns import Columns
 from offline.quantizers.gptq import feedback, gptq
-from offline.quantizers.quantize import quantize
+from offline.quantizers.grids import rtn_grid
+from offline.quantizers.groups import encode, normalize, quantize_groups
+from offline.quantizers.quantize import pack, quantize
 from tests.offline.quantizers.samples import gaussian, restore, student_t5
 
 WIDTHS = (1, 2, 3, 4, 5, 8)
+# Rows of 256 weights that are hard to store: nothing, all equal, small beside the rest, far from 0, rounded, of two
+# values, of heavy tails, subnormal, or as large as can be.
+EXTREMES = torch.cat(
+    [
+        torch.zeros(2, 256),
+        gaussian(9, 1).expand(9, 256),
+        gaussian(9, 2).repeat_interleave(128, 1) * (torch.arange(256) % 128 > 32),
+        gaussian(9, 256) * torch.tensor([1, 1e-3, 1e-2, 10]).repeat_interleave(64),
+        100 + gaussian(9, 256),
+        1e4 + gaussian(9, 256) * 1e-3,
+        gaussian(9, 256).bfloat16().float(),
+        gaussian(9, 256).sign(),
+        gaussian(9, 256) ** 15,
+        torch.full((1, 256), 1e-45),
+        gaussian(9, 256) * 1e-42,
+        gaussian(9, 256) * 1e-37,
+        torch.full((1, 256), 2e38),
+        gaussian(9, 256).mul(1e38).clamp(-3.4e38, 3.4e38),
+        gaussian(9, 256).sign() * 3e38,
+    ]
+)
+# Ways to find grids: as good as any without a search, too narrow, far from all that can be stored, and none at all.
+FOUND = {
+    "rtn": rtn_grid,
+    "narrow": lambda groups, top: (
+        torch.full_like(groups.radius, 0.8 * top),
+        torch.full_like(groups.radius, 0.4 * top),
+    ),
+    "far": lambda groups, top: (torch.full_like(groups.radius, 1e-3), torch.full_like(groups.radius, 50)),
+    "infinite": lambda groups, top: (torch.zeros_like(groups.radius), torch.zeros_like(groups.radius)),
+    "NaN": lambda groups, top: (torch.full_like(groups.radius, torch.nan), torch.full_like(groups.radius, torch.nan)),
+}
 
 
 @pytest.fixture
@@ -26,6 +60,52 @@ def use(monkeypatch):
         monkeypatch.setattr(native, "library", lambda: code)
 
     return use
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_groups_are_normalized_as_by_torch(group_size, use):
+    weight = torch.cat((student_t5(21, 256), EXTREMES))
+    use(None)
+    expected = normalize(weight, group_size)
+    for name in supported():
+        use(name)
+        found = normalize(weight, group_size)
+        assert all(torch.equal(getattr(found, part), getattr(expected, part)) for part in ("x", "center", "radius"))
+        torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.variance, expected.variance, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("found", FOUND)
+@pytest.mark.parametrize("num_bits", range(1, 9))
+def test_grids_and_codes_are_stored_as_by_torch(num_bits, found, use):
+    """Only grids that are equally good may differ: sums in another order say that one or the other is better."""
+    for weight, least in ((student_t5(150, 256), 1), (EXTREMES, 0.9)):
+        use(None)
+        groups = normalize(weight, 64)
+        codes, scales, grid, sse = quantize_groups(groups, num_bits, FOUND[found])
+        scale = scales.float().repeat_interleave(groups.per_row, 0)
+        for name in supported():
+            use(name)
+            new_codes, new_scales, new_grid, new_sse = quantize_groups(groups, num_bits, FOUND[found])
+            same = (new_grid == grid)[:, 0]
+            assert same.float().mean() >= least
+            assert torch.equal(new_scales, scales)
+            assert torch.equal(new_codes[same], codes[same])
+            torch.testing.assert_close(new_sse, sse, rtol=1e-5, atol=0)
+            again, errors = encode(weight.view(-1, 64), scale, new_grid, num_bits)
+            assert torch.equal(new_codes, again.to(torch.uint8))
+            torch.testing.assert_close(errors, encode(weight.view(-1, 64), scale, grid, num_bits)[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("num_bits", range(1, 9))
+def test_codes_are_packed_as_by_torch(num_bits, use):
+    codes = torch.randint(2**num_bits, (300, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    use(None)
+    expected = pack(codes, num_bits)
+    for name in supported():
+        use(name)
+        assert torch.equal(pack(codes, num_bits), expected)
+        assert torch.equal(pack(codes.T.contiguous().T, num_bits), expected)
 
 
 # 21 and 150 rows leave vectors of every width half empty.
@@ -82,10 +162,17 @@ def test_all_instruction_sets_compute_the_same_bits(num_bits, use):
     results = []
     for name in supported():
         use(name)
-        both = quantize(weight, num_bits, 64), gptq(weight, back, num_bits, 64)
-        results.append([tensor for quantized in both for tensor in quantized.tensors("").values()])
-    for result in results[1:]:
-        assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+        everything = (
+            quantize(weight, num_bits, 64),
+            quantize(EXTREMES, num_bits, 64),
+            quantize(EXTREMES, num_bits, 64, "rtn"),
+            gptq(weight, back, num_bits, 64),
+        )
+        tensors = [tensor for quantized in everything for tensor in quantized.tensors("").values()]
+        results.append((tensors, [quantized.mse for quantized in everything[:3]]))
+    for tensors, errors in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(tensors, results[0][0], strict=True))
+        assert errors == results[0][1]
 
 
 def test_without_a_compiler_torch_quantizes_and_one_line_says_so(tiny_model, tmp_path):

@@ -86,8 +86,16 @@ def test_quantize_depends_on_nothing_but_the_row(monkeypatch):
     weight = gaussian(40, 256)
     whole, part = quantize(weight, 3, 64), quantize(weight[8:24], 3, 64)
     torch.testing.assert_close(restore(whole, 3)[8:24], restore(part, 3), rtol=0, atol=0)
-    monkeypatch.setattr(module, "CPU_CHUNK", 1)
+    for name in ("CPU_CHUNK", "NATIVE_CHUNK"):
+        monkeypatch.setattr(module, name, 1)
     assert torch.equal(quantize(weight, 3, 64).packed, whole.packed)
+
+
+def test_quantize_takes_a_matrix_in_any_order_of_memory():
+    """Also one whose rows are groups, which can be cut into groups without a copy."""
+    weight = gaussian(40, 128)
+    for other in (weight.T.contiguous().T, gaussian(80, 128)[::2].copy_(weight)):
+        assert torch.equal(quantize(other, 3, 128).packed, quantize(weight, 3, 128).packed)
 
 
 @pytest.mark.parametrize("num_bits", range(1, 9))
