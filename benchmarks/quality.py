@@ -70,7 +70,7 @@ PRESETS = {
     "calibrated": {"uniform, gptq on a text": "--mode uniform", "default, gptq on a text": ""},
     "quantizers": {f"uniform, {name}": f"--mode uniform --quantizer {name}" for name in ("rtn", "hqq", "mse", "gptq")},
     # How much text gptq needs.
-    "tokens": {f"uniform, gptq, {n} tokens": f"--mode uniform --calibration-tokens {n}" for n in (1024, 4096, 65536)},
+    "tokens": {f"default, {n} tokens": f"--calibration-tokens {n}" for n in (512, 1024, 2048, 4096, 16384)},
     # How widths are chosen.
     "allocation": {
         "random, mse": "--mode random --quantizer mse",

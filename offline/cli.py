@@ -17,7 +17,7 @@ from alphaq_vllm.format import LINEAR_BITS, SUPPORTED_GROUP_SIZES
 from offline.allocation.modes import GRANULARITIES
 from offline.allocation.widths import MODES, NOISE_KINDS
 from offline.model.text import FEW_PER_FEATURE, MANY_TOKENS, MAX_TOKENS, TOKENS_PER_FEATURE, Calibration
-from offline.operations.options import MANUAL
+from offline.operations.options import EFFORT_TIMES, EFFORTS, MANUAL
 from offline.operations.width_options import PRESETS
 from offline.quantizers.quantize import QUANTIZERS
 from offline.source.linear import UNQUANTIZED
@@ -90,6 +90,13 @@ def add_choice_options(parser: argparse.ArgumentParser, bit_map: bool) -> None:
 def add_quantizer_options(parser: argparse.ArgumentParser) -> None:
     """Add the quantizer, and the text that it may need."""
     group = parser.add_argument_group("quantizer")
+    group.add_argument(
+        "--effort",
+        type=int,
+        choices=EFFORTS,
+        help="0: as by default for models that the converter cannot run, the fastest and worse; 1 (default); 2: "
+        f"{EFFORT_TIMES} times the text for gptq, where experts are large",
+    )
     group.add_argument(
         "--quantizer",
         choices=QUANTIZERS,

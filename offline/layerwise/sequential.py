@@ -64,7 +64,8 @@ class SequentialGptq:
         self._source, self._experts = source, experts
         self.decoder = Decoder(source, experts)
         self.length = calibration.length
-        self._max_tokens = calibration.tokens or max(calibration.length, default_tokens(source, experts))
+        wanted = calibration.tokens or default_tokens(source, experts, calibration.times)
+        self._max_tokens = max(calibration.length, wanted)
         self._text = read_windows(source, calibration, self._max_tokens) if calibration.files else None
         self._written: Tensor | None = None
 

@@ -30,14 +30,15 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken"
 class Calibration:
     """What to calibrate on.
 
-    files: of UTF-8 text, none for text of the model's own; tokens: at most so many of it, None for as many as help, for
-    each of which memory holds three vectors of the hidden size in float32; length: of a window, the tokens that the
-    model sees together.
+    files: of UTF-8 text, none for text of the model's own; tokens: at most so many of it, None for as many as
+    ``default_tokens`` says, for each of which memory holds three vectors of the hidden size in float32; length: of a
+    window, the tokens that the model sees together; times: of the default's tokens.
     """
 
     files: tuple[Path, ...] = ()
     tokens: int | None = None
     length: int = 512
+    times: int = 1
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -48,12 +49,12 @@ class Calibration:
             )
 
 
-def default_tokens(source: Checkpoint, experts: Experts) -> int:
-    """As many tokens as help to calibrate this model, in a time that is worth it."""
+def default_tokens(source: Checkpoint, experts: Experts, times: int = 1) -> int:
+    """As many tokens as help to calibrate this model, in a time that is worth it, or in ``times`` of it."""
     routed = experts_per_token(source.config) / experts.num_experts
     for_each = experts.matrices[0].shape[1] / routed
     most = min(MAX_TOKENS, max(MANY_TOKENS, FEW_PER_FEATURE * for_each))
-    return math.ceil(min(most, TOKENS_PER_FEATURE * for_each))
+    return math.ceil(min(times * most, TOKENS_PER_FEATURE * for_each))
 
 
 def read_windows(source: Checkpoint, calibration: Calibration, max_tokens: int) -> torch.Tensor:

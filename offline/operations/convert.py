@@ -71,7 +71,7 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     source = open_checkpoint(model, options.revision, options.family)
     every_expert = find_experts(source)
     found = check_source(source, every_expert)
-    runs = can_run(source)
+    runs = options.effort > 0 and can_run(source)
     quantizer = options.quantizer or ("gptq" if runs else "mse")
     calibration = options.text(quantizer)
     given = read_statistics(Path(options.stats)) if options.stats else None
@@ -85,7 +85,8 @@ def _convert(model: str, out: Path, options: ConvertOptions, phases: Course) -> 
     drafts = dict.fromkeys(every_draft.matrices if options.mtp_bits < UNQUANTIZED else (), options.mtp_bits)
     check_group_size(group_size, tuple(drafts), options.tp_size)
     job = Job(model, source, experts, group_size, options.shard_bytes(), 1, linear, drafts, quantizer)
-    gptq = SequentialGptq(source, every_expert, calibration or Calibration()) if quantizer == "gptq" else None
+    wanted = calibration or Calibration(times=options.text_times)
+    gptq = SequentialGptq(source, every_expert, wanted) if quantizer == "gptq" else None
     propagates = isinstance(widths, Budget) and widths.needs_gains and not given
     decoder = gptq.decoder if gptq else Decoder(source, every_expert) if propagates else None
     fitted = fit(job, gptq, decoder, propagates, options.workers, options.memory_bytes(), bool(calibration))

@@ -32,6 +32,7 @@ Second = TypeVar("Second")
 Result = TypeVar("Result")
 
 MANUAL = "manual"
+EFFORTS, EFFORT_TIMES = (0, 1, 2), 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class ConvertOptions(WidthOptions):
         stats: A file that ``measure`` wrote of the model, to choose by.
         override: Widths by pattern of matrix names, as of file names.
         exclude: Patterns of modules of experts that stay as they are.
+        effort: 0 takes the defaults of models that the converter cannot run, for any model: the fastest, and worse; 1;
+            2 is 1 with ``EFFORT_TIMES`` as many tokens for ``gptq`` where experts are large.
         quantizer: ``gptq`` (the default where the converter can run the model), ``mse`` (elsewhere), ``rtn`` or
             ``hqq``.
         calibration: Files of text for ``gptq``; by default the model writes it itself.
@@ -72,6 +75,7 @@ class ConvertOptions(WidthOptions):
     stats: str | Path | None = None
     override: Mapping[str, int] | Sequence[str] = ()
     exclude: Sequence[str] | str = ()
+    effort: int = 1
     quantizer: str | None = None
     calibration: Sequence[str | Path] | str | Path = ()
     calibration_tokens: int | None = None
@@ -96,6 +100,8 @@ class ConvertOptions(WidthOptions):
         self.selection()
         self.text()
         self.shard_bytes()
+        if self.effort not in EFFORTS:
+            raise ValueError(f"`effort`: expected one of {', '.join(map(str, EFFORTS))}, got {self.effort!r}")
         if self.quantizer not in (None, *QUANTIZERS):
             raise ValueError(f"`quantizer`: expected one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
         if self.mtp_bits not in (*SUPPORTED_BITS, UNQUANTIZED):
@@ -134,6 +140,11 @@ class ConvertOptions(WidthOptions):
         parts = (str(override).rpartition("=") for override in overrides)
         return Selection(exclude, tuple((pattern, _width(pattern, bits)) for pattern, _, bits in parts))
 
+    @property
+    def text_times(self) -> int:
+        """Of the default's tokens to calibrate on."""
+        return EFFORT_TIMES if self.effort == max(EFFORTS) else 1
+
     def text(self, quantizer: str = "gptq") -> Calibration | None:
         """What to calibrate on, if the user says anything of it; quantizer: unless the user names one."""
         quantizer = self.quantizer or quantizer
@@ -143,7 +154,7 @@ class ConvertOptions(WidthOptions):
             return None
         if quantizer != "gptq":
             raise ValueError(f"`calibration`: expected `quantizer=gptq`, got {quantizer}, which works without text")
-        return Calibration(tuple(map(Path, files)), self.calibration_tokens, length)
+        return Calibration(tuple(map(Path, files)), self.calibration_tokens, length, self.text_times)
 
     def memory_bytes(self) -> int | None:
         """Bytes that a conversion may take, if the user says it."""

@@ -67,8 +67,8 @@ class Columns:
 def improve(columns: Columns, gradient: Tensor, own: Tensor, times: int) -> Tensor:
     """Fit the grid and then the codes, so many times, and the grid again.
 
-    gradient: ``[group_size, rows]`` float32, the columns' part of ``H @ E`` and what pulls at them, which is overwritten;
-    E is the weight less its value; own: ``[group_size, group_size]``, their part of H.
+    gradient: ``[group_size, rows]`` float32, the columns' part of ``H @ E``, and what pulls at them, which is
+    overwritten; E is the weight less its value; own: ``[group_size, group_size]``, their part of H.
     Returns what is added to E, ``[group_size, rows]``.
     """
     before = columns.values

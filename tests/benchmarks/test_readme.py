@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alphaq_vllm.format import stored_bits_per_weight
 from benchmarks import models, sizes
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README, QUALITY, BENCHMARKS = "README.md", "docs/quality.md", "docs/benchmarks.md"
 # Predictions that a column is about.
-TOKENS = {"docs-moe": 29952, "stdlib-mixtral-3": 20480, "stdlib-mixtral": 19968}
+TOKENS = {"docs-moe": 29952, "stdlib-mixtral-4": 20480, "stdlib-mixtral": 19968}
+# Models whose rows are of the format as it is.
+CURRENT = {"docs-moe", "stdlib-mixtral-4"}
 WITH_AMX, WITHOUT_AMX = "Intel(R) Xeon(R) Processor", "Intel(R) Xeon(R) Processor @ 2.50GHz"
 MACHINES = {"AMD EPYC": "AMD EPYC", "Intel Xeon with AMX": WITH_AMX, "Intel Xeon": WITHOUT_AMX}
 # Names of generated checkpoints.
@@ -53,7 +56,7 @@ def measured(rows):
 
 
 MEASURED = measured(results("quality.jsonl"))
-# In the format before: of other models than docs-moe, and what a document compares with them.
+# In the format before: of models whose weights are gone, and what a document compares with them.
 EARLIER = measured(row for row in results("quality.jsonl") if row["date"] < "2026-11-28")
 FIGURES = {
     "perplexity": lambda row: f"{100 * (row['perplexity'] / row['reference_perplexity'] - 1):+.1f} %",
@@ -65,21 +68,25 @@ QUALITY_TABLES = [
 
 
 def test_the_tables_of_quality_are_found():
-    assert [len(rows) for _, _, rows in QUALITY_TABLES] == [9, 22, 20, 10, 4, 6]
+    assert [len(rows) for _, _, rows in QUALITY_TABLES] == [9, 26, 10, 4, 15]
     assert len(by_column(README, "stored bits")) == 1
-    assert len(by_column(QUALITY, "stored bits")) == 5
+    assert len(by_column(QUALITY, "stored bits")) == 4
 
 
 @pytest.mark.parametrize(("file", "head", "rows"), QUALITY_TABLES)
 def test_quality(file, head, rows):
-    found = MEASURED if all(column.startswith("docs-moe") for column in head[2:]) else EARLIER
+    columns = [column.partition(": ")[::2] for column in head[2:]]
+    models = list(dict.fromkeys(model for model, _ in columns))
+    found = MEASURED if CURRENT.issuperset(models) else EARLIER
     for how, stored_bits, *cells in rows:
-        for column, cell in zip(head[2:], cells, strict=True):
-            model, _, figure = column.partition(": ")
-            row = found.get((model, TOKENS[model], method(how)))
-            assert cell == (FIGURES[figure](row) if row else "not measured"), (file, how, column)
-            if row:
-                assert float(stored_bits) == pytest.approx(row["stored_bits"], abs=0.006)
+        by_model = {model: found.get((model, TOKENS[model], method(how))) for model in models}
+        for (model, figure), cell in zip(columns, cells, strict=True):
+            row = by_model[model]
+            assert cell == (FIGURES[figure](row) if row else "not measured"), (file, how, model)
+        # One number where they agree.
+        stored = [float(number) for number in stored_bits.split(", ")]
+        for row, number in zip(filter(None, by_model.values()), stored * (len(models) // len(stored)), strict=True):
+            assert number == pytest.approx(row["stored_bits"], abs=0.006), (file, how)
 
 
 # Text that the rows of a model are about.
@@ -88,7 +95,7 @@ MAPS = {(row["model"], *row["text"], row["variant"], row["bits"]): row for row i
 
 
 def test_maps_from_weights_alone():
-    found = by_column(QUALITY, "map")
+    found = [(head, rows) for head, rows in by_column(QUALITY, "map") if "KL at 3 bits" not in head]
     assert [len(rows) for _, rows in found] == [13, 13, 13]
     for head, rows in found:
         for name, *cells in rows:
@@ -97,6 +104,22 @@ def test_maps_from_weights_alone():
                 row = MAPS.get((model, WEIGHTS_ONLY[model], name, float(bits)))
                 control = f" ({np.mean(row['control_kl']):.4f})" if row and row["control_kl"] else ""
                 assert cell == (f"{row['kl']:.4f}{control}" if row else "not measured"), (name, column)
+
+
+def test_slices_of_a_mature_network():
+    (*_, line) = results("slices.jsonl")
+    ((_, told),) = by_column(QUALITY, "told by")
+    places = ("all", "gate_proj", "up_proj", "down_proj")
+    for name, *cells in told:
+        row = line["correlations"][name]
+        within = f"{row['within']:+.2f} ± {row['within_error']:.2f}"
+        assert cells == [*(f"{row[place]:+.2f}" for place in places), within], name
+    ((_, maps),) = by_column(QUALITY, "map", "KL at 3 bits")
+    for name, *cells in maps:
+        found = [line["maps"][bits][name] for bits in ("2.5", "3")]
+        controls = [f" ({np.mean(row['control_kl']):.2f})" if "control_kl" in row else "" for row in found]
+        assert cells == [f"{row['kl']:.2f}{control}" for row, control in zip(found, controls, strict=True)], name
+    assert (len(told), len(maps)) == (len(line["correlations"]), len(line["maps"]["3"]))
 
 
 # The maps that the options of a way in stand for.
@@ -115,15 +138,36 @@ def test_defaults_by_way_in():
         # What the converter does by itself where it can run the model.
         named = "" if "propagated" in how else how.strip("`")
         for column, cell in zip(head[2:], cells, strict=True):
+            if column in BUDGETS:
+                assert cell == at_budgets(column, named), (how, column)
+                continue
             model, _, budgets = column.removesuffix(" bits").partition(": KL at ")
-            figures = []
-            for bits in budgets.split(" / "):
-                if named and model != "docs-moe":
-                    row = MAPS.get((model, WEIGHTS_ONLY[model], CHOSEN[named], float(bits)))
-                else:
-                    row = MEASURED.get((model, TOKENS.get(model), method(f"--bits {bits} {named}")))
-                figures.append(FIGURES["KL"](row) if row else "-")
-            assert cell == " / ".join(figures), (how, column)
+            maps = [MAPS.get((model, WEIGHTS_ONLY[model], CHOSEN.get(named), float(b))) for b in budgets.split(" / ")]
+            assert cell == " / ".join(FIGURES["KL"](row) if row else "-" for row in maps), (how, column)
+
+
+BUDGETS = {f"{model}: KL at 2.5 / 3 / 3.5 bits": model for model in CURRENT}
+
+
+def at_budgets(column, how):
+    """What conversions leave, as a cell of this column says it."""
+    model = BUDGETS[column]
+    rows = [MEASURED[(model, TOKENS[model], method(f"--bits {bits} {how}"))] for bits in ("2.5", "3", "3.5")]
+    return " / ".join(FIGURES["KL"](row) for row in rows)
+
+
+def test_quality_against_time():
+    ((head, rows),) = by_column(QUALITY, "`--effort`")
+    lines = [
+        row for row in results("convert.jsonl") if (row.get("shape"), row.get("layers")) == ("qwen1.5-moe-a2.7b", 1)
+    ]
+    for effort, seconds, cpu_seconds, peak, how, *cells in rows:
+        arguments = "" if effort == "1" else f"--effort {effort}"
+        *_, line = (row for row in lines if row["arguments"] == arguments)
+        assert [seconds, cpu_seconds] == [f"{line[key]:.0f}" for key in ("seconds", "cpu_seconds")], effort
+        assert peak == f"{line['peak_bytes'] / 1e9:.2f} GB"
+        assert cells == [at_budgets(column, how.strip("`")) for column in head[5:]]
+    assert [row[0] for row in rows] == ["0", "1", "2"]
 
 
 def serving(model, kind, clients, cpu=WITH_AMX):
@@ -219,12 +263,15 @@ def test_serving():
 
 def test_serving_beside_llama_cpp():
     ((_, rows),) = by_column(BENCHMARKS, "program", "one client")
-    (theirs,) = results("llama_cpp.jsonl")
+    *_, theirs = results("llama_cpp.jsonl")
     one, eight = (serving("all 24 layers", "alphaq, 3.5 bits", clients, WITHOUT_AMX) for clients in (1, 8))
     assert theirs["cpu"] == one["cpu"] == eight["cpu"]
+    assert theirs["date"][:10] == one["date"][:10] == eight["date"][:10]
     speeds = theirs["tokens_per_second"]
     figures = [
-        [one["checkpoint_bytes"], one["bits"] + 0.25, one["input"] / one["mean_ttft_ms"] * 1e3]
+        # With the scales of rows of 2048.
+        [one["checkpoint_bytes"], stored_bits_per_weight(one["bits"], 64) + 16 / 2048]
+        + [one["input"] / one["mean_ttft_ms"] * 1e3]
         + [clients / row["mean_tpot_ms"] * 1e3 for clients, row in ((1, one), (8, eight))],
         [theirs["file_bytes"], theirs["expert_bits"], *(speeds[key] for key in ("prefill", "decode_1", "decode_8"))],
     ]

@@ -3,6 +3,7 @@
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from safetensors.torch import load_file
 
 from alphaq_vllm import convert, validate
 from offline.layerwise import sequential
-from offline.model.text import Calibration
+from offline.model.text import Calibration, default_tokens
 from offline.operations.dequantize import dequantize
 from offline.quantizers.quantize import quantization_mse, quantize
 from offline.sensitivity.stats import read_statistics
 from offline.source.checkpoint import open_checkpoint
-from offline.source.families import find_experts, load_weight
+from offline.source.families import ExpertMatrix, find_experts, load_weight
 from offline.threads import one_thread
 from offline.writing import writer
 from tests.offline.model.whole import whole_model
@@ -148,6 +149,34 @@ def test_command_runs_the_model_where_it_can(speaking_model, tiny_model, tmp_pat
     assert status == 0
     summary = json.loads(printed)
     assert (summary["quantizer"], summary["calibration_tokens"], summary["noise"]) == ("mse", 0, "expert")
+
+
+def test_without_effort_nothing_runs_the_model(tmp_path, alphaq):
+    by_hand = convert(DOCS_MOE, tmp_path / "by-hand", noise="expert", quantizer="mse")
+    status, printed, _ = alphaq("convert", DOCS_MOE, tmp_path / "out", "--effort", "0", "--json")
+    assert status == 0
+    summary = json.loads(printed)
+    assert (summary["quantizer"], summary["noise"], summary["calibration_tokens"]) == ("mse", "expert", 0)
+    assert summary["widths"] == {str(width): number for width, number in by_hand.widths.items()}
+    assert contents(tmp_path / "out") == contents(tmp_path / "by-hand")
+    # What is named is done all the same.
+    gptq = convert(DOCS_MOE, tmp_path / "gptq", effort=0, quantizer="gptq", dry_run=True)
+    assert (gptq.quantizer, gptq.noise) == ("gptq", "expert")
+
+
+def test_more_effort_takes_more_text_where_experts_are_large():
+    def tokens(hidden, num_experts, top_k, times):
+        matrix = ExpertMatrix("experts", 0, "gate_proj", (1, hidden))
+        experts = SimpleNamespace(num_experts=num_experts, matrices=[matrix])
+        source = SimpleNamespace(config={"num_experts": num_experts, "num_experts_per_tok": top_k})
+        return default_tokens(source, experts, times)
+
+    # Of 32 for each feature of docs-moe's experts there are enough.
+    assert [tokens(128, 8, 2, times) for times in (1, 4)] == [16384, 16384]
+    # Qwen1.5-MoE has 2, Mixtral 2 and DeepSeek-V3 0.3.
+    assert [tokens(2048, 60, 4, times) for times in (1, 4)] == [61440, 245760]
+    assert [tokens(4096, 8, 2, times) for times in (1, 4)] == [32768, 131072]
+    assert [tokens(7168, 256, 8, times) for times in (1, 4)] == [65536, 262144]
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "llama4_text", "llama4", "kimi_linear", "glm_moe_dsa"])

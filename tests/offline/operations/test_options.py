@@ -23,6 +23,7 @@ EVERY = {
     "seed": ("5", 5),
     "exclude": ("*.layers.0.*", ["*.layers.0.*"]),
     "override": ("*.1.up_proj=8", {"*.1.up_proj": 8}),
+    "effort": ("2", 2),
     "quantizer": ("gptq", "gptq"),
     "calibration": ("text.txt", ["text.txt"]),
     "calibration_tokens": ("64", 64),
@@ -43,7 +44,7 @@ def meaning(options):
         for name in ("stats", "quantizer", "group_size", "linear_bits", "head_bits", "tp_size")
     }
     read = options.widths(), options.room(), options.selection(), options.text(), options.shard_bytes()
-    return plain, read, (options.dry_run, options.resume, options.workers)
+    return plain, read, (options.effort, options.dry_run, options.resume, options.workers)
 
 
 def parsed(*arguments):
@@ -161,6 +162,7 @@ def test_rooms_selection_and_text(tmp_path):
         ),
         ({"override": ["*"]}, "`override`: expected PATTERN=BITS with bits out of"),
         ({"override": {"*": 9}}, "`override`: expected PATTERN=BITS with bits out of"),
+        ({"effort": 3}, "`effort`: expected one of 0, 1, 2, got 3"),
         ({"quantizer": "best"}, "`quantizer`: expected one of mse, rtn, hqq, gptq, got 'best'"),
         ({"quantizer": "mse", "calibration": "x"}, "`calibration`: expected `quantizer=gptq`, got mse"),
         ({"linear_bits": 5}, "`linear_bits`: expected one of 16, 8, 4, got 5"),
