@@ -90,7 +90,7 @@ def test_quality(file, head, rows):
 
 
 # Text that the rows of a model are about.
-WEIGHTS_ONLY = {"docs-moe": "held-out.txt", "reference-moe": "calibration.txt", "stdlib-mixtral-3": "report.txt"}
+WEIGHTS_ONLY = {"docs-moe": "held-out.txt", "reference-moe": "calibration.txt", "stdlib-mixtral-4": "report.txt"}
 MAPS = {(row["model"], *row["text"], row["variant"], row["bits"]): row for row in results("weights_only.jsonl")}
 
 
