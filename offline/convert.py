@@ -25,11 +25,11 @@ from offline.operations.convert import convert
 _DESCRIPTION = """Convert a Mixture-of-Experts checkpoint so that every expert matrix has a bit-width of its own.
 
 The widths are chosen without calibration data, from the errors that quantization causes on text that the model writes
-itself, so that their average keeps to a budget. With --noise expert --quantizer mse nothing runs the model: faster, and
-worse. That is the default for models that the converter cannot run. --preset paper goes by the spectra of the weights,
-as AlphaQ's paper does: measured worse. Everything but the routed experts is copied unchanged, unless --linear-bits
-quantizes attention, shared experts and dense layers. The experts of layers for multi-token prediction get --mtp-bits,
-where vLLM's draft models take these."""
+itself, so that their average keeps to a budget. With --effort 0 nothing runs the model: faster, and worse. That is the
+default for models that the converter cannot run. --preset paper goes by the spectra of the weights, as AlphaQ's paper
+does: measured worse. Everything but the routed experts is copied unchanged, unless --linear-bits quantizes attention,
+shared experts and dense layers. The experts of layers for multi-token prediction get --mtp-bits, where vLLM's draft
+models take these."""
 
 _EXAMPLES = """\
   python -m offline.convert Qwen/Qwen1.5-MoE-A2.7B qwen-alphaq --bits 3.5

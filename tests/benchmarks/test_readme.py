@@ -292,7 +292,7 @@ def conversions(what, machine, date):
 
 def test_conversion():
     (_, peers), (_, shapes) = by_column(BENCHMARKS, "peak memory", "seconds")
-    assert (len(peers), len(shapes)) == (8, 5)
+    assert (len(peers), len(shapes)) == (8, 6)
     for what, *cells, machine, date in peers:
         assert cells in list(conversions(what, machine, date)), what
     for model, layers, *cells, machine, date in shapes:
