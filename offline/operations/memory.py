@@ -155,7 +155,7 @@ def fit(
     if limit is not None and (least := peak(number, some)) > limit:
         raise ValueError(
             f"`memory`: expected at least {format_bytes(least)} for this model, got {format_bytes(limit)}: allow more, "
-            "or convert with `noise=expert` and `quantizer=mse`, which run nothing"
+            "or convert with `effort=0`, which runs nothing"
         )
     parts = [f"{number} of {wanted} workers"] if number < wanted else []
     parts += [f"{some} of {tokens} tokens"] if some < tokens else []

@@ -19,7 +19,7 @@ from offline.model.passes import passed
 from offline.model.sampling import predictions_held
 from offline.model.text import CONTEXT_TOKENS
 from offline.operations.plan import Job, pieces
-from offline.quantizers.drift import FEW, tells_all
+from offline.quantizers.drift import looked_at, tells_all
 from offline.quantizers.gptq import Feedback, gptq
 from offline.quantizers.quantize import quantize
 from offline.sensitivity.matrices import describe
@@ -118,7 +118,7 @@ def _gptq_seconds(job: Job, num_bits: int, tokens: int) -> float:
     # What the first matrices made of tokens, and what down has to make up for.
     *into, (out_features, inner) = (matrix.shape for matrix in first)
     whole = tells_all(tokens, inner)
-    seen = tokens if whole else tokens // -(-tokens // FEW)
+    seen = tokens if whole else len(range(tokens)[looked_at(tokens)])
     operations += 2 * seen * sum(rows * columns for rows, columns in into)
     operations += out_features * inner**2 + (2 * (tokens + out_features) * inner**2 if whole else 0)
     return operations / rate + grids * sum(matrix.numel for matrix in first)

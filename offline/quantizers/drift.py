@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offline.quantizers.gptq import NOT_FINITE, Feedback, share_of_chance
 
-# Tokens at most that what became of each feature alone is seen in.
+# What became of each feature alone is seen in so many tokens at most.
 FEW = 2048
 # What became of a feature in a few tokens is chance. So many more, in which nothing became of it, are thought of.
 _UNCHANGED = 8
@@ -29,6 +29,11 @@ def tells_all(tokens: int, features: int) -> bool:
     return tokens >= features
 
 
+def looked_at(tokens: int) -> slice:
+    """Those of so many tokens, evenly spread, that tell what became of each feature alone."""
+    return slice(0, tokens, -(-tokens // FEW))
+
+
 def drift(inputs: Tensor, wanted: Callable[[slice], Tensor], counts: Tensor) -> Tensor:
     """``differences.T @ counts.diag() @ inputs``, ``[in_features, in_features]``, with less of what only a sample has
     off the diagonal, and less of all where tokens are few; or the diagonal, ``[in_features]``, from ``FEW`` tokens at
@@ -40,7 +45,7 @@ def drift(inputs: Tensor, wanted: Callable[[slice], Tensor], counts: Tensor) -> 
     tokens, features = inputs.shape
     parts = [slice(start, start + _TOKENS) for start in range(0, tokens, _TOKENS)]
     if not tells_all(tokens, features):
-        few = slice(0, tokens, -(-tokens // FEW))
+        few = looked_at(tokens)
         given, some = inputs[few], counts[few]
         for_all = counts.sum() / some.sum() if bool(some.any()) else 0.0
         return _finite(some @ (wanted(few) - given).mul_(given) * (for_all * _trust(some)))
