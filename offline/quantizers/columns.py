@@ -14,9 +14,11 @@ from torch import Tensor
 
 from alphaq_vllm.packing import grid_steps, grid_zero_points
 from offline.quantizers import native
-from offline.quantizers.groups import steps_around, stored_grid
+from offline.quantizers.grids import grid_attempts, mse_grid
+from offline.quantizers.groups import quantize_groups, steps_around, stored_grid
+from offline.quantizers.quantize import chunks
 
-# What is taken for no more than rounding in a determinant, by its terms.
+# What is taken for no more than rounding in a determinant, by its terms. It stands in native/columns.h as well.
 _ROUNDING = 1e-6
 
 
@@ -49,19 +51,53 @@ class Columns:
     def round(self, block: Tensor, corrected: Tensor, factor: Tensor, errors: Tensor) -> None:
         """Round columns from the last to the first, each moved by the errors of those after it, and write the errors.
 
-        block: ``[group_size, rows]`` float32, of which the errors are; corrected: what is rounded, which may be
-        overwritten; factor: ``[group_size, group_size]`` with contiguous rows, of which row i above the diagonal says
-        how errors move column i.
+        block: ``[group_size, rows]`` float32, of which the errors are; corrected: what is rounded, which is
+        overwritten; factor: ``[group_size, group_size]``, of which row i above the diagonal says how errors move
+        column i.
         """
         step, offset, top = self.step, self.zero, 2**self.num_bits - 1
-        if block.device.type == "cpu" and (code := native.library()):
-            native.round_columns(code, block, corrected, factor, step, offset, top, self.codes, errors)
-            return
         for j in reversed(range(len(block))):
             rounded = (corrected[j] / step).add_(offset).clamp_(0, top).round_()
             self.codes[j] = rounded
             errors[j] = block[j] - (rounded - offset) * step
             corrected[:j].addr_(factor[:j, j], errors[j])
+
+
+def round_group(
+    block: Tensor, moved: Tensor, scales: Tensor, factor: Tensor, costs: Tensor, num_bits: int, improvements: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize the columns of a group: each is moved by the errors of those after it, and then all become better.
+
+    block: ``[group_size, rows]`` float32, the columns; moved: how those after the group, and what pulls at them, move
+    them; scales: of the rows, as stored; factor: ``[group_size, group_size]``, contiguous, and costs: of
+    ``gptq.Feedback``, for these columns; improvements: how often they become better. On a CPU native code does it where
+    there is one.
+    Returns codes uint8 and errors float32, as ``block``, and the grids as stored, ``[rows]``. Raises ValueError for NaN
+    or Inf.
+    """
+    # Columns before the group will make up for what they can of its errors: the rest counts.
+    to_gradient = (factor.T * costs).contiguous()
+    own = to_gradient @ factor
+    if block.device.type == "cpu" and (code := native.library()):
+        attempts = grid_attempts(2**num_bits - 1)
+        of_rows = block.contiguous(), moved, scales[:, 0].float()
+        return native.round_group(code, *of_rows, num_bits, (factor, to_gradient, own), improvements, attempts)
+    corrected, errors = block + moved, torch.empty_like(moved)
+    grid = _find_grid(corrected, scales, num_bits)
+    columns = Columns(torch.empty_like(corrected, dtype=torch.uint8), scales[:, 0].float(), grid, num_bits)
+    columns.round(block, corrected, factor, errors)
+    if improvements:
+        errors += improve(columns, to_gradient @ torch.addmm(moved, factor, errors), own, improvements)
+    return columns.codes, columns.grid, errors
+
+
+def _find_grid(columns: Tensor, scales: Tensor, num_bits: int) -> Tensor:
+    """Grids for a group's columns, ``[rows]``."""
+    found = []
+    for rows, groups in chunks(columns.T.contiguous(), len(columns)):
+        found.append(quantize_groups(groups, num_bits, mse_grid, scales[: len(rows)])[2])
+        scales = scales[len(rows) :]
+    return torch.cat(found)[:, 0]
 
 
 def improve(columns: Columns, gradient: Tensor, own: Tensor, times: int) -> Tensor:

@@ -93,8 +93,15 @@ def pull(weight: Tensor, back: Feedback, drifted: Tensor) -> Tensor:
     ``costs`` times the square of ``factor @ E.T + pull``.
     weight: ``[out_features, in_features]``; drifted: of ``drift``.
     """
-    weight, order = weight.float(), back.order
-    found = ((weight * drifted).T if drifted.ndim == 1 else drifted.T @ weight.T)[order]
+    found = weight.new_empty(weight.shape[::-1], dtype=torch.float32)
+    whole = weight.float() if drifted.ndim == 2 else weight
+    # Some at a time: down's matrices are the largest, and each copy of one counts.
+    for into, some in zip(found.split(_ROWS), back.order.split(_ROWS), strict=True):
+        if drifted.ndim == 2:
+            torch.mm(drifted[:, some].T, whole.T, out=into)
+        else:
+            torch.mul(whole[:, some].T, drifted[some, None], out=into)
+    del whole
     for part in found.split(_ROWS, 1):
         part.copy_(torch.linalg.solve_triangular(back.factor.T, part, upper=False, unitriangular=True))
     return found.div_(back.costs[:, None])

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offline.quantizers.columns import Columns, improve
-from offline.quantizers.grids import mse_grid
-from offline.quantizers.groups import quantize_groups
-from offline.quantizers.quantize import Quantized, check_matrix, chunks, pack, scales_of
+from offline.quantizers.columns import round_group
+from offline.quantizers.quantize import Quantized, check_matrix, pack, scales_of
 
 # How often the columns of a group are improved: more changes little.
 IMPROVEMENTS = 3
@@ -27,9 +25,6 @@ IMPROVEMENTS = 3
 DAMPING, DAMPING_GROWTH = 0.03, 10.0
 # Of inputs, and of their products, that are looked at together; and of the blocks of a symmetric matrix.
 _ROWS, _BLOCK = 2048, 512
-# Rows of a group that are improved together, so that a CPU has them in its cache.
-_ROWS_IN_CACHE = 512
-_CONTIGUOUS = torch.contiguous_format
 NOT_FINITE = "calibration: expected finite activations, got NaN or Inf: the source is damaged"
 
 
@@ -171,52 +166,9 @@ def gptq(
         first = int(order.min())
         block = weight[:, first : first + group_size].float().T.contiguous()[order - first]
         moved = torch.addmm(errors[group], back.factor[group, group.stop :], errors[group.stop :])
-        own, costs = back.factor[group, group], back.costs[group]
-        rows = _ROWS_IN_CACHE if weight.device.type == "cpu" else out_features
-        of_columns = (tensor.split(rows, 1) for tensor in (block, moved, errors[group]))
-        done = [
-            _round(one, by, into, of_rows, own, costs, num_bits, improvements)
-            for one, by, into, of_rows in zip(*of_columns, scales.split(rows), strict=True)
-        ]
-        codes[order] = torch.cat([columns.codes for columns in done], 1)
-        grids[first] = torch.cat([columns.grid for columns in done])
+        some = back.factor[group, group].contiguous(), back.costs[group], num_bits, improvements
+        codes[order], grids[first], errors[group] = round_group(block, moved, scales, *some)
     grid = torch.stack([grids[first] for first in sorted(grids)], 1)
     sse = sum(part.double().square().sum().item() for part in errors.split(_ROWS))
     del errors
     return Quantized(pack(codes.T, num_bits), scales, grid, sse / weight.numel())
-
-
-def _round(
-    block: Tensor,
-    moved: Tensor,
-    errors: Tensor,
-    scales: Tensor,
-    own: Tensor,
-    costs: Tensor,
-    num_bits: int,
-    improvements: int,
-) -> Columns:
-    """Round a group's columns of some rows, and write their errors, ``[group_size, rows]`` as the first three.
-
-    block: the columns; moved: how those after the group, and what pulls at them, move them; scales: of the rows, as
-    stored; own, costs: of ``Feedback``, for these columns.
-    """
-    block, corrected, found = block.contiguous(), block + moved, torch.empty_like(errors, memory_format=_CONTIGUOUS)
-    grid = _grid(corrected.T.contiguous(), scales, num_bits)
-    columns = Columns(torch.empty_like(corrected, dtype=torch.uint8), scales[:, 0].float(), grid, num_bits)
-    columns.round(block, corrected, own, found)
-    if improvements:
-        # Columns before the group will make up for what they can of its errors: the rest counts.
-        left, weighted = torch.addmm(moved, own, found), own.T * costs
-        found += improve(columns, weighted @ left, weighted @ own, improvements)
-    errors.copy_(found)
-    return columns
-
-
-def _grid(weight: Tensor, scales: Tensor, num_bits: int) -> Tensor:
-    """The grids of one group in every row, ``[rows]``; weight: ``[rows, group_size]``, scales: of the rows."""
-    found = []
-    for rows, groups in chunks(weight, weight.shape[1]):
-        found.append(quantize_groups(groups, num_bits, mse_grid, scales[: len(rows)])[2])
-        scales = scales[len(rows) :]
-    return torch.cat(found)[:, 0]

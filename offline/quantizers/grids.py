@@ -50,8 +50,23 @@ def mse_grid(groups: Groups, top: int) -> tuple[Tensor, Tensor]:
     grid the best codes are the nearest ones. Alternating the two only finds the optimum nearby: each round here takes
     such a step from several disturbed copies of the best grid so far. On a CPU native code does it where there is one.
     """
+    device = groups.x.device
+    starts, factors, shifts = grid_attempts(top, device)
+    if device.type == "cpu" and (code := native.library()):
+        return native.mse_grid(code, groups, top, (starts, factors, shifts))
+    inverse_step = starts.view(-1, 1, 1).expand(-1, len(groups.x), 1)
+    inverse_step, zero = _refit(groups, inverse_step, torch.full_like(inverse_step, top / 2), top)
+    for factor, shift in zip(factors[..., None, None], shifts[..., None, None], strict=True):
+        inverse_step, zero = _refit(groups, inverse_step * factor, (zero - top / 2) * factor + top / 2 + shift, top)
+    return inverse_step, zero
+
+
+def grid_attempts(top: int, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``mse_grid`` tries: inverse steps of the first grids, ``[len(STARTS)]``, and by what the best grid is
+    stretched and shifted, ``[ROUNDS, 1 + DIRECTIONS]``, all float32.
+    """
     # Nothing is left to the default dtype, which vLLM changes while it loads a model.
-    dtype, device = torch.float32, groups.x.device
+    dtype = torch.float32
     starts = top / 2 / (1 - torch.tensor(STARTS, dtype=dtype, device=device) / math.sqrt(top + 1))
     angles = torch.arange(DIRECTIONS, dtype=dtype, device=device) * (2 * math.pi / DIRECTIONS)
     # The undisturbed grid competes too, so that no round can make matters worse.
@@ -59,13 +74,7 @@ def mse_grid(groups: Groups, top: int) -> tuple[Tensor, Tensor]:
     ring = torch.cat((torch.zeros_like(ring[:, :1]), ring), 1)
     stretches, shifts = ring[:, None] / 2 ** torch.arange(ROUNDS, dtype=dtype, device=device)[:, None]
     factors = (2 / top * stretches).exp()
-    if device.type == "cpu" and (code := native.library()):
-        return native.mse_grid(code, groups, top, starts, factors, shifts)
-    inverse_step = starts.view(-1, 1, 1).expand(-1, len(groups.x), 1)
-    inverse_step, zero = _refit(groups, inverse_step, torch.full_like(inverse_step, top / 2), top)
-    for factor, shift in zip(factors[..., None, None], shifts[..., None, None], strict=True):
-        inverse_step, zero = _refit(groups, inverse_step * factor, (zero - top / 2) * factor + top / 2 + shift, top)
-    return inverse_step, zero
+    return starts, factors, shifts
 
 
 def _refit(groups: Groups, inverse_step: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:

@@ -40,24 +40,19 @@ def normalize(code: ctypes.CDLL, weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def mse_grid(
-    code: ctypes.CDLL, groups: Groups, top: int, starts: Tensor, factors: Tensor, shifts: Tensor
+    code: ctypes.CDLL, groups: Groups, top: int, attempts: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The search of ``grids.mse_grid``.
 
-    code: ``library()``; starts: inverse steps of the first grids; factors, shifts: ``[rounds, directions]``, what
-    disturbs a grid, the identity first. All on the CPU, float32.
+    code: ``library()``; attempts: of ``grids.grid_attempts``. All on the CPU, float32.
     Returns inverse steps and zero points, ``[groups, 1]``.
     """
-    count, size = groups.x.shape
     inverse_step, zero = torch.empty_like(groups.mean), torch.empty_like(groups.mean)
     code.alphaq_mse_grid(
         *map(_at, (groups.x, groups.mean, groups.variance)),
-        *map(_int64, (count, size)),
+        *map(_int64, groups.x.shape),
         _float(top),
-        _at(starts),
-        _int64(len(starts)),
-        *map(_at, (factors, shifts)),
-        *map(_int64, factors.shape),
+        *_attempts(*attempts),
         *map(_at, (inverse_step, zero)),
     )
     return inverse_step, zero
@@ -93,33 +88,39 @@ def pack(code: ctypes.CDLL, codes: Tensor, num_bits: int) -> Tensor:
     return words
 
 
-def round_columns(
+def round_group(
     code: ctypes.CDLL,
     block: Tensor,
-    corrected: Tensor,
-    factor: Tensor,
-    step: Tensor,
-    offset: Tensor,
-    top: int,
-    codes: Tensor,
-    errors: Tensor,
-) -> None:
-    """The loop of ``gptq`` over the columns of one group.
+    moved: Tensor,
+    scale: Tensor,
+    num_bits: int,
+    effects: tuple[Tensor, Tensor, Tensor],
+    improvements: int,
+    attempts: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``columns.round_group`` computes.
 
-    code: ``library()``; block, corrected: ``[size, rows]``, the columns; factor: ``[size, size]``, of contiguous rows;
-    step, offset: ``[rows]``; codes, errors: ``[size, rows]``, which are written, uint8 and float32. All on the CPU, the
-    others float32.
+    code: ``library()``; block, moved, improvements: as there; scale: ``[rows]`` float32; effects: the factor, what
+    makes a gradient of its product with the errors, and the weight of errors, all ``[group_size, group_size]``;
+    attempts: of ``grids.grid_attempts``. All on the CPU.
     """
-    assert factor.stride(1) == 1
-    code.alphaq_gptq_columns(
-        *map(_at, (block, corrected)),
-        _pointer(factor.data_ptr()),
-        _int64(factor.stride(0)),
-        *map(_at, (step, offset)),
-        *map(_int64, block.shape),
-        _float(top),
-        *map(_at, (codes, errors)),
+    codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+    grid = torch.empty_like(scale, dtype=GRID_DTYPE)
+    finite = code.alphaq_round_group(
+        *map(_at, (block, moved, scale)),
+        *map(_int64, (*block.shape, num_bits)),
+        *map(_at, effects),
+        _int64(improvements),
+        *_attempts(*attempts),
+        *map(_at, (codes, grid, errors)),
     )
+    if not finite:
+        raise ValueError("weight: expected finite values, got NaN or Inf: repair the source checkpoint")
+    return codes, grid, errors
+
+
+def _attempts(starts: Tensor, factors: Tensor, shifts: Tensor) -> tuple[object, ...]:
+    return _at(starts), _int64(len(starts)), *map(_at, (factors, shifts)), *map(_int64, factors.shape)
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

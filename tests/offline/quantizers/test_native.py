@@ -9,11 +9,11 @@ import torch
 
 from alphaq_vllm.native_build import QUANTIZERS, load, supported
 from offline.quantizers import native
-from offline.quantizers.columns import Columns
+from offline.quantizers.columns import round_group
 from offline.quantizers.gptq import feedback, gptq
 from offline.quantizers.grids import rtn_grid
 from offline.quantizers.groups import encode, normalize, quantize_groups
-from offline.quantizers.quantize import pack, quantize
+from offline.quantizers.quantize import pack, quantize, scales_of
 from tests.offline.quantizers.samples import gaussian, restore, student_t5
 
 WIDTHS = (1, 2, 3, 4, 5, 8)
@@ -139,21 +139,31 @@ def test_gptq_has_the_error_of_that_of_torch(num_bits, use):
         assert found.mse == pytest.approx(expected.mse, rel=0.01)
 
 
-def test_columns_are_rounded_as_by_torch(use, monkeypatch):
-    """Grids apart, there is one right answer, but for codes that rounding decides."""
-    block, factor = student_t5(64, 77), feedback(gaussian(300, 64), 64).factor
-    moved = gaussian(64, 77, seed=3) / 8
-    scale, grid = gaussian(77).abs() / 10 + 0.01, torch.arange(77, dtype=torch.uint8) * 3
-    results = []
+# Sums in another order say now and then that another grid or code is better, and what comes after follows it.
+@pytest.mark.parametrize(("improvements", "least"), [(0, 0.95), (1, 0.85), (3, 0.75)])
+@pytest.mark.parametrize("num_bits", WIDTHS)
+def test_columns_are_rounded_as_by_torch(num_bits, improvements, least, use):
+    weight, back = student_t5(77, 64), feedback(gaussian(300, 64) @ (gaussian(64, 64, seed=1) / 8 + torch.eye(64)), 64)
+    block, moved = weight.T.contiguous(), gaussian(64, 77, seed=3) / 8
+    some = scales_of(weight, num_bits, 64), back.factor, back.costs, num_bits, improvements
+    use(None)
+    expected = round_group(block, moved, *some)
+    for name in supported():
+        use(name)
+        codes, grid, errors = round_group(block, moved, *some)
+        same = (grid == expected[1]) & (codes == expected[0]).all(0)
+        assert same.float().mean() > least
+        torch.testing.assert_close(errors[:, same], expected[2][:, same], rtol=1e-4, atol=1e-4)
+
+
+def test_columns_that_became_infinite_are_refused(use):
+    block, moved, ones = gaussian(64, 77), torch.zeros(64, 77), torch.ones(64)
+    moved[3, 76] = torch.inf
+    scales = torch.ones(77, 1, dtype=torch.bfloat16)
     for name in (None, *supported()):
         use(name)
-        codes, errors = torch.empty(64, 77, dtype=torch.uint8), torch.empty(64, 77)
-        Columns(codes, scale, grid, 3).round(block, block + moved, factor, errors)
-        results.append((codes, errors))
-    for codes, errors in results[1:]:
-        same = (codes == results[0][0]).all(0)
-        assert same.float().mean() > 0.95
-        torch.testing.assert_close(errors[:, same], results[0][1][:, same], rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="expected finite values"):
+            round_group(block, moved, scales, ones.diag(), ones, 3, 3)
 
 
 @pytest.mark.parametrize("num_bits", WIDTHS)
