@@ -24,7 +24,9 @@ IMPROVEMENTS = 3
 # Share of the mean diagonal that is added to the diagonal of X^T X, and its growth until a factor exists.
 DAMPING, DAMPING_GROWTH = 0.03, 10.0
 # Of inputs, and of their products, that are looked at together; and of the blocks of a symmetric matrix.
-_ROWS, _BLOCK = 2048, 512
+_ROWS, _BLOCK = 1024, 512
+# Whole groups that are moved together by those after them.
+_COLUMNS = 512
 NOT_FINITE = "calibration: expected finite activations, got NaN or Inf: the source is damaged"
 
 
@@ -160,15 +162,21 @@ def gptq(
     errors = torch.zeros(in_features, out_features, device=weight.device) if pull is None else pull
     codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
     grids: dict[int, Tensor] = {}
-    for start in reversed(range(0, in_features, group_size)):
-        group = slice(start, start + group_size)
-        order = back.order[group]
-        first = int(order.min())
-        block = weight[:, first : first + group_size].float().T.contiguous()[order - first]
-        moved = torch.addmm(errors[group], back.factor[group, group.stop :], errors[group.stop :])
-        some = back.factor[group, group].contiguous(), back.costs[group], num_bits, improvements
-        codes[order], grids[first], errors[group] = round_group(block, moved, scales, *some)
+    for begin in reversed(range(0, in_features, _COLUMNS)):
+        # What comes after moves many columns at once: products of few rows take longer for each.
+        end = min(begin + _COLUMNS, in_features)
+        moved_by_others = torch.addmm(errors[begin:end], back.factor[begin:end, end:], errors[end:])
+        for start in reversed(range(begin, end, group_size)):
+            stop = start + group_size
+            group, after = slice(start, stop), slice(stop, end)
+            order = back.order[group]
+            first = int(order.min())
+            block = weight[:, first : first + group_size].float().T.contiguous()[order - first]
+            moved = torch.addmm(moved_by_others[start - begin : stop - begin], back.factor[group, after], errors[after])
+            some = back.factor[group, group].contiguous(), back.costs[group], num_bits, improvements
+            codes[order], grids[first], errors[group] = round_group(block, moved, scales, *some)
     grid = torch.stack([grids[first] for first in sorted(grids)], 1)
-    sse = sum(part.double().square().sum().item() for part in errors.split(_ROWS))
-    del errors
+    sse = sum(float(part.square().sum(dtype=torch.float64)) for part in errors.split(group_size))
+    # Before codes are packed, which takes memory as well.
+    del errors, pull
     return Quantized(pack(codes.T, num_bits), scales, grid, sse / weight.numel())
