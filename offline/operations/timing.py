@@ -112,9 +112,9 @@ def _gptq_seconds(job: Job, num_bits: int, tokens: int) -> float:
     grids = min(_seconds(lambda: gptq(rows, back, num_bits, job.group_size)) for _ in range(_RUNS)) / rows.numel()
     square = torch.ones(_SIDE, _SIDE, device=rows.device)
     rate = 2 * _SIDE**3 / min(_seconds(lambda: square @ square) for _ in range(_RUNS))
-    # Half of X^T X, a Cholesky factor of it, and what errors of columns do to the others.
+    # Half of X^T X, a Cholesky factor of it, and what more errors do to other columns where these are more.
     operations = sum(tokens * size**2 + size**3 / 3 for size in (columns, first[-1].shape[1]))
-    operations += sum(matrix.shape[0] * matrix.shape[1] ** 2 for matrix in first)
+    operations += sum(matrix.numel * (matrix.shape[1] - columns) for matrix in first)
     # What the first matrices made of tokens, and what down has to make up for.
     *into, (out_features, inner) = (matrix.shape for matrix in first)
     whole = tells_all(tokens, inner)

@@ -69,29 +69,27 @@ def round_group(
     """Quantize the columns of a group: each is moved by the errors of those after it, and then all become better.
 
     block: ``[group_size, rows]`` float32, the columns; moved: how those after the group, and what pulls at them, move
-    them; scales: of the rows, as stored; factor: ``[group_size, group_size]``, contiguous, and costs: of
-    ``gptq.Feedback``, for these columns; improvements: how often they become better. On a CPU native code does it where
-    there is one.
+    them; scales: of the rows, as stored; factor: ``[group_size, group_size]``, and costs: of ``gptq.Feedback``, for
+    these columns; improvements: how often they become better. On a CPU native code does it where there is one.
     Returns codes uint8 and errors float32, as ``block``, and the grids as stored, ``[rows]``. Raises ValueError for NaN
     or Inf.
     """
     # Columns before the group will make up for what they can of its errors: the rest counts.
-    to_gradient = (factor.T * costs).contiguous()
-    own = to_gradient @ factor
+    factor, to_gradient = factor.contiguous(), (factor.T * costs).contiguous()
+    own, scale = to_gradient @ factor, scales[:, 0].float()
     if block.device.type == "cpu" and (code := native.library()):
-        attempts = grid_attempts(2**num_bits - 1)
-        of_rows = block.contiguous(), moved, scales[:, 0].float()
-        return native.round_group(code, *of_rows, num_bits, (factor, to_gradient, own), improvements, attempts)
+        some = (factor, to_gradient, own), improvements, grid_attempts(2**num_bits - 1, block.device)
+        return native.round_group(code, block.contiguous(), moved, scale, num_bits, *some)
     corrected, errors = block + moved, torch.empty_like(moved)
-    grid = _find_grid(corrected, scales, num_bits)
-    columns = Columns(torch.empty_like(corrected, dtype=torch.uint8), scales[:, 0].float(), grid, num_bits)
+    grid = _best_grids(corrected, scales, num_bits)
+    columns = Columns(torch.empty_like(corrected, dtype=torch.uint8), scale, grid, num_bits)
     columns.round(block, corrected, factor, errors)
     if improvements:
         errors += improve(columns, to_gradient @ torch.addmm(moved, factor, errors), own, improvements)
     return columns.codes, columns.grid, errors
 
 
-def _find_grid(columns: Tensor, scales: Tensor, num_bits: int) -> Tensor:
+def _best_grids(columns: Tensor, scales: Tensor, num_bits: int) -> Tensor:
     """Grids for a group's columns, ``[rows]``."""
     found = []
     for rows, groups in chunks(columns.T.contiguous(), len(columns)):

@@ -4,8 +4,8 @@ Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 in the form of Chee et al., *QuIP: 2-Bit Quantization of Large Language Models With Guarantees*, arXiv 2307.13304, which
 needs no inverse: the errors of the columns that are done move what the next one is rounded from.
 
-That is greedy, on grids that know nothing of the inputs. So the columns of each group are improved as ``improve`` says,
-by what those after them cannot make up for.
+That is greedy, on grids that know nothing of the inputs. So the columns of each group are improved, as
+``columns.improve`` says, by what those after them cannot make up for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from offline.quantizers.quantize import Quantized, check_matrix, pack, scales_of
 IMPROVEMENTS = 3
 # Share of the mean diagonal that is added to the diagonal of X^T X, and its growth until a factor exists.
 DAMPING, DAMPING_GROWTH = 0.03, 10.0
-# Of inputs, and of their products, that are looked at together; and of the blocks of a symmetric matrix.
+# Inputs that are looked at together, and rows and columns of their products.
 _ROWS, _BLOCK = 1024, 512
 # Whole groups that are moved together by those after them.
 _COLUMNS = 512
@@ -173,10 +173,10 @@ def gptq(
             first = int(order.min())
             block = weight[:, first : first + group_size].float().T.contiguous()[order - first]
             moved = torch.addmm(moved_by_others[start - begin : stop - begin], back.factor[group, after], errors[after])
-            some = back.factor[group, group].contiguous(), back.costs[group], num_bits, improvements
+            some = back.factor[group, group], back.costs[group], num_bits, improvements
             codes[order], grids[first], errors[group] = round_group(block, moved, scales, *some)
     grid = torch.stack([grids[first] for first in sorted(grids)], 1)
-    sse = sum(float(part.square().sum(dtype=torch.float64)) for part in errors.split(group_size))
+    sse = float(sum(part.double().square_().sum() for part in errors.split(group_size)))
     # Before codes are packed, which takes memory as well.
     del errors, pull
     return Quantized(pack(codes.T, num_bits), scales, grid, sse / weight.numel())

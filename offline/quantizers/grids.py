@@ -61,7 +61,7 @@ def mse_grid(groups: Groups, top: int) -> tuple[Tensor, Tensor]:
     return inverse_step, zero
 
 
-def grid_attempts(top: int, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def grid_attempts(top: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """What ``mse_grid`` tries: inverse steps of the first grids, ``[len(STARTS)]``, and by what the best grid is
     stretched and shifted, ``[ROUNDS, 1 + DIRECTIONS]``, all float32.
     """

@@ -19,7 +19,7 @@ from offline.quantizers import native
 
 SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(SCALE_DTYPE).tiny, torch.finfo(SCALE_DTYPE).max / 16
 # Of a grid: steps are 1 to 16 scales, zero points 6 to 21 thirty-seconds of the number of codes. This, and how many
-# bits are few, stands in native/quantize.cpp as well.
+# bits are few, stands in native/grids.h as well.
 _STEPS, _FIRST_ZERO, _LAST_ZERO, _ZERO_PARTS = 16, 6, 21, 32
 # In scales of its row, the step with which the widest group's grid reaches all its weights. Of few codes the best grids
 # are finer than that, so it may be the largest; of many they are about as wide, and zero points leave less room.
@@ -62,7 +62,7 @@ def normalize(weight: Tensor, group_size: int) -> Groups:
         mean = x.mean(-1, keepdim=True)
         variance = (x - mean).square_().mean(-1, keepdim=True)
     if not radius.isfinite().all():
-        raise ValueError("weight: expected finite values, got NaN or Inf: repair the source checkpoint")
+        raise ValueError(native.NOT_FINITE)
     return Groups(weight, x, center, radius, mean, variance, per_row)
 
 

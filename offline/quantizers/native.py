@@ -17,6 +17,7 @@ from alphaq_vllm.packing import UNIT
 if TYPE_CHECKING:
     from offline.quantizers.groups import Groups
 
+NOT_FINITE = "weight: expected finite values, got NaN or Inf: repair the source checkpoint"
 _pointer, _int64, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -100,9 +101,8 @@ def round_group(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``columns.round_group`` computes.
 
-    code: ``library()``; block, moved, improvements: as there; scale: ``[rows]`` float32; effects: the factor, what
-    makes a gradient of its product with the errors, and the weight of errors, all ``[group_size, group_size]``;
-    attempts: of ``grids.grid_attempts``. All on the CPU.
+    code: ``library()``; block, moved, improvements: as there; scale: ``[rows]`` float32; effects: ``factor``,
+    ``to_gradient`` and ``own`` there; attempts: of ``grids.grid_attempts``. All on the CPU.
     """
     codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
     grid = torch.empty_like(scale, dtype=GRID_DTYPE)
@@ -115,7 +115,7 @@ def round_group(
         *map(_at, (codes, grid, errors)),
     )
     if not finite:
-        raise ValueError("weight: expected finite values, got NaN or Inf: repair the source checkpoint")
+        raise ValueError(NOT_FINITE)
     return codes, grid, errors
 
 

@@ -1,12 +1,15 @@
 // The columns of a group while GPTQ quantizes it: see gptq.py and columns.py. Lanes are rows of the matrix.
 #pragma once
 
+#include <cstring>
+#include <vector>
+
 #include "grids.h"
 
 namespace {
 
 // Vectors of lanes that are worked on at a time, so that a factor is loaded once for them; and rows of a product that
-// are computed together, so that columns are loaded once for them. These divide the sizes of groups.
+// are computed together, so that columns are loaded once for them. TOGETHER must divide the sizes of groups.
 constexpr int WIDE = 4, TOGETHER = LANES == 16 ? 4 : 2;
 // What is taken for no more than rounding in a determinant, by its terms: as in columns.py.
 constexpr float ROUNDING = 1e-6f;
@@ -58,21 +61,21 @@ inline void multiply(const float* matrix, const std::vector<Wide>& columns, std:
   }
 }
 
-// What all rows of a group share, all [size, size]: factor, of Feedback; gradient: from what is left of errors to how
-// they change what counts of them; products: to how each column does, which is H in columns.py.
+// What all rows of a group share, all [size, size]: factor, of Feedback; to_gradient: makes a gradient of what is left
+// of the errors; own: weighs them, as in columns.py.
 struct Effects {
-  const float *factor, *gradient, *products;
+  const float *factor, *to_gradient, *own;
   int64_t size;
-  // Of products: each row by its diagonal, the sums of rows, and of all.
+  // Of own: each row by its diagonal, the sums of rows, and of all.
   std::vector<float> relative, sums;
   float sum = 0;
 
-  Effects(const float* factor, const float* gradient, const float* products, int64_t size)
-      : factor(factor), gradient(gradient), products(products), size(size), relative(size * size), sums(size) {
+  Effects(const float* factor, const float* to_gradient, const float* own, int64_t size)
+      : factor(factor), to_gradient(to_gradient), own(own), size(size), relative(size * size), sums(size) {
     for (int64_t i = 0; i < size; ++i) {
       for (int64_t j = 0; j < size; ++j) {
-        relative[i * size + j] = products[i * size + j] / products[i * size + i];
-        sums[i] += products[i * size + j];
+        relative[i * size + j] = own[i * size + j] / own[i * size + i];
+        sums[i] += own[i * size + j];
       }
       sum += sums[i];
     }
@@ -86,7 +89,7 @@ struct Columns {
   std::vector<Wide> block, moved, codes;
   // The scales of the rows, and grids, as in Stored; what these mean for codes.
   Wide scale, steps, parts, step, zero;
-  // Of the errors, what counts; what became of columns; and room.
+  // How the loss follows each column, what last moved the others, and room.
   std::vector<Wide> gradient, changes, products;
   std::vector<Floats> weight, x;
 
@@ -103,10 +106,6 @@ struct Columns {
         weight(size),
         x(size) {}
 
-  float all_codes() const { return static_cast<float>(1 << num_bits); }
-
-  Floats zero_point(Floats of_parts) const { return of_parts * (all_codes() / ZERO_PARTS); }
-
   Floats value(int64_t j, int part) const { return (codes[j].parts[part] - zero.parts[part]) * step.parts[part]; }
 
   Floats error(int64_t j, int part) const { return block[j].parts[part] - value(j, part); }
@@ -115,7 +114,7 @@ struct Columns {
   void take_grids() {
     for (int part = 0; part < WIDE; ++part) {
       step.parts[part] = scale.parts[part] * steps.parts[part];
-      zero.parts[part] = zero_point(parts.parts[part]);
+      zero.parts[part] = zero_point(parts.parts[part], num_bits);
     }
   }
 
@@ -126,7 +125,7 @@ struct Columns {
       for (int64_t j = 0; j < size; ++j) weight[j] = block[j].parts[part] + moved[j].parts[part];
       const Groups groups = normalize(weight.data(), size, x.data());
       for (int64_t lane = 0; lane < LANES; ++lane) finite &= groups.radius[lane] <= __FLT_MAX__;
-      const Grid grid = search(groups, spread(all_codes() - 1), attempts);
+      const Grid grid = search(groups, spread(all_codes(num_bits) - 1), attempts);
       const Stored best = choose({weight.data(), size, num_bits, scale.parts[part]}, groups, grid);
       steps.parts[part] = best.steps;
       parts.parts[part] = best.parts;
@@ -140,7 +139,7 @@ struct Columns {
   // what is to move others once it has its code.
   template <typename From, typename Change>
   void round(const float* matrix, From from, Change change) {
-    const Floats top = spread(all_codes() - 1);
+    const Floats top = spread(all_codes(num_bits) - 1);
     for (int64_t j = size - 1; j >= 0; --j) {
       Wide sums;
       for (int part = 0; part < WIDE; ++part) sums.parts[part] = from(j, part);
@@ -168,7 +167,7 @@ struct Columns {
     multiply(effects.factor, changes, products);
     for (int64_t j = 0; j < size; ++j)
       for (int part = 0; part < WIDE; ++part) products[j].parts[part] += moved[j].parts[part];
-    multiply(effects.gradient, products, gradient);
+    multiply(effects.to_gradient, products, gradient);
     for (int64_t i = 0; i < times; ++i) {
       fit_grids();
       fit_codes();
@@ -178,17 +177,17 @@ struct Columns {
 
   void fit_codes() {
     const auto from = [&](int64_t j, int part) {
-      return value(j, part) + gradient[j].parts[part] / effects.products[j * size + j];
+      return value(j, part) + gradient[j].parts[part] / effects.own[j * size + j];
     };
     const auto change = [&](int64_t j, int part, Floats before) { return before - value(j, part); };
     round(effects.relative.data(), from, change);
-    multiply(effects.products, changes, products);
+    multiply(effects.own, changes, products);
     for (int64_t j = 0; j < size; ++j)
       for (int part = 0; part < WIDE; ++part) gradient[j].parts[part] += products[j].parts[part];
   }
 
   void fit_grids() {
-    multiply(effects.products, codes, products);
+    multiply(effects.own, codes, products);
     for (int part = 0; part < WIDE; ++part) fit_grids(part);
     take_grids();
   }
@@ -213,8 +212,8 @@ struct Columns {
       const Floats new_step = candidate * unit, slope_of = new_step - now;
       // The best shift beside this slope.
       const Floats best_zero = (offset - (q - b * slope_of) / c) / new_step;
-      const Floats stored = nearest(clamped(best_zero * (ZERO_PARTS / all_codes()), FIRST_ZERO, spread(LAST_ZERO)));
-      const Floats shift_of = offset - zero_point(stored) * new_step;
+      const Floats stored = nearest_parts(best_zero, num_bits);
+      const Floats shift_of = offset - zero_point(stored, num_bits) * new_step;
       const Floats loss = a * slope_of * slope_of + 2.0f * b * slope_of * shift_of + c * shift_of * shift_of;
       const Floats gain = 2.0f * (p * slope_of + q * shift_of) - loss;
       // NaN of what overflows is not better.

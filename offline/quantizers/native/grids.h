@@ -11,6 +11,19 @@ constexpr float STEPS = 16, FIRST_ZERO = 6, LAST_ZERO = 21, ZERO_PARTS = 32;
 // Grids of more bits are tried with a third step.
 constexpr int64_t FEW_BITS = 4;
 
+// The number of codes.
+inline float all_codes(int64_t num_bits) { return static_cast<float>(1 << num_bits); }
+
+// A zero point, in codes, of its parts, and the parts of the nearest one that can be stored. NaN becomes the first.
+inline Floats zero_point(Floats parts, int64_t num_bits) { return parts * (all_codes(num_bits) / ZERO_PARTS); }
+
+inline Floats nearest_parts(Floats zero, int64_t num_bits) {
+  return nearest(clamped(zero * (ZERO_PARTS / all_codes(num_bits)), FIRST_ZERO, spread(LAST_ZERO)));
+}
+
+// The byte that stores a grid, as a number.
+inline Floats grid_byte(Floats steps, Floats parts) { return (parts - FIRST_ZERO) * 16.0f + (steps - 1.0f); }
+
 // A grid for each lane: code = inverse_step * x + zero.
 struct Grid {
   Floats inverse_step, zero;
@@ -109,7 +122,7 @@ struct Weights {
   int64_t size, num_bits;
   Floats scale;
 
-  float codes() const { return static_cast<float>(1 << num_bits); }
+  float codes() const { return all_codes(num_bits); }
 };
 
 // A grid for each lane as it is stored: its step in scales, its zero point in parts, and the squared error it leaves.
@@ -120,7 +133,7 @@ struct Stored {
 
 // The weights of place k in codes, before they are rounded. Divided as in torch: a product with the inverse differs.
 inline Floats exact_codes(const Weights& of, const Stored& grid, int64_t k) {
-  const Floats zero = grid.parts * (of.codes() / ZERO_PARTS);
+  const Floats zero = zero_point(grid.parts, of.num_bits);
   return of.weight[k] / (of.scale * grid.steps) + zero;
 }
 
@@ -155,7 +168,7 @@ inline void compete(const Weights& of, Floats step, Floats middle, Ints open, St
     Floats zero = step < of.scale ? spread(codes / 2) : exact;
     // NaN comes of searches in groups whose weights are all equal.
     zero = zero == zero ? zero : spread(half);
-    const Floats parts = nearest(clamped(zero * (ZERO_PARTS / codes), FIRST_ZERO, spread(LAST_ZERO)));
+    const Floats parts = nearest_parts(zero, of.num_bits);
     Stored grid{candidates[i], parts, Doubles{}};
     grid.error = squared_error(of, grid);
     // The first one, however bad, is better than the NaN before it.

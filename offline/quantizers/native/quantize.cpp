@@ -73,10 +73,11 @@ ALPHAQ_EXPORT void alphaq_store_groups(const float* weight, const float* center,
     const Stored best = choose(weights, groups, {lanes.values(inverse_steps), lanes.values(zeros)});
     const Floats top = spread(weights.codes() - 1);
     for (int64_t k = 0; k < size; ++k) found[k] = bytes(nearest(clamped(exact_codes(weights, best, k), 0, top)));
+    const Floats stored = grid_byte(best.steps, best.parts);
     for (int64_t lane = 0; lane < lanes.count; ++lane) {
       const int64_t group = lanes.group(lane);
       for (int64_t k = 0; k < size; ++k) codes[group * size + k] = found[k][lane];
-      grids[group] = static_cast<uint8_t>((best.parts[lane] - FIRST_ZERO) * 16 + (best.steps[lane] - 1));
+      grids[group] = static_cast<uint8_t>(stored[lane]);
       errors[group] = best.error[lane];
     }
   });
@@ -96,16 +97,16 @@ ALPHAQ_EXPORT void alphaq_pack(const uint8_t* codes, int64_t units, int64_t num_
 }
 
 // See round_group of columns.py.
-// block, moved [size, rows], scales [rows]: as there; factor, gradient, products [size, size]: see Effects; starts and
-// the five after it: see Attempts; codes [size, rows], grids [rows], errors [size, rows]: what comes of it. Returns
-// whether all is finite.
+// block, moved [size, rows]: as there; scales [rows]: of the rows; factor, to_gradient, own [size, size]: see Effects;
+// times: how often columns become better; starts and the five after it: see Attempts; codes [size, rows], grids [rows],
+// errors [size, rows]: what comes of it. Returns whether all is finite.
 ALPHAQ_EXPORT int alphaq_round_group(const float* block, const float* moved, const float* scales, int64_t size,
-                                     int64_t rows, int64_t num_bits, const float* factor, const float* gradient,
-                                     const float* products, int64_t times, const float* starts, int64_t num_starts,
+                                     int64_t rows, int64_t num_bits, const float* factor, const float* to_gradient,
+                                     const float* own, int64_t times, const float* starts, int64_t num_starts,
                                      const float* factors, const float* shifts, int64_t rounds, int64_t directions,
                                      uint8_t* codes, uint8_t* grids, float* errors) {
   const Attempts attempts{starts, num_starts, factors, shifts, rounds, directions};
-  const Effects effects(factor, gradient, products, size);
+  const Effects effects(factor, to_gradient, own, size);
   Columns columns(effects, num_bits);
   bool finite = true;
   by_rows(rows, [&](Rows some) {
@@ -117,12 +118,11 @@ ALPHAQ_EXPORT int alphaq_round_group(const float* block, const float* moved, con
     finite &= columns.find_grids(attempts);
     columns.round();
     if (times) columns.improve(times);
-    Wide bytes;
+    Wide stored, error;
     for (int part = 0; part < WIDE; ++part)
-      bytes.parts[part] = (columns.parts.parts[part] - FIRST_ZERO) * 16.0f + (columns.steps.parts[part] - 1.0f);
-    some.store(bytes, grids);
+      stored.parts[part] = grid_byte(columns.steps.parts[part], columns.parts.parts[part]);
+    some.store(stored, grids);
     for (int64_t j = 0; j < size; ++j) {
-      Wide error;
       for (int part = 0; part < WIDE; ++part) error.parts[part] = columns.error(j, part);
       some.store(error, errors + j * rows);
       some.store(columns.codes[j], codes + j * rows);

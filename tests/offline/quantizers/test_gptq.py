@@ -232,6 +232,18 @@ def test_each_improvement_lowers_the_error_of_outputs(num_bits, group_size):
     assert errors[2] < {32: 0.999, 128: 0.97}[group_size] * errors[0]
 
 
+def test_columns_that_are_moved_together_are_moved_as_one_group_after_another(monkeypatch):
+    """Sums in another order decide a few codes."""
+    weight, back = gaussian(40, 352), feedback(correlated(1000, 352), 32)
+    pull = gaussian(352, 40, seed=5) / 8
+    at_once = gptq(weight, back, 3, 32, pull=pull.clone())
+    # Two groups at a time, and one that is left.
+    monkeypatch.setattr("offline.quantizers.gptq._COLUMNS", 64)
+    found = gptq(weight, back, 3, 32, pull=pull.clone())
+    assert (found.grid == at_once.grid).float().mean() > 0.95
+    assert found.mse == pytest.approx(at_once.mse, rel=1e-3)
+
+
 def test_improvements_leave_groups_of_zeros_exact():
     weight = gaussian(9, 128)
     weight[:, 32:64] = 0

@@ -140,12 +140,15 @@ def test_gptq_has_the_error_of_that_of_torch(num_bits, use):
 
 
 # Sums in another order say now and then that another grid or code is better, and what comes after follows it.
-@pytest.mark.parametrize(("improvements", "least"), [(0, 0.95), (1, 0.85), (3, 0.75)])
+@pytest.mark.parametrize(
+    ("size", "improvements", "least"), [(64, 0, 0.95), (64, 1, 0.85), (32, 3, 0.75), (128, 3, 0.6)]
+)
 @pytest.mark.parametrize("num_bits", WIDTHS)
-def test_columns_are_rounded_as_by_torch(num_bits, improvements, least, use):
-    weight, back = student_t5(77, 64), feedback(gaussian(300, 64) @ (gaussian(64, 64, seed=1) / 8 + torch.eye(64)), 64)
-    block, moved = weight.T.contiguous(), gaussian(64, 77, seed=3) / 8
-    some = scales_of(weight, num_bits, 64), back.factor, back.costs, num_bits, improvements
+def test_columns_are_rounded_as_by_torch(num_bits, size, improvements, least, use):
+    inputs = gaussian(300, size) @ (gaussian(size, size, seed=1) / 8 + torch.eye(size))
+    weight, back = student_t5(77, size), feedback(inputs, size)
+    block, moved = weight.T.contiguous(), gaussian(size, 77, seed=3) / 8
+    some = scales_of(weight, num_bits, size), back.factor, back.costs, num_bits, improvements
     use(None)
     expected = round_group(block, moved, *some)
     for name in supported():
