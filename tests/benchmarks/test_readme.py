@@ -159,7 +159,9 @@ def at_budgets(column, how):
 def test_quality_against_time():
     ((head, rows),) = by_column(QUALITY, "`--effort`")
     lines = [
-        row for row in results("convert.jsonl") if (row.get("shape"), row.get("layers")) == ("qwen1.5-moe-a2.7b", 1)
+        row
+        for row in results("convert.jsonl")
+        if (row.get("shape"), row.get("layers"), row.get("workers")) == ("qwen1.5-moe-a2.7b", 1, 2)
     ]
     for effort, seconds, cpu_seconds, peak, how, *cells in rows:
         arguments = "" if effort == "1" else f"--effort {effort}"
@@ -307,8 +309,8 @@ def conversions_of_shapes(shape, layers, machine, date):
     for row in results("convert.jsonl"):
         if "shape" not in row:
             continue
-        run = (row["shape"], str(row["layers"]), row["cpu"], row["date"][:10], row["arguments"])
-        if run == (shape, layers, MACHINES[machine], date, ""):
+        run = (row["shape"], str(row["layers"]), row["cpu"], row["date"][:10], row["arguments"], row["workers"])
+        if run == (shape, layers, MACHINES[machine], date, "", 2):
             size, peak = (f"{row[key] / 1e9:.2f} GB" for key in ("source_bytes", "peak_bytes"))
             yield [size, f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}", peak]
 
