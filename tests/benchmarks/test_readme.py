@@ -294,14 +294,18 @@ def conversions(what, machine, date):
 
 def test_conversion():
     (_, peers), (_, shapes) = by_column(BENCHMARKS, "peak memory", "seconds")
-    assert (len(peers), len(shapes)) == (8, 6)
+    assert (len(peers), len(shapes)) == (8, 7)
     for what, *cells, machine, date in peers:
         assert cells in list(conversions(what, machine, date)), what
     for model, layers, *cells, machine, date in shapes:
         assert cells in list(conversions_of_shapes(CONVERTED[model], layers, machine, date)), (model, layers)
 
 
-CONVERTED = {"Qwen1.5-MoE-A2.7B": "qwen1.5-moe-a2.7b", "Mixtral-8x7B": "mixtral-8x7b"}
+CONVERTED = {
+    "Qwen1.5-MoE-A2.7B": "qwen1.5-moe-a2.7b",
+    "Mixtral-8x7B": "mixtral-8x7b",
+    "DeepSeek-V3": "deepseek-v3",
+}
 
 
 def conversions_of_shapes(shape, layers, machine, date):
