@@ -18,6 +18,8 @@ from offline.quantizers.grids import grid_attempts, mse_grid
 from offline.quantizers.groups import quantize_groups, steps_around, stored_grid
 from offline.quantizers.quantize import chunks
 
+# How many steps, and parts of a zero point, the grids are away that are tried beside the one that was searched.
+REACH = 2
 # What is taken for no more than rounding in a determinant, by its terms. It stands in native/columns.h as well.
 _ROUNDING = 1e-6
 
@@ -56,8 +58,9 @@ class Columns:
         column i.
         """
         step, offset, top = self.step, self.zero, 2**self.num_bits - 1
+        inverse = step.reciprocal()
         for j in reversed(range(len(block))):
-            rounded = (corrected[j] / step).add_(offset).clamp_(0, top).round_()
+            rounded = (corrected[j] * inverse).add_(offset).clamp_(0, top).round_()
             self.codes[j] = rounded
             errors[j] = block[j] - (rounded - offset) * step
             corrected[:j].addr_(factor[:j, j], errors[j])
@@ -68,9 +71,14 @@ def round_group(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize the columns of a group: each is moved by the errors of those after it, and then all become better.
 
+    To begin with, the columns are rounded on each of several grids, and the best is kept. Those around the one with
+    least error are nearly as good for single columns. But each sends the columns that follow another way, and the best
+    of many ways is better than one.
+
     block: ``[group_size, rows]`` float32, the columns; moved: how those after the group, and what pulls at them, move
     them; scales: of the rows, as stored; factor: ``[group_size, group_size]``, and costs: of ``gptq.Feedback``, for
-    these columns; improvements: how often they become better. On a CPU native code does it where there is one.
+    these columns; improvements: how often they become better, 0 for columns as rounded on the grid that was searched.
+    On a CPU native code does it where there is one.
     Returns codes uint8 and errors float32, as ``block``, and the grids as stored, ``[rows]``. Raises ValueError for NaN
     or Inf.
     """
@@ -78,12 +86,12 @@ def round_group(
     factor, to_gradient = factor.contiguous(), (factor.T * costs).contiguous()
     own, scale = to_gradient @ factor, scales[:, 0].float()
     if block.device.type == "cpu" and (code := native.library()):
-        some = (factor, to_gradient, own), improvements, grid_attempts(2**num_bits - 1, block.device)
+        some = (factor, to_gradient, own), REACH, improvements, grid_attempts(2**num_bits - 1, block.device)
         return native.round_group(code, block.contiguous(), moved, scale, num_bits, *some)
-    corrected, errors = block + moved, torch.empty_like(moved)
-    grid = _best_grids(corrected, scales, num_bits)
-    columns = Columns(torch.empty_like(corrected, dtype=torch.uint8), scale, grid, num_bits)
-    columns.round(block, corrected, factor, errors)
+    grids = _best_grids(block + moved, scales, num_bits)[None]
+    if improvements:
+        grids = _around(grids[0])
+    columns, errors = _round_on(grids, block, moved, scale, factor, costs, num_bits)
     if improvements:
         errors += improve(columns, to_gradient @ torch.addmm(moved, factor, errors), own, improvements)
     return columns.codes, columns.grid, errors
@@ -96,6 +104,41 @@ def _best_grids(columns: Tensor, scales: Tensor, num_bits: int) -> Tensor:
         found.append(quantize_groups(groups, num_bits, mse_grid, scales[: len(rows)])[2])
         scales = scales[len(rows) :]
     return torch.cat(found)[:, 0]
+
+
+def _around(grid: Tensor) -> Tensor:
+    """Grids as stored, ``[rows]``, and then those up to ``REACH`` steps and parts away: ``[grids, rows]``."""
+    away = torch.arange(-REACH, REACH + 1, device=grid.device)
+    steps, parts = torch.cartesian_prod(away, away)[:, :, None].unbind(1)
+    steps, parts = ((nibble + to).clamp(0, 15) for nibble, to in ((grid & 15, steps), (grid >> 4, parts)))
+    return torch.cat((grid[None], (parts << 4 | steps).to(grid.dtype)))
+
+
+def _round_on(
+    grids: Tensor, block: Tensor, moved: Tensor, scale: Tensor, factor: Tensor, costs: Tensor, num_bits: int
+) -> tuple[Columns, Tensor]:
+    """Columns rounded on the best of some grids, ``[grids, rows]``, and their errors, as ``block``.
+
+    A GPU takes all grids at once, for it can; a CPU one after the other, for memory.
+    """
+    rows = len(scale)
+    least = torch.full_like(scale, torch.inf)
+    best = Columns(torch.empty_like(block, dtype=torch.uint8), scale, torch.empty_like(grids[0]), num_bits)
+    best_errors = torch.empty_like(block)
+    for some in grids.split(1 if block.device.type == "cpu" else len(grids)):
+        all_scales, all_blocks = scale.repeat(len(some)), block.repeat(1, len(some))
+        columns = Columns(torch.empty_like(all_blocks, dtype=torch.uint8), all_scales, some.flatten(), num_bits)
+        corrected, errors = all_blocks + moved.repeat(1, len(some)), torch.empty_like(all_blocks)
+        columns.round(all_blocks, corrected, factor, errors)
+        # Columns before the group cannot make up for what rounding left of each.
+        left = corrected.sub_(all_blocks).add_(errors).square_().mul_(costs[:, None])
+        loss, which = left.sum(0).view(-1, rows).nan_to_num_(torch.finfo(torch.float32).max).min(0)
+        better, at = loss < least, which * rows + torch.arange(rows, device=which.device)
+        least = torch.where(better, loss, least)
+        best.grid = torch.where(better, columns.grid[at], best.grid)
+        best.codes = torch.where(better, columns.codes[:, at], best.codes)
+        best_errors = torch.where(better, errors[:, at], best_errors)
+    return best, best_errors
 
 
 def improve(columns: Columns, gradient: Tensor, own: Tensor, times: int) -> Tensor:

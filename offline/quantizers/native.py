@@ -96,13 +96,14 @@ def round_group(
     scale: Tensor,
     num_bits: int,
     effects: tuple[Tensor, Tensor, Tensor],
+    reach: int,
     improvements: int,
     attempts: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``columns.round_group`` computes.
 
     code: ``library()``; block, moved, improvements: as there; scale: ``[rows]`` float32; effects: ``factor``,
-    ``to_gradient`` and ``own`` there; attempts: of ``grids.grid_attempts``. All on the CPU.
+    ``to_gradient`` and ``own`` there; reach: ``REACH`` there; attempts: of ``grids.grid_attempts``. All on the CPU.
     """
     codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
     grid = torch.empty_like(scale, dtype=GRID_DTYPE)
@@ -110,7 +111,7 @@ def round_group(
         *map(_at, (block, moved, scale)),
         *map(_int64, (*block.shape, num_bits)),
         *map(_at, effects),
-        _int64(improvements),
+        *map(_int64, (reach, improvements)),
         *_attempts(*attempts),
         *map(_at, (codes, grid, errors)),
     )

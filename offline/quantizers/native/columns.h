@@ -91,6 +91,9 @@ struct Columns {
   Wide scale, steps, parts, step, zero;
   // How the loss follows each column, what last moved the others, and room.
   std::vector<Wide> gradient, changes, products;
+  // What rounding left of the columns, squared as it counts; what was best of several times.
+  Wide loss, least, best_steps, best_parts;
+  std::vector<Wide> best_codes, best_changes;
   std::vector<Floats> weight, x;
 
   Columns(const Effects& effects, int64_t num_bits)
@@ -103,6 +106,8 @@ struct Columns {
         gradient(size),
         changes(size),
         products(size),
+        best_codes(size),
+        best_changes(size),
         weight(size),
         x(size) {}
 
@@ -135,30 +140,101 @@ struct Columns {
   }
 
   // Gives columns codes, from the last to the first, each moved by the changes of those after it. matrix [size, size]:
-  // above its diagonal, row j says how they move column j; from(j, part): what that column is else; change(j, part):
-  // what is to move others once it has its code.
+  // above its diagonal, row j says how they move column j; from(j, part): what that column is else; change(j, part,
+  // before, target): what is to move others once it has its code.
   template <typename From, typename Change>
   void round(const float* matrix, From from, Change change) {
+    Wide inverse;
+    for (int part = 0; part < WIDE; ++part) inverse.parts[part] = 1.0f / step.parts[part];
     const Floats top = spread(all_codes(num_bits) - 1);
-    for (int64_t j = size - 1; j >= 0; --j) {
-      Wide sums;
-      for (int part = 0; part < WIDE; ++part) sums.parts[part] = from(j, part);
-      for (int64_t i = j + 1; i < size; ++i)
-        for (int part = 0; part < WIDE; ++part) sums.parts[part] += changes[i].parts[part] * matrix[j * size + i];
+    const auto finish = [&](int64_t j, const Wide& target) {
       for (int part = 0; part < WIDE; ++part) {
         const Floats before = value(j, part);
-        const Floats exact = sums.parts[part] / step.parts[part] + zero.parts[part];
+        const Floats exact = target.parts[part] * inverse.parts[part] + zero.parts[part];
         codes[j].parts[part] = nearest(clamped(exact, 0, top));
-        changes[j].parts[part] = change(j, part, before);
+        changes[j].parts[part] = change(j, part, before, target.parts[part]);
       }
+    };
+    // Two columns at a time share the changes that are loaded.
+    for (int64_t j = size - 2; j >= 0; j -= 2) {
+      const float *of_first = matrix + j * size, *of_second = of_first + size;
+      Wide first, second;
+      for (int part = 0; part < WIDE; ++part) {
+        first.parts[part] = from(j, part);
+        second.parts[part] = from(j + 1, part);
+      }
+      for (int64_t i = j + 2; i < size; ++i) {
+        for (int part = 0; part < WIDE; ++part) {
+          first.parts[part] += changes[i].parts[part] * of_first[i];
+          second.parts[part] += changes[i].parts[part] * of_second[i];
+        }
+      }
+      finish(j + 1, second);
+      for (int part = 0; part < WIDE; ++part) first.parts[part] += changes[j + 1].parts[part] * of_first[j + 1];
+      finish(j, first);
     }
   }
 
   // Rounds the columns on their grids.
   void round() {
+    loss = Wide{};
     const auto from = [&](int64_t j, int part) { return block[j].parts[part] + moved[j].parts[part]; };
-    const auto change = [&](int64_t j, int part, Floats) { return error(j, part); };
+    const auto change = [&](int64_t j, int part, Floats, Floats target) {
+      // Columns before the group cannot make up for it. The diagonal of factor is 1, so that of to_gradient has costs.
+      const Floats left = target - value(j, part);
+      loss.parts[part] += left * left * effects.to_gradient[j * size + j];
+      return error(j, part);
+    };
     round(effects.factor, from, change);
+  }
+
+  // Rounds the columns on the grids around theirs, too, up to so many steps and parts away, and keeps the best.
+  void round_around(int64_t reach) {
+    round();
+    keep();
+    const Wide steps_here = steps, parts_here = parts;
+    for (int64_t more = -reach; more <= reach; ++more) {
+      for (int64_t higher = -reach; higher <= reach; ++higher) {
+        if (!more && !higher) continue;
+        for (int part = 0; part < WIDE; ++part) {
+          steps.parts[part] = clamped(steps_here.parts[part] + static_cast<float>(more), 1, spread(STEPS));
+          parts.parts[part] =
+              clamped(parts_here.parts[part] + static_cast<float>(higher), FIRST_ZERO, spread(LAST_ZERO));
+        }
+        take_grids();
+        round();
+        keep_if_better();
+      }
+    }
+    steps = best_steps;
+    parts = best_parts;
+    codes = best_codes;
+    changes = best_changes;
+    take_grids();
+  }
+
+  void keep() {
+    least = loss;
+    best_steps = steps;
+    best_parts = parts;
+    best_codes = codes;
+    best_changes = changes;
+  }
+
+  void keep_if_better() {
+    for (int part = 0; part < WIDE; ++part) {
+      const Ints better = loss.parts[part] < least.parts[part];
+      const auto take = [&](const Wide& from, Wide& to) {
+        to.parts[part] = better ? from.parts[part] : to.parts[part];
+      };
+      take(loss, least);
+      take(steps, best_steps);
+      take(parts, best_parts);
+      for (int64_t j = 0; j < size; ++j) {
+        take(codes[j], best_codes[j]);
+        take(changes[j], best_changes[j]);
+      }
+    }
   }
 
   // Makes rounded columns and their grids better.
@@ -179,7 +255,7 @@ struct Columns {
     const auto from = [&](int64_t j, int part) {
       return value(j, part) + gradient[j].parts[part] / effects.own[j * size + j];
     };
-    const auto change = [&](int64_t j, int part, Floats before) { return before - value(j, part); };
+    const auto change = [&](int64_t j, int part, Floats before, Floats) { return before - value(j, part); };
     round(effects.relative.data(), from, change);
     multiply(effects.own, changes, products);
     for (int64_t j = 0; j < size; ++j)

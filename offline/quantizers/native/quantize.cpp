@@ -98,13 +98,14 @@ ALPHAQ_EXPORT void alphaq_pack(const uint8_t* codes, int64_t units, int64_t num_
 
 // See round_group of columns.py.
 // block, moved [size, rows]: as there; scales [rows]: of the rows; factor, to_gradient, own [size, size]: see Effects;
-// times: how often columns become better; starts and the five after it: see Attempts; codes [size, rows], grids [rows],
-// errors [size, rows]: what comes of it. Returns whether all is finite.
+// reach: how far around their grids others are tried; times: how often columns become better; starts and the five after
+// it: see Attempts; codes [size, rows], grids [rows], errors [size, rows]: what comes of it. Returns whether all is
+// finite.
 ALPHAQ_EXPORT int alphaq_round_group(const float* block, const float* moved, const float* scales, int64_t size,
                                      int64_t rows, int64_t num_bits, const float* factor, const float* to_gradient,
-                                     const float* own, int64_t times, const float* starts, int64_t num_starts,
-                                     const float* factors, const float* shifts, int64_t rounds, int64_t directions,
-                                     uint8_t* codes, uint8_t* grids, float* errors) {
+                                     const float* own, int64_t reach, int64_t times, const float* starts,
+                                     int64_t num_starts, const float* factors, const float* shifts, int64_t rounds,
+                                     int64_t directions, uint8_t* codes, uint8_t* grids, float* errors) {
   const Attempts attempts{starts, num_starts, factors, shifts, rounds, directions};
   const Effects effects(factor, to_gradient, own, size);
   Columns columns(effects, num_bits);
@@ -116,8 +117,12 @@ ALPHAQ_EXPORT int alphaq_round_group(const float* block, const float* moved, con
       columns.moved[j] = some.load(moved + j * rows);
     }
     finite &= columns.find_grids(attempts);
-    columns.round();
-    if (times) columns.improve(times);
+    if (times) {
+      columns.round_around(reach);
+      columns.improve(times);
+    } else {
+      columns.round();
+    }
     Wide stored, error;
     for (int part = 0; part < WIDE; ++part)
       stored.parts[part] = grid_byte(columns.steps.parts[part], columns.parts.parts[part]);

@@ -159,6 +159,24 @@ def test_columns_are_rounded_as_by_torch(num_bits, size, improvements, least, us
         torch.testing.assert_close(errors[:, same], expected[2][:, same], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+def test_the_best_of_the_grids_around_is_taken(num_bits, use, monkeypatch):
+    inputs = gaussian(300, 64) @ (gaussian(64, 64, seed=1) / 8 + torch.eye(64))
+    weight, back = student_t5(77, 64), feedback(inputs, 64)
+    block, moved = weight.T.contiguous(), gaussian(64, 77, seed=3) / 8
+    scales = scales_of(weight, num_bits, 64)
+
+    def loss(reach):
+        monkeypatch.setattr("offline.quantizers.columns.REACH", reach)
+        errors = round_group(block, moved, scales, back.factor, back.costs, num_bits, 1)[2]
+        return (torch.addmm(moved, back.factor, errors).square() * back.costs[:, None]).sum(0)
+
+    for name in (None, *supported()):
+        use(name)
+        one, some, more = (float(loss(reach).mean()) for reach in (0, 1, 2))
+        assert more < some < 0.98 * one
+
+
 def test_columns_that_became_infinite_are_refused(use):
     block, moved, ones = gaussian(64, 77), torch.zeros(64, 77), torch.ones(64)
     moved[3, 76] = torch.inf
