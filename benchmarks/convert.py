@@ -1,13 +1,14 @@
 """How fast and in how much memory a checkpoint is converted.
 
     python -m benchmarks.convert [--shape qwen1.5-moe-a2.7b] [--layers 1,2] [--workers N] [-- ARGUMENT ...]
-    python -m benchmarks.convert --model MODEL --calibration FILE --out DIR [--peers .venv-peers/bin/python]
+    python -m benchmarks.convert --model MODEL --calibration FILE --out DIR [--tools alphaq,gptq] [--llama PYTHON]
 
 The first generates checkpoints of the true layer shapes of a known model (``benchmarks.generate``) and converts each
 with ``python -m offline.convert``, by default or with the arguments that are given. A line has the seconds of each
 phase, and what was expected of it before the work began; and the time of alpha beside that of a loop of ``svdvals``.
-The second makes checkpoints of MODEL in DIR with AlphaQ (by default and from the weights alone), and with GPTQ and AWQ
-by llm-compressor (``benchmarks.peer_checkpoint``), each by a user's command, start of Python included.
+The second makes checkpoints of MODEL in DIR with AlphaQ (by default and from the weights alone), with GPTQ and AWQ by
+llm-compressor (``benchmarks.peer_checkpoint``), and, if ``--tools`` names it, with ``llama.cpp``
+(``benchmarks.llama_cpp``), each by a user's command, start of Python included.
 One JSON line per checkpoint is printed and appended to ``benchmarks/results/convert.jsonl``.
 
 Memory is the greatest resident size of the process and its children together, sampled up to ten times a second: once
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ from offline.sensitivity.spectra import hill_alpha
 from offline.threads import one_thread
 
 RESULTS = Path(__file__).parent / "results" / "convert.jsonl"
+# What a model is converted with, unless told otherwise.
+TOOLS = "alphaq,alphaq-weights-alone,gptq,awq"
 # Of the matrices that alpha is timed on.
 HIDDEN, INTERMEDIATE, BLOCK_SIZE = 2048, 1408, 128
 SECONDS_BETWEEN_SAMPLES = 0.1
@@ -61,37 +65,35 @@ def convert(source: Path, out: Path, workers: int, arguments: list[str]) -> dict
     return {"arguments": shlex.join(arguments), **figures, "phases": summary["phases"], "expected": summary["expected"]}
 
 
-def compare(model: Path, calibration: Path, samples: int, context: int, peers: str, out: Path) -> list[dict[str, Any]]:
-    """A line for each tool's checkpoint of the model, which stays in ``out``."""
-    ours = [sys.executable, "-m", "offline.convert", str(model), "--bits", "3.5"]
-    theirs = [peers, "-m", "benchmarks.peer_checkpoint", str(model), "--calibration", str(calibration)]
-    theirs += ["--samples", str(samples), "--context", str(context)]
+def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line for each tool's checkpoint of the model, which stays in ``args.out``."""
+    ours = [sys.executable, "-m", "offline.convert", str(args.model), "--bits", "3.5"]
+    theirs = [args.peers, "-m", "benchmarks.peer_checkpoint", str(args.model), "--calibration", str(args.calibration)]
+    theirs += ["--samples", str(args.samples), "--context", str(args.context)]
     commands = {
         "alphaq": ours,
         "alphaq-weights-alone": [*ours, "--noise", "measured", "--quantizer", "mse"],
         **{name: [*theirs, "--method", name] for name in ("gptq", "awq")},
+        "llama.cpp": [args.llama, "-m", "benchmarks.llama_cpp", str(args.model), "--type", "Q3_K_M"],
     }
-    lines = []
-    for tool, command in commands.items():
-        written = out / tool
-        _, figures = watch([*command, str(written)])
+    for tool in args.tools.split(","):
+        written = args.out / tool
+        _, figures = watch([*commands[tool], str(written)])
         made_by = written / "made_by.json"
-        lines.append(
-            {
-                "model": model.name,
-                "tool": tool,
-                "source_bytes": _tensor_bytes(model),
-                "checkpoint_bytes": _tensor_bytes(written),
-                **figures,
-                "made_by": json.loads(made_by.read_text()) if made_by.exists() else None,
-                **machine(),
-            }
-        )
-    return lines
+        yield {
+            "model": args.model.name,
+            "tool": tool,
+            "source_bytes": _tensor_bytes(args.model),
+            "checkpoint_bytes": _tensor_bytes(written),
+            **figures,
+            "made_by": json.loads(made_by.read_text()) if made_by.exists() else None,
+            **machine(),
+        }
 
 
 def _tensor_bytes(checkpoint: Path) -> int:
-    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    files = checkpoint.glob("*.safetensors") if checkpoint.is_dir() else [checkpoint]
+    return sum(file.stat().st_size for file in files)
 
 
 def watch(command: list[str]) -> tuple[bytes, dict[str, float]]:
@@ -178,6 +180,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=256, help="windows of it for them (default 256)")
     parser.add_argument("--context", type=int, default=512, help="tokens in a window (default 512)")
     parser.add_argument("--peers", default=".venv-peers/bin/python", help="a Python with llm-compressor (%(default)s)")
+    parser.add_argument("--llama", default="python", help="a Python with llama-cpp-python and gguf (%(default)s)")
+    parser.add_argument("--tools", default=TOOLS, help="which tools, in order (default %(default)s; also llama.cpp)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the checkpoints go")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="where lines are appended")
     return parser
@@ -190,7 +194,7 @@ def main() -> None:
     if args.model:
         if not (args.calibration and args.out):
             parser.error("--model: expected --calibration FILE and --out DIR beside it")
-        for line in compare(args.model, args.calibration, args.samples, args.context, args.peers, args.out):
+        for line in compare(args):
             _record(line, args.results)
         return
     speedups = [alpha_speedup(spread) for spread in SPREADS]

@@ -4,8 +4,9 @@
 
 Every call has its own routing and the next of several sets of weights, which together are larger than the last-level
 cache twice over; the time is the median. The limit is the time to read the experts in use at the speed of a sum over
-two gigabytes, measured at the start on as many threads. A setting whose result is not right reports no time. Every row
-is appended to ``benchmarks/results/cpu_kernels.jsonl``.
+two gigabytes, measured at the start on as many threads. A setting whose result is not right reports no time.
+``ALPHAQ_CPU_ACTIVATIONS=int8`` in the environment has activations rounded to 8 bits. Every row is appended to
+``benchmarks/results/cpu_kernels.jsonl``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from benchmarks.cpu_peers import PEERS
 from benchmarks.kernels import (
     CHECKED_TOKENS,
     GROUP_SIZE,
+    MAX_ERROR,
     MODELS,
     Inputs,
     Shape,
@@ -40,6 +42,8 @@ from benchmarks.machine import machine
 RESULTS = Path(__file__).parent / "results" / "cpu_kernels.jsonl"
 # Calls for a median, where they do not take longer than the seconds that a setting has.
 CALLS = 50
+# The largest error by the largest value.
+MAX_ERRORS = {"exact": MAX_ERROR, "int8": 0.05}
 
 
 def median_seconds(
@@ -97,7 +101,7 @@ class Ours:
         inputs = random_inputs(shape, CHECKED_TOKENS, "cpu")
         weights = MoEWeights(*(_prepared(experts) for experts in stored))
         actual = fused_moe(inputs.x, weights, Routing(inputs.topk_weights, inputs.topk_ids))
-        return is_right(actual, expected(inputs, MoEWeights(*stored)))
+        return is_right(actual, expected(inputs, MoEWeights(*stored)), MAX_ERRORS[native.chosen_activations()])
 
     def layers(self) -> list[Callable[[Inputs], torch.Tensor]]:
         """One for each set."""
@@ -163,6 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
     about = machine() | {
         "threads": threads,
         "instruction_set": native.best_instruction_set(),
+        "activations": native.chosen_activations(),
         "bytes_per_second": read_bandwidth(),
         "last_level_cache": last_level_cache(),
     }

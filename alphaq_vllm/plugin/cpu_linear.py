@@ -19,7 +19,8 @@ from alphaq_vllm.plugin._compat import GroupQuantScaleParameter, PackedvLLMParam
 
 def kernel_name() -> str:
     """What computes experts and linear layers on a CPU, for the log."""
-    return f"the native CPU kernel ({native.best_instruction_set()})"
+    rounded = ", activations rounded to 8 bits" if native.chosen_activations() == "int8" else ""
+    return f"the native CPU kernel ({native.best_instruction_set()}{rounded})"
 
 
 class NativeLinear:

@@ -23,8 +23,8 @@ from offline.model.passes import Pass
 from offline.model.text import Calibration, default_tokens, read_windows, write_text
 from offline.parallel import run_all
 from offline.quantizers.drift import drift, pull
-from offline.quantizers.gptq import feedback, gptq
-from offline.quantizers.quantize import Quantized, quantize
+from offline.quantizers.gptq import blocks, feedback, gptq
+from offline.quantizers.quantize import Quantized, quantize, scales_of
 from offline.source.checkpoint import Checkpoint
 from offline.source.families import ExpertMatrix, Experts, load_weight, matrix_nbytes
 from offline.threads import compute_device, one_thread, release_memory
@@ -222,11 +222,24 @@ def _quantize_expert(
     drifted = _drift_inside(source, first, formula, inputs, inner, counts)
     # What is largest comes now.
     release_memory()
-    weight, back = load_weight(source, down), feedback(inner, group_size, counts)
-    done[down] = gptq(weight, back, bits[down], group_size, pull=pull(weight, back, drifted))
+    done[down] = _quantize_down(load_weight(source, down), bits[down], group_size, inner, counts, drifted)
     if not outputs:
         return _stored(done), None
     return _stored(done), formula.project(inner, done[down].dequantize(bits[down]), topk_weights)
+
+
+def _quantize_down(
+    weight: Tensor, num_bits: int, group_size: int, inner: Tensor, counts: Tensor, drifted: Tensor
+) -> Quantized:
+    """Down, one of ``blocks`` of its columns after the other; drifted: of ``drift``."""
+    scales, parts = scales_of(weight, num_bits, group_size), []
+    for columns in blocks(len(inner), weight.shape[1], group_size):
+        back, some = feedback(inner[:, columns], group_size, counts), weight[:, columns]
+        moved = pull(some, back, drifted[columns])
+        parts.append(gptq(some, back, num_bits, group_size, pull=moved, scales=scales))
+        # Before the next is made.
+        del back, moved
+    return Quantized.joined(parts)
 
 
 def _drift_inside(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 # Tokens that go through an expert at a time.
-TOKENS_AT_A_TIME = 4096
+TOKENS_AT_A_TIME = 1024
 # What transformers gives to modules of experts that compute ``down(act_fn(gate) * up)``.
 _DEFAULT_GATE = "_default_apply_gate"
 # The matrices of experts with a gate, and without; either may have biases.

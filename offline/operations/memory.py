@@ -15,6 +15,7 @@ from offline.model.text import CONTEXT_TOKENS
 from offline.operations.plan import Job
 from offline.progress import format_bytes
 from offline.quantizers.drift import tells_all
+from offline.quantizers.gptq import blocks
 from offline.sensitivity.propagation import TOKENS
 from offline.source.architectures import experts_per_token, text_config
 from offline.threads import choose_workers
@@ -88,7 +89,8 @@ def peak_bytes(shapes: Shapes, workers: int, tokens: int = 0, length: int = 0, p
     if tokens:
         reached = tokens * shapes.share
         # Of the factor of gate's and up's inputs, or of down's, beside what became of these.
-        inside = shapes.inner**2 * (2 if tells_all(int(reached), shapes.inner) else 1)
+        inside = blocks(int(reached), shapes.inner, 1)[0].stop ** 2
+        inside *= 2 if tells_all(int(reached), shapes.inner) else 1
         square = max(shapes.hidden**2, inside) * _ITEMSIZE
         phases.append(passing(tokens, reached * (2 * vector + inner) + square + _QUANTIZED * shapes.matrix))
     return round(max(phases))

@@ -20,7 +20,7 @@ from offline.model.sampling import predictions_held
 from offline.model.text import CONTEXT_TOKENS
 from offline.operations.plan import Job, pieces
 from offline.quantizers.drift import looked_at, tells_all
-from offline.quantizers.gptq import Feedback, gptq
+from offline.quantizers.gptq import Feedback, blocks, gptq
 from offline.quantizers.quantize import quantize
 from offline.sensitivity.matrices import describe
 from offline.sensitivity.propagation import LENGTH, TOKENS, expert_gains
@@ -104,6 +104,9 @@ def seconds_without_weights(columns: int, numel: int, bits: float, group_size: i
 def _gptq_seconds(job: Job, num_bits: int, tokens: int) -> float:
     """Of quantizing an expert that so many tokens reach, but for running it."""
     first = by_expert(job.experts.matrices)[0]
+    *into, (out_features, inner) = (matrix.shape for matrix in first)
+    # Columns of down that are quantized together.
+    within = blocks(tokens, inner, job.group_size)[0].stop
     rows = load_weight(job.source, first[0])[:_GPTQ_ROWS]
     columns = rows.shape[1]
     order, ones = torch.arange(columns, device=rows.device), torch.ones(columns, device=rows.device)
@@ -113,14 +116,13 @@ def _gptq_seconds(job: Job, num_bits: int, tokens: int) -> float:
     square = torch.ones(_SIDE, _SIDE, device=rows.device)
     rate = 2 * _SIDE**3 / min(_seconds(lambda: square @ square) for _ in range(_RUNS))
     # Half of X^T X, a Cholesky factor of it, and what more errors do to other columns where these are more.
-    operations = sum(tokens * size**2 + size**3 / 3 for size in (columns, first[-1].shape[1]))
-    operations += sum(matrix.numel * (matrix.shape[1] - columns) for matrix in first)
+    operations = sum(number * (tokens * size + size**2 / 3) for number, size in ((columns, columns), (inner, within)))
+    operations += out_features * inner * (within - columns)
     # What the first matrices made of tokens, and what down has to make up for.
-    *into, (out_features, inner) = (matrix.shape for matrix in first)
     whole = tells_all(tokens, inner)
     seen = tokens if whole else len(range(tokens)[looked_at(tokens)])
     operations += 2 * seen * sum(rows * columns for rows, columns in into)
-    operations += out_features * inner**2 + (2 * (tokens + out_features) * inner**2 if whole else 0)
+    operations += out_features * inner * within + (2 * (tokens + out_features) * inner**2 if whole else 0)
     return operations / rate + grids * sum(matrix.numel for matrix in first)
 
 

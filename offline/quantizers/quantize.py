@@ -33,6 +33,16 @@ class Quantized:
     grid: Tensor
     mse: float
 
+    @classmethod
+    def joined(cls, parts: Sequence[Quantized]) -> Quantized:
+        """A matrix of whole groups of its columns, one part after the other, which have its scales."""
+        if len(parts) == 1:
+            return parts[0]
+        packed, grid = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("packed", "grid"))
+        columns = [part.grid.shape[1] for part in parts]
+        mse = sum(part.mse * share for part, share in zip(parts, columns, strict=True)) / sum(columns)
+        return cls(packed, parts[0].scale, grid, mse)
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The stored tensors of the matrix ``name``, by their names."""
         return {f"{name}.{PACKED}": self.packed, f"{name}.{SCALE}": self.scale, f"{name}.{GRID}": self.grid}

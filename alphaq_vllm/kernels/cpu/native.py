@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import logging
 import math
+import os
 import struct
 from functools import cache
 
@@ -21,6 +22,8 @@ from alphaq_vllm.native_build import KERNEL, load
 ROWS = 16
 # Bytes to an activation: 2 hold bfloat16 and float16 with more precision than a product in these has.
 DIGITS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 3}
+# What a user may have them rounded to, which is faster where several tokens share an expert.
+ACTIVATIONS, PRECISIONS = "ALPHAQ_CPU_ACTIVATIONS", ("exact", "int8")
 # Dtype of vectors.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Result of result.h.
@@ -48,6 +51,22 @@ def library() -> ctypes.CDLL | None:
     return None if name == "none" else load(KERNEL, name)
 
 
+def chosen_activations() -> str:
+    """One of ``PRECISIONS``: what the environment variable ``ALPHAQ_CPU_ACTIVATIONS`` says, by default exact.
+
+    Raises ValueError for another value.
+    """
+    choice = os.environ.get(ACTIVATIONS) or PRECISIONS[0]
+    if choice not in PRECISIONS:
+        raise ValueError(f"{ACTIVATIONS}: expected one of {', '.join(PRECISIONS)}, got {choice}: set one, or none")
+    return choice
+
+
+def digits_of(dtype: torch.dtype) -> int:
+    """Bytes to an activation of a dtype, as the user chose."""
+    return 1 if chosen_activations() == "int8" else DIGITS[dtype]
+
+
 def repack_(experts: PackedExperts, instruction_set: str | None = None) -> PackedExperts:
     """Bring a layer's matrices from the order of the checkpoint into that of native/layout.h, in their own memory.
 
@@ -59,12 +78,14 @@ def repack_(experts: PackedExperts, instruction_set: str | None = None) -> Packe
         The same tensors, marked as such.
 
     Raises:
-        ValueError: for experts in another order, and for a number of rows that is not a multiple of 16.
+        ValueError: for experts in another order, for a number of rows that is not a multiple of 16, and for a choice
+            of activations that there is not.
     """
     if experts.order != "checkpoint":
         raise ValueError(f"experts: expected the order of the checkpoint, got that of a {experts.order}")
     if experts.N % ROWS:
         raise ValueError(f"experts: expected a multiple of {ROWS} rows, got {experts.N}")
+    chosen_activations()
     kernel = load(KERNEL, instruction_set or best_instruction_set())
     shape = (experts.N, experts.K)
     for widths, starts in zip(experts.num_bits.tolist(), experts.offsets.tolist(), strict=True):
@@ -86,8 +107,9 @@ def repack_linear_(
         instruction_set: which library does it, by default the best.
 
     Raises:
-        ValueError: for a number of rows that is not a multiple of 16.
+        ValueError: for a number of rows that is not a multiple of 16, and for activations that cannot be chosen.
     """
+    chosen_activations()
     rows, words = packed.shape
     if rows % ROWS:
         raise ValueError(f"packed: expected a multiple of {ROWS} rows, got {rows}")
@@ -123,7 +145,7 @@ def fused_moe(
         weights: the experts that this rank holds, in the order of ``repack_``.
         routing: the experts of each token.
         instruction_set: which library computes, by default the best.
-        digits: bytes to an activation, by default those of x's dtype.
+        digits: bytes to an activation, by default ``digits_of`` x's dtype.
 
     Returns:
         ``[num_tokens, hidden_size]`` of x's dtype, a new tensor. Its bits do not depend on the number of threads.
@@ -143,7 +165,7 @@ def fused_moe(
         *expert_ids.shape,
         weights.w13.num_experts,
         routing.apply_router_weight_on_input,
-        digits or DIGITS[x.dtype],
+        digits or digits_of(x.dtype),
         SUPPORTED_ACTIVATIONS.index(gate.activation),
         math.inf if gate.limit is None else gate.limit,
         gate.alpha,
@@ -179,7 +201,7 @@ def linear(
     (N, groups), K = scales.shape, packed.shape[1] * 32 // num_bits
     x, out = x.contiguous(), x.new_empty(x.shape[0], N)
     weights = LINEAR.pack(packed.data_ptr(), scales.data_ptr(), num_bits, N, K, K // groups)
-    digits = digits or DIGITS[x.dtype]
+    digits = digits or digits_of(x.dtype)
     call = LINEAR_CALL.pack(x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], x.shape[0], digits, *_threads())
     _check(load(KERNEL, instruction_set or best_instruction_set()).alphaq_linear(weights, call))
     return out

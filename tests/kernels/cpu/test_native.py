@@ -47,6 +47,16 @@ def test_one_byte_to_an_activation_is_an_approximation(compute, default_case, ma
     assert 1e-3 < error < 3e-2
 
 
+def test_the_environment_asks_for_one_byte(compute, default_case, make_problem, monkeypatch):
+    problem = make_problem(default_case, torch.bfloat16)
+    expected = compute(*problem.inputs, digits=1)
+    monkeypatch.setenv("ALPHAQ_CPU_ACTIVATIONS", "int8")
+    assert torch.equal(compute(*problem.inputs), expected)
+    monkeypatch.setenv("ALPHAQ_CPU_ACTIVATIONS", "int4")
+    with pytest.raises(ValueError, match="ALPHAQ_CPU_ACTIVATIONS: expected one of exact, int8, got int4"):
+        compute(*problem.inputs)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 7, 200])
 def test_number_of_threads_changes_no_bit(num_tokens, compute, default_case, make_problem):
     problem = make_problem(dataclasses.replace(default_case, num_tokens=num_tokens), torch.bfloat16)

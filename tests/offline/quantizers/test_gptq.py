@@ -8,8 +8,8 @@ import torch
 
 from alphaq_vllm.format import matrix_tensors
 from alphaq_vllm.packing import dequantize, grid_steps, unpack
-from offline.quantizers.gptq import DAMPING, Feedback, feedback, gptq, sampling_share
-from offline.quantizers.quantize import quantize
+from offline.quantizers.gptq import DAMPING, Feedback, blocks, feedback, gptq, sampling_share
+from offline.quantizers.quantize import Quantized, quantize, scales_of
 
 
 def gaussian(*shape, seed=0):
@@ -249,3 +249,33 @@ def test_improvements_leave_groups_of_zeros_exact():
     weight[:, 32:64] = 0
     quantized = gptq(weight, no_feedback(128), 3, 32)
     assert not restore(quantized, 3)[:, 32:64].any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "features", "expected"),
+    [
+        (2048, 2048, [2048]),
+        (2047, 2048, [1024, 1024]),
+        (8192, 14336, [3584] * 4),
+        (3, 1408, [512, 512, 384]),
+        (0, 64, [64]),
+    ],
+)
+def test_columns_of_fewer_tokens_than_features_are_in_blocks(tokens, features, expected):
+    found = blocks(tokens, features, 64)
+    assert [columns.stop - columns.start for columns in found] == expected
+    assert [columns.start for columns in found] == [0, *(columns.stop for columns in found[:-1])]
+
+
+def test_parts_of_columns_are_joined_to_the_matrix():
+    weight = gaussian(20, 256)
+    scales = scales_of(weight, 3, 64)
+    parts = [
+        gptq(weight[:, columns], feedback(correlated(99, 128), 64), 3, 64, scales=scales)
+        for columns in (slice(0, 128), slice(128, 256))
+    ]
+    joined = Quantized.joined(parts)
+    assert torch.equal(joined.scale, scales)
+    found = restore(joined, 3)
+    assert torch.equal(found, torch.cat([restore(part, 3) for part in parts], 1))
+    assert joined.mse == pytest.approx(float((found - weight).square().mean()), rel=1e-5)
