@@ -294,7 +294,7 @@ def conversions(what, machine, date):
 
 def test_conversion():
     (_, peers), (_, shapes) = by_column(BENCHMARKS, "peak memory", "seconds")
-    assert (len(peers), len(shapes)) == (8, 7)
+    assert (len(peers), len(shapes)) == (8, 8)
     for what, *cells, machine, date in peers:
         assert cells in list(conversions(what, machine, date)), what
     for model, layers, *cells, machine, date in shapes:
@@ -304,6 +304,7 @@ def test_conversion():
 CONVERTED = {
     "Qwen1.5-MoE-A2.7B": "qwen1.5-moe-a2.7b",
     "Mixtral-8x7B": "mixtral-8x7b",
+    "DeepSeek-V2-Lite": "deepseek-v2-lite",
     "DeepSeek-V3": "deepseek-v3",
 }
 
