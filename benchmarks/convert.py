@@ -74,7 +74,7 @@ def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "alphaq": ours,
         "alphaq-weights-alone": [*ours, "--noise", "measured", "--quantizer", "mse"],
         **{name: [*theirs, "--method", name] for name in ("gptq", "awq")},
-        "llama.cpp": [args.llama, "-m", "benchmarks.llama_cpp", str(args.model), "--type", "Q3_K_M"],
+        "llama.cpp": [args.llama, "-m", "benchmarks.llama_cpp", "--type", "Q3_K_M", str(args.model)],
     }
     for tool in args.tools.split(","):
         written = args.out / tool

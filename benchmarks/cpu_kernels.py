@@ -42,8 +42,8 @@ from benchmarks.machine import machine
 RESULTS = Path(__file__).parent / "results" / "cpu_kernels.jsonl"
 # Calls for a median, where they do not take longer than the seconds that a setting has.
 CALLS = 50
-# The largest error by the largest value.
-MAX_ERRORS = {"exact": MAX_ERROR, "int8": 0.05}
+# What rows call this project's kernel, and its largest error by the largest value, by what becomes of activations.
+OURS = {"exact": ("alphaq", MAX_ERROR), "int8": ("alphaq, int8", 0.05)}
 
 
 def median_seconds(
@@ -101,7 +101,7 @@ class Ours:
         inputs = random_inputs(shape, CHECKED_TOKENS, "cpu")
         weights = MoEWeights(*(_prepared(experts) for experts in stored))
         actual = fused_moe(inputs.x, weights, Routing(inputs.topk_weights, inputs.topk_ids))
-        return is_right(actual, expected(inputs, MoEWeights(*stored)), MAX_ERRORS[native.chosen_activations()])
+        return is_right(actual, expected(inputs, MoEWeights(*stored)), OURS[native.chosen_activations()][1])
 
     def layers(self) -> list[Callable[[Inputs], torch.Tensor]]:
         """One for each set."""
@@ -136,23 +136,25 @@ def measure(shape: Shape, arguments: argparse.Namespace, bandwidth: float) -> li
             add(name, None, [lambda i, layer=layer: layer(*i)], torch.full((shape.num_experts, 3), bits))
         except Exception as error:
             rows.append({"kernel": name, "error": f"{type(error).__name__}: {error}"[:200]})
+    name = OURS[native.chosen_activations()][0]
     for bits in arguments.bits:
         ours = Ours(shape, bits)
         if ours.right:
-            add("alphaq", bits, ours.layers(), ours.stored_bits)
+            add(name, bits, ours.layers(), ours.stored_bits)
         else:
-            rows.append({"kernel": "alphaq", "bits": bits, "error": "wrong result"})
+            rows.append({"kernel": name, "bits": bits, "error": "wrong result"})
     return rows
 
 
 def print_table(rows: Sequence[dict]) -> None:
     """Milliseconds, percent of the read limit, and how many times as fast as each peer."""
-    peers = {(r["model"], r["tokens"], r["kernel"]): r["ms"] for r in rows if "ms" in r and r["kernel"] != "alphaq"}
+    ours = {name for name, _ in OURS.values()}
+    peers = {(r["model"], r["tokens"], r["kernel"]): r["ms"] for r in rows if "ms" in r and r["kernel"] not in ours}
     print(f"{'model':17} {'bits':>4} {'tokens':>6} {'ms':>9} {'limit':>6}  speed against peers")
     for r in rows:
         if "error" in r:
             print(f"{r['model']:17} {r['kernel']} {r.get('bits', '')}: {r['error']}")
-        elif r["kernel"] == "alphaq":
+        elif r["kernel"] in ours:
             here = (r["model"], r["tokens"])
             ratios = [f"{name} {ms / r['ms']:.2f}" for (m, n, name), ms in peers.items() if (m, n) == here]
             fraction = r["limit_ms"] / r["ms"]
@@ -167,7 +169,6 @@ def run(arguments: argparse.Namespace) -> None:
     about = machine() | {
         "threads": threads,
         "instruction_set": native.best_instruction_set(),
-        "activations": native.chosen_activations(),
         "bytes_per_second": read_bandwidth(),
         "last_level_cache": last_level_cache(),
     }

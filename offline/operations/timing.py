@@ -135,17 +135,17 @@ def _seconds_per_weight(rows: torch.Tensor, num_bits: int, group_size: int, quan
 class _Pace:
     """How fast the model runs: seconds on one thread.
 
-    layer: to load a layer without its experts; window: to take a window of ``LENGTH`` through it; expert: to load an
-    expert; token: to take a token through one; gains: see ``expert_gains``; head: to draw as many tokens as are
-    ``held`` together, on all threads.
+    layers: that have experts; entered: of these, and of those that have none, how many there are, and what it takes to
+    load one without its experts, and to take a window of ``LENGTH`` through it; expert: to load an expert; token: to
+    take a token through one; gains: see ``expert_gains``; head: to draw as many tokens as are ``held`` together, on all
+    threads.
     """
 
     job: Job
     layers: int
     num_experts: int
     top_k: int
-    layer: float
-    window: float
+    entered: list[tuple[int, float, float]]
     expert: float
     token: float
     gains: float
@@ -158,7 +158,8 @@ class _Pace:
 
     def enter(self, tokens: int) -> float:
         """A pass without the experts."""
-        return self.layers * (self.layer + tokens / LENGTH * self.window / self.job.workers)
+        windows = tokens / LENGTH / self.job.workers
+        return sum(number * (load + windows * window) for number, load, window in self.entered)
 
     def experts(self, seconds: float) -> float:
         """What takes so long for each expert."""
@@ -196,6 +197,15 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
         # The first run also finds out what the layer does with its experts.
         formula = route(layer, hidden.clone()).formula.of(0)
         window = _seconds(lambda: route(layer, hidden.clone())) * LENGTH / length
+    entered = [(len(experts.modules), load, window)]
+    others = [layer for layer in decoder.layers if layer.source_experts is None]
+    # One that needs nothing of those before it tells of all.
+    if plain := next((layer for layer in others if not layer.takes), None):
+        start = time.monotonic()
+        with plain.loaded(source, device):
+            load = time.monotonic() - start
+            window = min(_seconds(lambda: advance(plain, hidden.clone())) for _ in range(2)) * LENGTH / length
+        entered.append((len(others), load, window))
     first = experts.of(str(layer.source_experts))[0]
     weights: list[torch.Tensor] = []
     load_expert = _seconds(lambda: weights.extend(load_weight(source, matrix) for matrix in first))
@@ -218,8 +228,7 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
         layers=len(experts.modules),
         num_experts=experts.num_experts,
         top_k=top_k,
-        layer=load,
-        window=window,
+        entered=entered,
         expert=load_expert,
         token=_seconds(compute) / _TOKENS,
         gains=few + max(0.0, many - few) * reached / _TOKENS,
