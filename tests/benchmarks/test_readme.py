@@ -195,6 +195,8 @@ NAMES = {
 ON_A_CPU = {
     "AlphaQ, 2.5 bits": ("alphaq", 2.5),
     "AlphaQ, 3.5 bits": ("alphaq", 3.5),
+    "AlphaQ, 2.5 bits, int8": ("alphaq, int8", 2.5),
+    "AlphaQ, 3.5 bits, int8": ("alphaq, int8", 3.5),
     "vLLM, bf16": ("vllm-bf16", None),
     "vLLM, 4 bits": ("vllm-int4", None),
     "PyTorch, bf16": ("torch-bf16", None),
@@ -207,13 +209,13 @@ def figure(time):
 
 def test_kernels_on_a_cpu():
     found = [table for file in (README, BENCHMARKS) for table in by_column(file, "one layer, ms")]
-    assert [len(rows) for _, rows in found] == [4, 16, 3, 3]
+    assert [len(rows) for _, rows in found] == [4, 16, 3, 3, 2]
     latest = {
         (row["instruction_set"], row["model"], row["kernel"], row["bits"], row.get("tokens")): row["ms"]
         for row in results("cpu_kernels.jsonl")
         if row["threads"] == 2 and "ms" in row
     }
-    sets = ("avx512_vnni", "avx512_vnni", "avx2", "amx")
+    sets = ("avx512_vnni", "avx512_vnni", "avx2", "amx", "avx512_vnni")
     for instruction_set, (head, rows) in zip(sets, found, strict=True):
         for model, kernel, *cells in rows:
             setting = (instruction_set, NAMES[model], *ON_A_CPU[kernel])
