@@ -76,6 +76,7 @@ def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         **{name: [*theirs, "--method", name] for name in ("gptq", "awq")},
         "llama.cpp": [args.llama, "-m", "benchmarks.llama_cpp", "--type", "Q3_K_M", str(args.model)],
     }
+    args.out.mkdir(parents=True, exist_ok=True)
     for tool in args.tools.split(","):
         written = args.out / tool
         _, figures = watch([*commands[tool], str(written)])
@@ -194,6 +195,8 @@ def main() -> None:
     if args.model:
         if not (args.calibration and args.out):
             parser.error("--model: expected --calibration FILE and --out DIR beside it")
+        if unknown := set(args.tools.split(",")) - {*TOOLS.split(","), "llama.cpp"}:
+            parser.error(f"--tools: expected some of {TOOLS},llama.cpp, got {', '.join(sorted(unknown))}")
         for line in compare(args):
             _record(line, args.results)
         return

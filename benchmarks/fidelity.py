@@ -75,7 +75,7 @@ def served_kl(base_url: str, prompts: list[list[int]], model: Path, dtype: torch
     """The mean KL divergence, in nats, of transformers' from those of a server with ``--max-logprobs -1``."""
     divergences = []
     for ids, wanted in zip(prompts, _distributions(model, prompts, dtype), strict=True):
-        served = torch.empty_like(wanted)
+        served = torch.full_like(wanted, torch.nan)
         for row, entry in zip(served, _prompt_logprobs(base_url, ids, -1), strict=True):
             row[[int(token) for token in entry]] = torch.tensor([of["logprob"] for of in entry.values()])
         divergences.append((wanted.double().exp() * (wanted.double() - served.double())).sum(-1))

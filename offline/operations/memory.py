@@ -26,6 +26,8 @@ MAIN, SERVER, WORKER = 560_000_000, 110_000_000, 110_000_000
 # while an expert runs, while the errors of one are propagated, and by gptq beside inputs and their factor.
 _MEASURED, _RUN, _PROPAGATED, _QUANTIZED = 5.5, 3, 6, 3
 _ITEMSIZE = torch.float32.itemsize
+# Times the tokens of the average expert that one may get.
+_BUSIEST = 2
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,9 @@ def peak_bytes(shapes: Shapes, workers: int, tokens: int = 0, length: int = 0, p
     if tokens:
         reached = tokens * shapes.share
         # Of the factor of gate's and up's inputs, or of down's, beside what became of these.
-        inside = blocks(int(reached), shapes.inner, 1)[0].stop ** 2
-        inside *= 2 if tells_all(int(reached), shapes.inner) else 1
+        # An expert may get more tokens than the average, and from as many on as features all are quantized together.
+        most = int(min(tokens, _BUSIEST * reached))
+        inside = blocks(most, shapes.inner, 1)[0].stop ** 2 * (2 if tells_all(most, shapes.inner) else 1)
         square = max(shapes.hidden**2, inside) * _ITEMSIZE
         phases.append(passing(tokens, reached * (2 * vector + inner) + square + _QUANTIZED * shapes.matrix))
     return round(max(phases))

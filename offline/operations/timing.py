@@ -198,13 +198,13 @@ def _pace(decoder: Decoder, job: Job, experts: Experts) -> _Pace:
         formula = route(layer, hidden.clone()).formula.of(0)
         window = _seconds(lambda: route(layer, hidden.clone())) * LENGTH / length
     entered = [(len(experts.modules), load, window)]
-    others = [layer for layer in decoder.layers if layer.source_experts is None]
-    # One that needs nothing of those before it tells of all.
-    if plain := next((layer for layer in others if not layer.takes), None):
-        start = time.monotonic()
-        with plain.loaded(source, device):
-            load = time.monotonic() - start
-            window = min(_seconds(lambda: advance(plain, hidden.clone())) for _ in range(2)) * LENGTH / length
+    if others := [layer for layer in decoder.layers if layer.source_experts is None]:
+        # The first that needs nothing of those before it is taken for all, or else the one with experts.
+        if plain := next((layer for layer in others if not layer.takes), None):
+            start = time.monotonic()
+            with plain.loaded(source, device):
+                load = time.monotonic() - start
+                window = min(_seconds(lambda: advance(plain, hidden.clone())) for _ in range(2)) * LENGTH / length
         entered.append((len(others), load, window))
     first = experts.of(str(layer.source_experts))[0]
     weights: list[torch.Tensor] = []

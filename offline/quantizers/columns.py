@@ -109,7 +109,8 @@ def _best_grids(columns: Tensor, scales: Tensor, num_bits: int) -> Tensor:
 def _around(grid: Tensor) -> Tensor:
     """Grids as stored, ``[rows]``, and then those up to ``REACH`` steps and parts away: ``[grids, rows]``."""
     away = torch.arange(-REACH, REACH + 1, device=grid.device)
-    steps, parts = torch.cartesian_prod(away, away)[:, :, None].unbind(1)
+    others = torch.cartesian_prod(away, away)
+    steps, parts = others[others.any(1)][:, :, None].unbind(1)
     steps, parts = ((nibble + to).clamp(0, 15) for nibble, to in ((grid & 15, steps), (grid >> 4, parts)))
     return torch.cat((grid[None], (parts << 4 | steps).to(grid.dtype)))
 

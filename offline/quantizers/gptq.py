@@ -4,7 +4,7 @@ Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 in the form of Chee et al., *QuIP: 2-Bit Quantization of Large Language Models With Guarantees*, arXiv 2307.13304, which
 needs no inverse: the errors of the columns that are done move what the next one is rounded from.
 
-That is greedy, on grids that know nothing of the inputs. So the columns of each group are improved, as
+That is greedy, on grids that are searched without the inputs. So the columns of each group are improved, as
 ``columns.improve`` says, by what those after them cannot make up for.
 """
 
@@ -27,7 +27,7 @@ DAMPING, DAMPING_GROWTH = 0.03, 10.0
 _ROWS, _BLOCK = 1024, 512
 # Whole groups that are moved together by those after them.
 _COLUMNS = 512
-# Tokens for each feature of a block, and features that a block has at least: see ``blocks``.
+# Tokens for each feature of a block, and features that a block may have in any case: see ``blocks``.
 _TOKENS_EACH, _FEWEST = 2, 512
 NOT_FINITE = "calibration: expected finite activations, got NaN or Inf: the source is damaged"
 
@@ -171,9 +171,10 @@ def gptq(
     """Quantize a matrix so that its outputs change little: the error of each column is made up for by those after it.
 
     weight: ``[out_features, in_features]``, any floating dtype; back: ``feedback`` of its inputs. The grid of a group
-    is searched when its turn comes, for the least squared error of its weights as corrected until then; improvements:
-    how often the group is improved then; pull: of ``drift.pull``, which is overwritten; scales: as of ``scales_of`` a
-    matrix of which these are some columns, by default of this one.
+    is searched when its turn comes, for the least squared error of its weights as corrected until then, and the best of
+    those around it is kept; improvements: how often the group is improved then, 0 for the grid that was searched; pull:
+    of ``drift.pull``, which is overwritten; scales: as of ``scales_of`` a matrix of which these are some columns, by
+    default of this one.
     Raises ValueError for NaN or Inf and for a width or group size that the format does not have.
     """
     check_matrix(weight, [num_bits], group_size)

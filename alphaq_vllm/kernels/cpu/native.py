@@ -22,7 +22,7 @@ from alphaq_vllm.native_build import KERNEL, load
 ROWS = 16
 # Bytes to an activation: 2 hold bfloat16 and float16 with more precision than a product in these has.
 DIGITS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 3}
-# What a user may have them rounded to, which is faster where several tokens share an expert.
+# What activations become, as a user chooses: integers of DIGITS bytes, or of one, less exact and in most cases faster.
 ACTIVATIONS, PRECISIONS = "ALPHAQ_CPU_ACTIVATIONS", ("exact", "int8")
 # Dtype of vectors.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -58,7 +58,9 @@ def chosen_activations() -> str:
     """
     choice = os.environ.get(ACTIVATIONS) or PRECISIONS[0]
     if choice not in PRECISIONS:
-        raise ValueError(f"{ACTIVATIONS}: expected one of {', '.join(PRECISIONS)}, got {choice}: set one, or none")
+        raise ValueError(
+            f"{ACTIVATIONS}: expected one of {', '.join(PRECISIONS)}, got {choice}: set one of these, or unset it"
+        )
     return choice
 
 

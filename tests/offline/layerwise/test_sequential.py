@@ -15,7 +15,7 @@ from offline.journal import Journal
 from offline.layerwise import sequential
 from offline.layerwise.sequential import SequentialGptq
 from offline.model.text import Calibration, read_windows
-from offline.quantizers.quantize import quantize
+from offline.quantizers.quantize import quantize, scales_of
 from offline.source.checkpoint import open_checkpoint
 from offline.source.families import find_experts, load_weight
 from offline.threads import one_thread
@@ -160,6 +160,23 @@ def test_down_is_fitted_to_what_quantized_gate_and_up_give_it_by_router_weights(
     assert torch.equal(counted[0], seen[0].of(0)[1])
     monkeypatch.setattr(sequential, "pull", lambda weight, *_: torch.zeros(weight.shape[::-1]))
     assert fitted < 0.97 * error()
+
+
+@one_thread()
+def test_down_is_quantized_in_blocks_where_tokens_are_few(monkeypatch):
+    monkeypatch.setattr("offline.quantizers.gptq._FEWEST", 64)
+    generator = torch.Generator().manual_seed(0)
+    weight, inner = torch.randn(40, 256, generator=generator), torch.randn(100, 256, generator=generator)
+    drifted, counts = torch.randn(256, generator=generator), torch.ones(100)
+    found = sequential._quantize_down(weight, 3, 64, inner, counts, drifted)
+    scales = scales_of(weight, 3, 64)
+    for number in range(4):
+        columns = slice(64 * number, 64 * (number + 1))
+        back, some = sequential.feedback(inner[:, columns], 64, counts), weight[:, columns]
+        moved = sequential.pull(some, back, drifted[columns])
+        alone = sequential.gptq(some, back, 3, 64, pull=moved, scales=scales)
+        assert torch.equal(found.grid[:, number : number + 1], alone.grid)
+        assert torch.equal(found.dequantize(3)[:, columns], alone.dequantize(3))
 
 
 def test_an_expert_without_tokens_is_quantized_without_data_and_counted(

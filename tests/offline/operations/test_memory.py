@@ -61,8 +61,10 @@ def test_workers_yield_to_what_there_is_and_tokens_stay(job, gptq, monkeypatch):
     assert fit(job, gptq, gptq.decoder, True, 4, None, False) == whole
 
 
-def test_a_limit_leaves_fewer_workers_and_then_fewer_tokens(job, gptq, monkeypatch):
+def test_a_limit_leaves_fewer_workers_and_then_fewer_tokens(job, monkeypatch):
     monkeypatch.setattr(memory, "shapes_of", lambda *_: MIXTRAL)
+    # So many that gptq takes more than what is before it.
+    gptq = SequentialGptq(job.source, job.experts, Calibration(tokens=2**16))
     alone = peak_bytes(MIXTRAL, 1, gptq.tokens, gptq.length, True)
     fitted = fit(job, gptq, gptq.decoder, True, 4, alone, False)
     assert (fitted.workers, fitted.tokens, fitted.nbytes) == (1, gptq.tokens, alone)
