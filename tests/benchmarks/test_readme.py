@@ -296,7 +296,7 @@ def conversions(what, machine, date):
 
 def test_conversion():
     (_, peers), (_, shapes) = by_column(BENCHMARKS, "peak memory", "seconds")
-    assert (len(peers), len(shapes)) == (11, 8)
+    assert (len(peers), len(shapes)) == (12, 8)
     for what, *cells, machine, date in peers:
         assert cells in list(conversions(what, machine, date)), what
     for model, layers, *cells, machine, date in shapes:
