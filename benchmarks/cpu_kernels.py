@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "cpu_kernels.jsonl"
 # Calls for a median, where they do not take longer than the seconds that a setting has.
 CALLS = 50
 # What rows call this project's kernel, and its largest error by the largest value, by what becomes of activations.
-OURS = {"exact": ("alphaq", MAX_ERROR), "int8": ("alphaq, int8", 0.05)}
+BY_ACTIVATIONS = {"exact": ("alphaq", MAX_ERROR), "int8": ("alphaq, int8", 0.05)}
 
 
 def median_seconds(
@@ -101,7 +101,7 @@ class Ours:
         inputs = random_inputs(shape, CHECKED_TOKENS, "cpu")
         weights = MoEWeights(*(_prepared(experts) for experts in stored))
         actual = fused_moe(inputs.x, weights, Routing(inputs.topk_weights, inputs.topk_ids))
-        return is_right(actual, expected(inputs, MoEWeights(*stored)), OURS[native.chosen_activations()][1])
+        return is_right(actual, expected(inputs, MoEWeights(*stored)), BY_ACTIVATIONS[native.chosen_activations()][1])
 
     def layers(self) -> list[Callable[[Inputs], torch.Tensor]]:
         """One for each set."""
@@ -136,7 +136,7 @@ def measure(shape: Shape, arguments: argparse.Namespace, bandwidth: float) -> li
             add(name, None, [lambda i, layer=layer: layer(*i)], torch.full((shape.num_experts, 3), bits))
         except Exception as error:
             rows.append({"kernel": name, "error": f"{type(error).__name__}: {error}"[:200]})
-    name = OURS[native.chosen_activations()][0]
+    name = BY_ACTIVATIONS[native.chosen_activations()][0]
     for bits in arguments.bits:
         ours = Ours(shape, bits)
         if ours.right:
@@ -148,7 +148,7 @@ def measure(shape: Shape, arguments: argparse.Namespace, bandwidth: float) -> li
 
 def print_table(rows: Sequence[dict]) -> None:
     """Milliseconds, percent of the read limit, and how many times as fast as each peer."""
-    ours = {name for name, _ in OURS.values()}
+    ours = {name for name, _ in BY_ACTIVATIONS.values()}
     peers = {(r["model"], r["tokens"], r["kernel"]): r["ms"] for r in rows if "ms" in r and r["kernel"] not in ours}
     print(f"{'model':17} {'bits':>4} {'tokens':>6} {'ms':>9} {'limit':>6}  speed against peers")
     for r in rows:

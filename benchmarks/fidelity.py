@@ -72,7 +72,7 @@ def served_logprobs(base_url: str, prompts: list[list[int]], model: str | None =
 
 
 def served_kl(base_url: str, prompts: list[list[int]], model: Path, dtype: torch.dtype) -> float:
-    """The mean KL divergence, in nats, of transformers' from those of a server with ``--max-logprobs -1``."""
+    """Mean KL divergence, in nats, of transformers' distributions from those of a server with ``--max-logprobs -1``."""
     divergences = []
     for ids, wanted in zip(prompts, _distributions(model, prompts, dtype), strict=True):
         served = torch.full_like(wanted, torch.nan)

@@ -51,9 +51,9 @@ def blocks(tokens: int, features: int, group_size: int) -> list[slice]:
     """Which columns of down make up for each other's errors: all, or where tokens are fewer than features, blocks of
     them with two tokens for each feature, unless tokens are very few.
 
-    Of fewer tokens than features most of what these seem to have in common is chance, and to make up for errors by it
-    does harm. Factors of blocks also take less time and memory. What gate and up are given, the stream of layers, has
-    so much in common that this holds of down alone.
+    Of fewer tokens than features most of what these seem to have in common is chance, so little is lost, and factors of
+    blocks take a fraction of the time and memory (docs/quality.md, "How much text"). What gate and up are given, the
+    stream between layers, is so strongly correlated that this holds of down alone.
 
     >>> blocks(8192, 14336, 64)[:2], len(blocks(8192, 14336, 64)), blocks(8192, 4096, 64)
     ([slice(0, 3584, None), slice(3584, 7168, None)], 4, [slice(0, 4096, None)])

@@ -49,6 +49,12 @@ def test_more_workers_tokens_and_phases_take_more():
     assert peak_bytes(MIXTRAL, 2, 0, 512, True) > peak_bytes(MIXTRAL, 2)
 
 
+def test_an_expert_that_gets_most_tokens_has_them_all_together():
+    """Down's blocks save memory only where tokens are fewer than features, of a busy expert as well."""
+    few, many = (peak_bytes(MIXTRAL, 1, tokens, 512) for tokens in (2**14, 2**15))
+    assert many - few > 2 * MIXTRAL.inner**2 * 4 - MIXTRAL.hidden**2 * 4 > 1.5e9
+
+
 def test_workers_yield_to_what_there_is_and_tokens_stay(job, gptq, monkeypatch):
     whole = fit(job, gptq, gptq.decoder, True, 4, None, False)
     assert (whole.workers, whole.tokens, whole.less) == (4, gptq.tokens, "")
